@@ -1,0 +1,1 @@
+"""What every other room uses: configuration, registry, devices, logging, schedules, errors."""
