@@ -1,0 +1,220 @@
+"""Files of weights: where they are, what is in them, and whether they are what the model needs.
+
+Nothing is loaded half: every key and shape of a file is accounted for, or a UserError says what differs.
+"""
+
+import fnmatch
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minigpt4.common.errors import UserError
+
+_URL = re.compile(r"^https?://")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_FILE_TYPES = (".pth", ".pt", ".bin", ".safetensors")
+
+
+def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Path:
+    """Returns the local file or folder that a YAML value names, downloading a URL or Hugging Face id once.
+
+    Args:
+        spec: a path, an http(s) URL or a Hugging Face id such as ``lmsys/vicuna-7b-v1.5``.
+        key: the YAML key, for messages.
+        hub_files: name patterns of the files wanted from a Hugging Face repository.
+
+    Raises:
+        UserError: nothing is there, or it cannot be fetched.
+    """
+    if not spec:
+        raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
+    spec = str(spec)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    if "path/to/" in spec:
+        raise UserError(f"{key} is still the placeholder '{spec}'; set it to where the file really is.")
+    if _URL.match(spec):
+        return _download(spec, key)
+    if _HUB_ID.match(spec) and not spec.endswith(_FILE_TYPES):
+        return _fetch_from_hub(spec, key, list(hub_files))
+    raise UserError(f"{key}: '{spec}' does not exist (seen from {Path.cwd()}); correct the path.")
+
+
+def _download(url: str, key: str) -> Path:
+    from filelock import FileLock  # comes with torch
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / url.rsplit("/", 1)[-1]
+    with FileLock(f"{target}.lock"):  # the ranks of a node share one download
+        if not target.exists():
+            logging.info("Downloading %s to %s", url, target)
+            try:
+                torch.hub.download_url_to_file(url, str(target))
+            except OSError as error:
+                raise UserError(
+                    f"{key}: {url} could not be downloaded ({error}); fetch it elsewhere and set {key} to the file."
+                ) from error
+    return target
+
+
+def _fetch_from_hub(repo: str, key: str, patterns: list[str]) -> Path:
+    import huggingface_hub
+
+    try:
+        index_files = [name for name in patterns if name.endswith(".index.json")]
+        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=index_files or patterns))
+        if index_files:  # a sharded repository: only the shards that hold something wanted
+            patterns = [p for p in patterns if p not in index_files]
+            shards = {file for index in folder.glob("*.index.json") for file in _shards_of(index, patterns)}
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=sorted(shards)))
+        return folder
+    except Exception as error:  # whatever the hub client throws, the remedy is the same; the cause is chained
+        raise UserError(
+            f"{key}: '{repo}' is neither a local path nor could it be fetched from the Hugging Face hub "
+            f"({type(error).__name__}); download it where there is network and set {key} to the local path."
+        ) from error
+
+
+def _shards_of(index: Path, patterns: list[str]) -> set[str]:
+    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+
+
+def read_file(path: Path, key: str) -> dict:
+    """Reads one .pth, .pt, .bin or .safetensors file, memory-mapped, to the CPU; pickles may hold tensors only.
+
+    Raises:
+        UserError: the file is damaged, of another type, or a pickle that would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if path.suffix not in _FILE_TYPES:
+            raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(_FILE_TYPES)}.")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)  # files of before torch 1.6
+    except UserError:
+        raise
+    except Exception as error:  # zip, pickle and safetensors readers each have exceptions of their own
+        cause = str(error).strip().split("\n")[0][:160]
+        raise UserError(
+            f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); "
+            "it is damaged, cut short, or not a plain file of tensors. Copy or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {path} holds a {type(content).__name__}; expected a dict of tensors.")
+    return content
+
+
+def read_state_dict(path: Path, key: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Reads the tensors of a file, or of a Hugging Face folder of shards, whose names start with a prefix.
+
+    A {"model": …} wrapper, as BLIP-2 and MiniGPT-4 files have it, is opened.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+        if not files:
+            raise UserError(f"{key}: the folder {path} holds no .safetensors or .bin file.")
+        parts = [read_file(file, key) for file in files]
+    else:
+        parts = [read_file(path, key)]
+    parts = [part["model"] if isinstance(part.get("model"), Mapping) else part for part in parts]
+    state = {name: value for part in parts for name, value in part.items() if name.startswith(prefixes)}
+    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise UserError(
+            f"{key}: {path} holds '{strangers[0]}', which is no tensor; expected a dict of parameter names to tensors."
+        )
+    return state
+
+
+def load_strictly(
+    module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
+) -> None:
+    """Puts a state dict into a module, all of it or not at all.
+
+    Args:
+        module: takes the tensors themselves (``assign``), so a module built on the meta device costs no copy.
+        state: names to tensors.
+        path: the file, for messages.
+        key: the YAML key that named the file, for messages.
+        droppable: name patterns that the file may hold and the module does not need.
+        hint: the likely cause of a difference, added to the message.
+
+    Raises:
+        UserError: a key is missing or unknown, or a shape differs.
+    """
+    droppable = list(droppable)
+    expected = module.state_dict()
+    found = {
+        name: value
+        for name, value in state.items()
+        if name in expected or not any(fnmatch.fnmatch(name, pattern) for pattern in droppable)
+    }
+    problems = [
+        f"'{name}' is {list(found[name].shape)} in the file and {list(value.shape)} in the model"
+        for name, value in expected.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if missing := [name for name in expected if name not in found]:
+        problems.append(f"{len(missing)} of {len(expected)} expected keys are missing ({_some(missing)})")
+    if unknown := [name for name in found if name not in expected]:
+        problems.append(f"{len(unknown)} keys are unknown to the model ({_some(unknown)})")
+    if problems:
+        more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
+        raise UserError(
+            f"{key}: {path} does not fit the model: {'; '.join(problems[:3])}{more}." + (f" {hint}" if hint else "")
+        )
+    module.load_state_dict(found, assign=True)
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.isnan().any():
+            raise UserError(f"{key}: '{name}' in {path} holds NaN; the file is damaged or comes from a diverged run.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+_TWIN_RULES = (  # Hugging Face name -> published name, for Salesforce/blip2-*
+    (r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
+    (r"^vision_model\.embeddings\.position_embedding$", "pos_embed"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.", r"blocks.\1.norm\2."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"blocks.\1.attn.proj."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.qkv\.", r"blocks.\1.attn.qkv."),
+    (r"^vision_model\.encoder\.layers\.(\d+)\.mlp\.", r"blocks.\1.mlp."),
+    (r"^vision_model\.post_layernorm\.", "ln_vision."),
+    (r"^qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
+    (r"^qformer\.(.*\.(?:cross)?attention)\.attention\.", r"Qformer.bert.\1.self."),
+    (r"^qformer\.", "Qformer.bert."),
+)
+
+
+def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames tensors of the Hugging Face BLIP-2 twins to the names of the published files; others pass through."""
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        for pattern, replacement in _TWIN_RULES:
+            name, count = re.subn(pattern, replacement, name)
+            if count:
+                break
+        if name.endswith("attn.qkv.bias"):  # (q, 0, v): the key bias is zero by design
+            q_bias, _, v_bias = value.chunk(3)
+            block = name.removesuffix("qkv.bias")
+            renamed |= {f"{block}q_bias": q_bias, f"{block}v_bias": v_bias}
+        else:
+            renamed[name] = value
+    return renamed
