@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -131,6 +132,19 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "device" in state and device.type not in ("cpu", "mps"):
         _module(device.type).set_rng_state(state["device"].cpu(), device)
+
+
+@contextlib.contextmanager
+def local_seed(seed: int) -> Iterator[None]:
+    """Seeds Python's and torch's CPU generators for a block, and puts their states back after it."""
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        torch.set_rng_state(torch_state)
 
 
 def local_rank() -> int:

@@ -1,0 +1,1 @@
+"""Chat: conversations as text, and answers to them."""

@@ -1,0 +1,203 @@
+"""Generation from embeddings with a key-value cache: greedy, sampled, and beam search, stopping row by row.
+
+The rules are those of transformers 4.28, which the reference ran on: the begin token counts as the first
+generated token (for min_length, the repetition penalty and the length penalty), and sampling keeps the 50 best.
+
+Shapes: B rows, T context length, L width of the LM, V vocabulary, K beams.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+TOP_K = 50
+
+
+@dataclass
+class GenerationOptions:
+    """How to choose tokens. ``stop`` sees a row's new ids after each token and says whether the row is done."""
+
+    max_new_tokens: int = 300
+    num_beams: int = 1
+    do_sample: bool = True
+    min_length: int = 1
+    top_p: float = 0.9
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    stop: Callable[[Sequence[int]], bool] = field(default=lambda ids: False)
+
+
+@dataclass
+class Generated:
+    """One row: the new ids (begin token left out), and for beam search all K beams, best first."""
+
+    ids: list[int]
+    beams: list[list[int]] = field(default_factory=list)
+    beam_scores: list[float] = field(default_factory=list)
+
+
+def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOptions, bos: int, eos: int) -> Tensor:
+    """Log-scores [B, V] after penalties and, when sampling, after temperature, top-k and top-p.
+
+    Args:
+        logits: float32 [B, V].
+        history: new ids so far, int64 [B, n].
+        options: see there.
+        bos: id of the begin token, which the repetition penalty sees.
+        eos: id of the end token, banned until ``min_length``.
+    """
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    history = torch.cat([torch.full_like(history[:, :1] if history.numel() else history.new_zeros(len(history), 1), bos), history], 1)
+    scores = logits
+    if options.repetition_penalty != 1.0:
+        scores = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)(history, scores)
+    if history.shape[1] < options.min_length:
+        scores = scores.index_fill(1, torch.tensor([eos], device=scores.device), -torch.inf)
+    if options.do_sample:
+        if options.temperature != 1.0:
+            scores = TemperatureLogitsWarper(options.temperature)(history, scores)
+        scores = TopKLogitsWarper(TOP_K)(history, scores)
+        if options.top_p < 1.0:
+            scores = TopPLogitsWarper(options.top_p)(history, scores)
+    return scores
+
+
+class _Decoder:
+    """The LM with its cache: feeds embeddings or ids, gives the logits of the last position."""
+
+    def __init__(self, llm: nn.Module, mask: Tensor) -> None:
+        from transformers import DynamicCache
+
+        self.llm = llm
+        self.mask = mask  # [B, T so far], 0 where a row is padded on the left
+        self.cache = DynamicCache()
+
+    def feed(self, embeds: Tensor) -> Tensor:
+        """[B, t, L] -> float32 logits [B, V] of the last position."""
+        length = embeds.shape[1]
+        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        hidden = self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return self.llm.lm_head(hidden[:, -1]).float()
+
+    def feed_ids(self, ids: Tensor) -> Tensor:
+        """The next id of each row [B] -> logits [B, V]."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
+        return self.feed(self.llm.get_input_embeddings()(ids).unsqueeze(1))
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the given rows of cache and mask, in that order."""
+        self.cache.reorder_cache(rows)
+        self.mask = self.mask[rows]
+
+
+@torch.inference_mode()
+def generate(
+    llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int
+) -> list[Generated]:
+    """Continues each row of a batch of contexts.
+
+    Args:
+        llm: a causal LM of transformers.
+        embeds: contexts [B, T, L], shorter ones padded on the left.
+        mask: int64 [B, T], 0 on padding.
+        options: see there; beam search takes one row after the other.
+        bos: id of the begin token.
+        eos: id of the end token; a row ends with it or where ``options.stop`` says so.
+
+    Returns:
+        A result a row; the token that ended a row is the last of its ids.
+    """
+    if options.num_beams > 1:
+        return [_beam_search(llm, embeds[i : i + 1], mask[i : i + 1], options, bos, eos) for i in range(len(embeds))]
+    decoder = _Decoder(llm, mask)
+    logits = decoder.feed(embeds)
+    rows: list[list[int]] = [[] for _ in embeds]
+    running = [True] * len(rows)
+    history = torch.empty((len(rows), 0), dtype=torch.long, device=embeds.device)
+    for step in range(options.max_new_tokens):
+        scores = next_token_scores(logits, history, options, bos, eos)
+        chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if options.do_sample else scores.argmax(-1)
+        for i, token_id in enumerate(chosen.tolist()):
+            if running[i]:
+                rows[i].append(token_id)
+                running[i] = token_id != eos and not options.stop(rows[i])
+        if not any(running) or step + 1 == options.max_new_tokens:
+            break
+        history = torch.cat([history, chosen.unsqueeze(1)], 1)
+        logits = decoder.feed_ids(chosen)
+    return [Generated(row) for row in rows]
+
+
+def _beam_search(
+    llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int
+) -> Generated:
+    """Beam search for one context [1, T, L], scored by sum of log-probabilities / length ** length_penalty.
+
+    The length counts the begin token and not the end token. A beam that ``options.stop`` ends is finished with
+    its last token kept, as an end token would finish it.
+    """
+    num_beams, device = options.num_beams, embeds.device
+    decoder = _Decoder(llm, mask.repeat_interleave(num_beams, 0))
+    logits = decoder.feed(embeds.repeat_interleave(num_beams, 0))
+    beams: list[list[int]] = [[] for _ in range(num_beams)]
+    sums = torch.full((num_beams,), -1e9, device=device)
+    sums[0] = 0.0  # all beams start alike: only one may spread
+    finished: list[tuple[float, list[int]]] = []
+
+    def finish(total: float, ids: list[int], length: int) -> None:
+        finished.append((total / length**options.length_penalty, ids))
+        finished.sort(key=lambda entry: entry[0], reverse=True)
+        del finished[num_beams:]
+
+    is_done = False
+    while not is_done and len(beams[0]) < options.max_new_tokens:
+        log_probs = logits.log_softmax(-1)
+        history = torch.tensor(beams, dtype=torch.long, device=device).reshape(num_beams, -1)
+        totals = next_token_scores(log_probs, history, options, bos, eos) + sums[:, None]
+        if options.do_sample:
+            drawn = torch.multinomial(totals.flatten().softmax(-1), 2 * num_beams)
+            best, order = totals.flatten()[drawn].sort(descending=True)
+            candidates = drawn[order]
+        else:
+            best, candidates = totals.flatten().topk(2 * num_beams)
+        length = 1 + len(beams[0])  # of the hypotheses so far, begin token included
+        kept: list[tuple[float, int, int]] = []  # total, source beam, token
+        for rank, (total, flat) in enumerate(zip(best.tolist(), candidates.tolist(), strict=True)):
+            source, token_id = divmod(flat, logits.shape[1])
+            if token_id == eos:
+                if rank < num_beams:
+                    finish(total, [*beams[source], eos], length)
+            elif options.stop([*beams[source], token_id]):
+                if rank < num_beams:
+                    finish(total, [*beams[source], token_id], length + 1)
+            else:
+                kept.append((total, source, token_id))
+            if len(kept) == num_beams:
+                break
+        if len(kept) < num_beams:  # more endings among the candidates than there are spare ones
+            break
+        is_done = len(finished) == num_beams and finished[-1][0] >= best[0].item() / length**options.length_penalty
+        beams = [[*beams[source], token_id] for _, source, token_id in kept]
+        sums = torch.tensor([total for total, _, _ in kept], device=device)
+        if not is_done and len(beams[0]) < options.max_new_tokens:
+            decoder.reorder(torch.tensor([source for _, source, _ in kept], device=device))
+            logits = decoder.feed_ids(torch.tensor([token_id for _, _, token_id in kept], device=device))
+    if not is_done:
+        for total, ids in zip(sums.tolist(), beams, strict=True):
+            finish(total, ids, 1 + len(ids))
+    return Generated(finished[0][1], [ids for _, ids in finished], [score for score, _ in finished])

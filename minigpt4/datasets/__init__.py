@@ -1,0 +1,1 @@
+"""Data: builders (YAML to data sets), data sets (what a sample is), loaders (what a batch is)."""

@@ -1,0 +1,72 @@
+"""What both kinds of data set share: the place of a reader, one sample, and why a sample is skipped."""
+
+import io
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+ImageProcessor = Callable[[Image.Image], Any]
+TextProcessor = Callable[[str], str]
+Sample = dict[str, Any]  # image: tensor [3, S, S]; text_input: str; instruction: str or None
+
+MAX_BAD_IN_A_ROW = 1000  # a source without a single usable sample among so many is a mistake, not bad luck
+
+
+class SkipSample(Exception):
+    """A sample cannot be used; the message is the kind that is counted."""
+
+
+@dataclass
+class Place:
+    """Which part of the data one loader worker reads, and what it had to skip there.
+
+    Part ``index`` of ``count``: workers of all ranks together. A run is repeated by the same seed on the same parts.
+    """
+
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    worker: int = 0
+    num_workers: int = 1
+    epoch: int = 0
+    batch_size: int = 1
+    first_batch: int = 0  # batches that this source gave to each rank before this epoch
+    skipped: Counter = field(default_factory=Counter)
+
+    @property
+    def index(self) -> int:
+        """Number of this part."""
+        return self.rank * self.num_workers + self.worker
+
+    @property
+    def count(self) -> int:
+        """Number of parts."""
+        return self.world_size * self.num_workers
+
+    def sub_seed(self, *names: Any) -> int:
+        """A seed of its own for whatever the names say, the same in every process and run."""
+        return zlib.crc32(repr((self.seed, *names)).encode())
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Bytes of a JPEG, PNG or WebP to an RGB image; raises SkipSample for whatever is not one."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data)).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SkipSample("image too large") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise SkipSample("unreadable image") from error
+
+
+def check_caption(caption: Any) -> str:
+    """Returns a caption that is text; raises SkipSample for anything else."""
+    if not isinstance(caption, str) or not caption.strip():
+        raise SkipSample("no caption")
+    return caption

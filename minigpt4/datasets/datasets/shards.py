@@ -1,0 +1,183 @@
+"""Shards of img2dataset in the webdataset form: laion and cc_sbu of stage 1."""
+
+import glob
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from webdataset.tariterators import tarfile_samples
+
+from minigpt4.common.device import local_seed
+from minigpt4.common.errors import UserError
+from minigpt4.datasets.datasets.sample import (
+    MAX_BAD_IN_A_ROW,
+    ImageProcessor,
+    Place,
+    Sample,
+    SkipSample,
+    TextProcessor,
+    check_caption,
+    decode_image,
+)
+
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+MAX_EMPTY_SHARDS_IN_A_ROW = 20
+
+
+class ShardDataset:
+    """Tar files of KEY.jpg (jpeg, png, webp) with KEY.json ({"caption": …}) or KEY.txt.
+
+    Args:
+        name: of the data set, for seeds and messages.
+        shards: paths or URLs of the tar files.
+        vis_processor: RGB image to tensor [3, S, S].
+        text_processor: caption to caption.
+        shuffle_buffer: undecoded samples that a worker holds to draw from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: list[str],
+        vis_processor: ImageProcessor,
+        text_processor: TextProcessor = str,
+        shuffle_buffer: int = 1000,
+    ) -> None:
+        self.name = name
+        self.shards = shards
+        self.vis_processor = vis_processor
+        self.text_processor = text_processor
+        self.shuffle_buffer = shuffle_buffer
+
+    def endless(self, place: Place) -> Iterator[Sample]:
+        """Samples for ever: shards drawn with replacement, shuffled in a buffer, anew each epoch.
+
+        Raises:
+            UserError: the shards are empty, or hold nothing usable for a long stretch.
+        """
+        rng = random.Random(place.sub_seed(self.name, place.epoch, place.rank, place.worker))
+        num_bad = 0
+        for number, raw in enumerate(self._shuffled(self._drawn(rng, place), rng)):
+            try:
+                with local_seed(place.sub_seed(self.name, place.epoch, place.rank, place.worker, number)):
+                    sample = self.process(raw)
+                num_bad = 0
+            except SkipSample as skip:
+                place.skipped[str(skip)] += 1
+                num_bad += 1
+                if num_bad == MAX_BAD_IN_A_ROW:
+                    raise UserError(self._nothing_usable(place.skipped)) from skip
+                continue
+            yield sample
+
+    def once(self, place: Place) -> Iterator[Sample]:
+        """This part's share of all samples, each once; what cannot be used is counted."""
+        for number, raw in enumerate(self._read(self.shards, place.skipped)):
+            if number % place.count == place.index:
+                try:
+                    yield self.process(raw)
+                except SkipSample as skip:
+                    place.skipped[str(skip)] += 1
+
+    def process(self, raw: dict[str, Any]) -> Sample:
+        """Decodes and processes one undecoded sample; raises SkipSample where it cannot be used."""
+        image = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
+        if image is None:
+            raise SkipSample("no image")
+        caption = check_caption(_caption(raw))
+        return {
+            "image": self.vis_processor(decode_image(image)),
+            "text_input": self.text_processor(caption),
+            "instruction": None,
+        }
+
+    def _drawn(self, rng: random.Random, place: Place) -> Iterator[dict[str, Any]]:
+        num_empty = 0
+        while True:
+            is_empty = True
+            for raw in self._read([rng.choice(self.shards)], place.skipped):
+                is_empty = False
+                yield raw
+            num_empty = num_empty + 1 if is_empty else 0
+            if num_empty == MAX_EMPTY_SHARDS_IN_A_ROW:
+                raise UserError(self._nothing_usable(place.skipped))
+
+    def _shuffled(self, samples: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[dict[str, Any]]:
+        # Filled to a tenth before the first sample goes out, then growing to its full size while samples flow.
+        buffer: list[dict[str, Any]] = []
+        for count, raw in enumerate(samples, 1):
+            buffer.append(raw)
+            is_growing = len(buffer) < self.shuffle_buffer and (len(buffer) < self.shuffle_buffer // 10 or count % 2)
+            if not is_growing:
+                i = rng.randrange(len(buffer))
+                buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                yield buffer.pop()
+
+    def _read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
+        return tarfile_samples(({"url": shard} for shard in shards), handler=self._counting(skipped))
+
+    def _counting(self, skipped: Counter) -> Callable[[Exception], bool]:
+        def handler(error: Exception) -> bool:
+            is_duplicate = isinstance(error, ValueError) and "duplicate file name" in str(error)
+            skipped["duplicate file in a shard" if is_duplicate else "unreadable shard"] += 1
+            if not is_duplicate:
+                logging.warning("%s: a shard cannot be read on: %s", self.name, str(error)[:200])
+            return True
+
+        return handler
+
+    def _nothing_usable(self, skipped: Counter) -> str:
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items()) or "the shards are empty"
+        return (
+            f"Data set {self.name} gives no usable sample ({kinds}); {len(self.shards)} shards, first {self.shards[0]}. "
+            "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md."
+        )
+
+
+def _caption(raw: dict[str, Any]) -> Any:
+    if "json" in raw:
+        try:
+            content = json.loads(raw["json"])
+        except (ValueError, RecursionError) as error:
+            raise SkipSample("unreadable json") from error
+        if isinstance(content, dict) and content.get("caption") is not None:
+            return content["caption"]
+    if "txt" in raw:
+        return raw["txt"].decode("utf-8", errors="replace").strip()
+    return None
+
+
+def expand_shards(storage: str | list[str], key: str) -> list[str]:
+    """Expands brace patterns, globs, folders and lists of them to shard paths; URLs pass through.
+
+    Raises:
+        UserError: nothing is there; where only some are missing, a warning tells how many and the rest is used.
+    """
+    patterns = [storage] if isinstance(storage, str) else list(storage)
+    expanded = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
+    shards, missing = [], []
+    for path in expanded:
+        if "://" in path or path.startswith("pipe:"):
+            shards.append(path)
+        elif Path(path).is_dir():
+            shards += sorted(map(str, Path(path).glob("*.tar")))
+        elif Path(path).is_file():
+            shards.append(path)
+        elif found := sorted(glob.glob(path)):
+            shards += found
+        else:
+            missing.append(path)
+    if not shards:
+        hint = "it is still the placeholder" if "path/to/" in str(storage) else f"seen from {Path.cwd()}"
+        raise UserError(f"{key}: no shard is at '{storage}' ({hint}); set it to the tar files of img2dataset.")
+    if missing:
+        logging.warning(
+            "%s: %d of %d shards are missing (first: %s); going on with the others.",
+            *(key, len(missing), len(expanded), missing[0]),
+        )
+    return shards
