@@ -1,1 +1,1 @@
-"""A small world that the real code runs on: scenes, tiny frozen backbones, and the script that trained them."""
+"""The small world in which the whole of MiniGPT-4 runs on a CPU: scenes, tiny frozen backbones, both stages."""

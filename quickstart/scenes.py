@@ -1,4 +1,4 @@
-"""Scenes of one to three objects on a 3x3 grid: drawn, rendered, put into words, read back, and written as data sets."""
+"""Scenes of one to three objects on a 3x3 grid: drawn, rendered, put into words, read back, written as data sets."""
 
 import hashlib
 import io

@@ -81,3 +81,9 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def leave() -> None:
+    """Leaves the process group, where there is one."""
+    if is_dist_avail_and_initialized():
+        dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Names in YAML files to classes. A lookup imports the room that holds the built-in classes, so it needs no star import."""
+"""Names in YAML files to classes. A lookup imports the room of the built-in classes, so no star import is needed."""
 
 import importlib
 from collections.abc import Callable

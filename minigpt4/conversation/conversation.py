@@ -129,7 +129,7 @@ class Chat:
 
     @torch.inference_mode()
     def upload_img(self, image: str | Path | Image.Image | Tensor, conv: Conversation, img_list: list[Tensor]) -> str:
-        """Encodes an image (a file, a PIL image, or a processed tensor [3, S, S] or [1, 3, S, S]) into the conversation.
+        """Encodes an image (file, PIL image, or processed tensor [3, S, S] or [1, 3, S, S]) into the conversation.
 
         Raises:
             UserError: the file is not an image that can be read.

@@ -56,7 +56,9 @@ def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOption
         TopPLogitsWarper,
     )
 
-    history = torch.cat([torch.full_like(history[:, :1] if history.numel() else history.new_zeros(len(history), 1), bos), history], 1)
+    history = torch.cat(
+        [torch.full_like(history[:, :1] if history.numel() else history.new_zeros(len(history), 1), bos), history], 1
+    )
     scores = logits
     if options.repetition_penalty != 1.0:
         scores = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)(history, scores)

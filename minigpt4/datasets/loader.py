@@ -135,7 +135,5 @@ def validation_batches(
     name: str, dataset: Any, batch_size: int, num_workers: int, seed: int, pin_memory: bool = False
 ) -> Iterator[Batch]:
     """Every sample of a data set once, shared out over the ranks."""
-    place = Place(
-        seed=seed, rank=dist_utils.get_rank(), world_size=dist_utils.get_world_size(), batch_size=batch_size
-    )
+    place = Place(seed=seed, rank=dist_utils.get_rank(), world_size=dist_utils.get_world_size(), batch_size=batch_size)
     return _loader(_Batches(name, dataset, place, None), num_workers, pin_memory)

@@ -35,7 +35,9 @@ def load_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
     # Old files carry the rotary frequencies, which are computed today; tied heads may be left out.
     unknown = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
-    missing = [name for name in info["missing_keys"] if not (name == "lm_head.weight" and config.get("tie_word_embeddings"))]
+    missing = [
+        name for name in info["missing_keys"] if not (name == "lm_head.weight" and config.get("tie_word_embeddings"))
+    ]
     if missing or unknown or info["mismatched_keys"]:
         raise UserError(
             f"{KEY}: the files in {folder} do not fit its config.json: missing {sorted(missing)[:3]}, "

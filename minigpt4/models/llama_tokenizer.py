@@ -63,7 +63,9 @@ class LlamaTokenizer:
         for token in self._added:
             self._strips.setdefault(token, True)
         self._added_names = {token_id: token for token, token_id in self._added.items()}
-        self._split = re.compile("(" + "|".join(re.escape(t) for t in sorted(self._strips, key=len, reverse=True)) + ")")
+        self._split = re.compile(
+            "(" + "|".join(re.escape(t) for t in sorted(self._strips, key=len, reverse=True)) + ")"
+        )
 
     bos_token: str
     eos_token: str
@@ -190,9 +192,7 @@ class LlamaTokenizer:
         if return_tensors == "pt":
             return BatchEncoding(input_ids=torch.tensor(rows), attention_mask=torch.tensor(masks))
         single = isinstance(text, str)
-        return BatchEncoding(
-            input_ids=rows[0] if single else rows, attention_mask=masks[0] if single else masks
-        )
+        return BatchEncoding(input_ids=rows[0] if single else rows, attention_mask=masks[0] if single else masks)
 
     def _piece(self, token_id: int) -> str:
         return self._added_names.get(token_id) or self.sp_model.id_to_piece(token_id)

@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ class MiniGPT4(nn.Module):
         vit_dtype: precision that the vision side computes in, where the device computes in half precisions.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT = {"pretrain_vicuna": "configs/models/minigpt4.yaml"}
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {"pretrain_vicuna": "configs/models/minigpt4.yaml"}
 
     def __init__(
         self,
@@ -122,7 +122,9 @@ class MiniGPT4(nn.Module):
         device = device or devices.pick()
         hub_json, hub_lm = ("*.index.json", "*.json"), ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
         llama_folder = weights.locate(cfg.get("llama_model"), "model.llama_model", hub_lm)
-        vit_file = weights.locate(cfg.get("vit_weights", VIT_URL), "model.vit_weights", (*hub_json[:1], "vision_model.*"))
+        vit_file = weights.locate(
+            cfg.get("vit_weights", VIT_URL), "model.vit_weights", (*hub_json[:1], "vision_model.*")
+        )
         q_former_file = weights.locate(
             cfg.get("q_former_model", Q_FORMER_URL),
             "model.q_former_model",
@@ -232,7 +234,9 @@ class MiniGPT4(nn.Module):
                 cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
             elif rows != lm_width:
                 made_for, there = sizes.get(rows, f"{rows} wide"), sizes.get(lm_width, f"{lm_width} wide")
-                cause = f"The projection was made for a {made_for} LM, model.llama_model is {there}: take the matching one."
+                cause = (
+                    f"The projection was made for a {made_for} LM, model.llama_model is {there}: take the matching one."
+                )
             else:
                 cause = "model.qformer_config describes another Q-Former than the one it was trained with."
             raise UserError(
@@ -262,7 +266,9 @@ class MiniGPT4(nn.Module):
             parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
             state = "trained" if any(p.requires_grad for p in parameters) else "frozen"
             dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-            logging.info("%-15s %14s parameters  %-9s %s", name, f"{sum(p.numel() for p in parameters):,}", dtypes, state)
+            logging.info(
+                "%-15s %14s parameters  %-9s %s", name, f"{sum(p.numel() for p in parameters):,}", dtypes, state
+            )
 
     def train(self, mode: bool = True) -> "MiniGPT4":
         """Switches the trained parts only; frozen ones stay in eval mode for good."""
@@ -284,6 +290,7 @@ class MiniGPT4(nn.Module):
         """Images [B, 3, S, S], normalised, to LM inputs [B, Q, L] and their attention mask [B, Q] (int64 ones)."""
         in_half = self.vit_dtype != torch.float32
         with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
+            # Without a half precision of its own, the vision side follows the autocast around it.
             with devices.autocast(image.device, self.vit_dtype) if in_half else nullcontext():
                 image_tokens = self.ln_vision(self.visual_encoder.forward_features(image))  # [B, N, W]
                 queries = self.query_tokens.expand(image.shape[0], -1, -1)
@@ -346,7 +353,7 @@ class MiniGPT4(nn.Module):
         """The loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, S, S] and ``text_input`` (B captions), optionally ``instruction`` (B texts or None).
+            samples: ``image`` [B, 3, S, S], ``text_input`` (B captions), optionally ``instruction`` (B texts or None).
 
         Returns:
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without

@@ -116,11 +116,15 @@ def read_align_folder(folder: Path, key: str) -> list[Pair]:
     """
     file = folder / "filter_cap.json"
     if not file.is_file():
-        raise UserError(f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ with ID.jpg files.")
+        raise UserError(
+            f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ with ID.jpg files."
+        )
     content = _parse(file.read_bytes(), f"{key}: {file}")
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not annotations:
-        raise UserError(f'{key}: {file} has no annotations; expected {{"annotations": [{{"image_id", "caption"}}, …]}}.')
+        raise UserError(
+            f'{key}: {file} has no annotations; expected {{"annotations": [{{"image_id", "caption"}}, …]}}.'
+        )
     pairs = []
     for i, entry in enumerate(annotations):
         if not isinstance(entry, dict) or "image_id" not in entry or "caption" not in entry:

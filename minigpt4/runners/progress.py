@@ -1,0 +1,141 @@
+"""What a run tells while it works: console lines, a progress bar, metrics.jsonl, TensorBoard or wandb."""
+
+import json
+import logging
+import sys
+import time
+from collections import Counter
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from minigpt4.common import device as devices
+from minigpt4.common import dist_utils
+from minigpt4.common.errors import UserError
+from minigpt4.common.logger import log_skipped
+
+
+class Tracker:
+    """Sends numbers to metrics.jsonl and, by ``run.tracker``, to TensorBoard or wandb; main process only."""
+
+    def __init__(self, kind: str | None, folder: Path, config: dict[str, Any]) -> None:
+        self._file = folder / "metrics.jsonl" if dist_utils.is_main_process() else None
+        self._send = None
+        if self._file is None or kind is None:
+            return
+        try:
+            if kind == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                writer = SummaryWriter(str(folder))
+                self._send = lambda step, values: [writer.add_scalar(n, v, step) for n, v in values.items()]
+            else:
+                import wandb
+
+                run = wandb.init(dir=str(folder), config=config, name=folder.name)
+                self._send = lambda step, values: run.log(values, step=step)
+        except ImportError as error:
+            raise UserError(
+                f"run.tracker is '{kind}', which is not installed ({error}); pip install {kind}."
+            ) from error
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Records named numbers at a global step."""
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._send is not None:
+            self._send(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
+
+
+class EpochProgress:
+    """Counts an epoch and reports every ``log_freq`` iterations; losses stay on the device until then."""
+
+    def __init__(self, epoch: int, num_iters: int, log_freq: int, device: torch.device, tracker: Tracker) -> None:
+        self.epoch = epoch
+        self.num_iters = num_iters
+        self.log_freq = max(1, log_freq)
+        self.device = device
+        self.tracker = tracker
+        self.skipped: dict[str, Counter] = {}
+        self._loss_sum = torch.zeros((), device=device)
+        self._window_loss = torch.zeros((), device=device)
+        self._lr_sum = 0.0
+        self._window: Counter = Counter()
+        self._start = self._window_start = time.perf_counter()
+        is_bar_shown = dist_utils.is_main_process() and sys.stderr.isatty()
+        self._redirect = logging_redirect_tqdm()
+        self._redirect.__enter__()
+        self._bar = tqdm(total=num_iters, desc=f"epoch {epoch}", disable=not is_bar_shown, leave=False)
+
+    def add(self, i: int, step: int, output: dict[str, Any], batch: dict[str, Any], lr: float, waited: float) -> None:
+        """Takes in iteration ``i`` of the epoch, global step ``step``; ``waited``: its seconds without data."""
+        loss = output["loss"].detach()
+        finite = torch.where(loss.isfinite(), loss, 0.0)
+        self._loss_sum += finite
+        self._window_loss += finite
+        self._lr_sum += lr
+        world = dist_utils.get_world_size()
+        self._window["iters"] += 1
+        self._window["images"] += len(batch["text_input"]) * world
+        self._window["tokens"] += output.get("num_tokens", 0) * world
+        self._window["padded_tokens"] += output.get("num_padded_tokens", 0) * world
+        self._window["waited"] += waited
+        self.skipped.setdefault(batch.get("source", "data"), Counter()).update(batch.get("skipped", {}))
+        self._bar.update()
+        if i % self.log_freq == 0 or i + 1 == self.num_iters:
+            self._report(i, step, lr)
+
+    def _report(self, i: int, step: int, lr: float) -> None:
+        now = time.perf_counter()
+        seconds, window = max(now - self._window_start, 1e-9), self._window
+        values = {
+            "epoch": self.epoch,
+            "lr": lr,
+            "loss": self._window_loss.item() / window["iters"],
+            "time": seconds / window["iters"],
+            "data": window["waited"] / window["iters"],
+            "images/s": window["images"] / seconds,
+            "tokens/s": window["tokens"] / seconds,
+            "padded tokens/s": window["padded_tokens"] / seconds,
+            "max mem": devices.max_memory_mib(self.device),
+        }
+        left = (now - self._start) / (i + 1) * (self.num_iters - i - 1)
+        logging.info(
+            "Train: data epoch: [%d]  [%d/%d]  eta: %s  lr: %.6g  loss: %.4f  time: %.4f  data: %.4f (%.0f %%)  "
+            "images/s: %.1f  tokens/s: %.0f (padded %.0f)  max mem: %.0f MB",
+            *(self.epoch, i, self.num_iters, timedelta(seconds=int(left)), lr, values["loss"], values["time"]),
+            *(values["data"], 100 * values["data"] / values["time"], values["images/s"], values["tokens/s"]),
+            *(values["padded tokens/s"], values["max mem"]),
+        )
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{lr:.3g}", images=f"{values['images/s']:.1f}/s")
+        self.tracker.log(step, values)
+        self._window_loss.zero_()
+        self._window.clear()
+        self._window_start = now
+
+    def close(self) -> dict[str, float]:
+        """Ends the epoch: tells what was skipped, and returns the mean loss over all ranks and the mean rate."""
+        self._bar.close()
+        self._redirect.__exit__(None, None, None)
+        total: dict[str, Counter] = {}
+        for skipped in dist_utils.gather(self.skipped):
+            for name, counts in skipped.items():
+                total.setdefault(name, Counter()).update(counts)
+        for name, counts in total.items():
+            log_skipped(counts, name)
+        self.skipped = total
+        mean = dist_utils.all_sum(self._loss_sum.clone()) / (self.num_iters * dist_utils.get_world_size())
+        seconds = time.perf_counter() - self._start
+        per_iter = seconds / self.num_iters
+        logging.info(
+            "Train: data epoch: [%d] Total time: %s (%.4f s / it)",
+            self.epoch,
+            timedelta(seconds=int(seconds)),
+            per_iter,
+        )
+        return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean.item()}

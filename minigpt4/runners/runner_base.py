@@ -1,0 +1,350 @@
+"""The training loop: epochs of a fixed number of iterations, validation, checkpoints, resume."""
+
+import json
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from minigpt4.common import device as devices
+from minigpt4.common import dist_utils, weights
+from minigpt4.common.errors import UserError
+from minigpt4.common.optims import parameter_groups
+from minigpt4.common.registry import registry
+from minigpt4.datasets.loader import TrainLoader, validation_batches
+from minigpt4.runners.progress import EpochProgress, Tracker
+
+
+@dataclass
+class TrainState:
+    """What a resumed run must know besides weights and optimizer."""
+
+    epoch: int = 0  # the next one to train
+    step: int = 0  # iterations done in all
+    best_loss: float = float("inf")
+    num_nonfinite: int = 0  # updates left out because a loss was not finite
+    num_nonfinite_in_a_row: int = 0
+
+
+@registry.register_runner("runner_base")
+class RunnerBase:
+    """Trains the parts of a model that require gradients.
+
+    Args:
+        cfg: the merged configuration.
+        job_id: name of the folder under ``run.output_dir``; rank 0's counts, and an existing folder is never used.
+        task: gives the steps.
+        model: built and loaded; the runner moves it to the device.
+        datasets: {name: {split: data set}}.
+    """
+
+    def __init__(self, cfg: Any, job_id: str, task: Any, model: nn.Module, datasets: dict[str, dict[str, Any]]) -> None:
+        self.config = cfg
+        self.run_cfg = cfg.run_cfg
+        self.task = task
+        self.datasets = datasets
+        self.device = devices.pick(self.run_cfg.get("device", "auto"), devices.local_rank())
+        self.model = model.to(self.device)
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.wrapped_model = self._wrap(model)
+        self.amp_dtype = self._amp_dtype()
+        self.scaler = devices.make_scaler(self.device, self.amp_dtype)
+        self.state = TrainState()
+        self.max_epoch = int(self.run_cfg.get("max_epoch", 1))
+        self.iters_per_epoch = self._iters_per_epoch()
+        self.accum_grad_iters = int(self.run_cfg.get("accum_grad_iters", 1))
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05))),
+            lr=float(self.run_cfg.get("init_lr", 1e-4)),
+            betas=(0.9, self.run_cfg.get("beta2", 0.999)),
+        )
+        init_lr = float(self.run_cfg.get("init_lr", 1e-4))
+        self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
+            optimizer=self.optimizer,
+            max_epoch=self.max_epoch,
+            iters_per_epoch=self.iters_per_epoch,
+            min_lr=float(self.run_cfg.get("min_lr", 0.0)),
+            init_lr=init_lr,
+            warmup_steps=int(self.run_cfg.get("warmup_steps", 0)),
+            warmup_start_lr=float(self.run_cfg.get("warmup_lr", -1)),
+            decay_rate=self.run_cfg.get("lr_decay_rate"),
+        )
+        self.output_dir = self._make_output_dir(job_id)
+        self.tracker = Tracker(self.run_cfg.get("tracker"), self.output_dir, cfg.to_dict())
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if dist_utils.get_world_size() == 1 or not self.trained:
+            return model
+        device_ids = None if self.device.type == "cpu" else [self.device.index]
+        # Buffers are constants and frozen weights the same files: only gradients of the trained part travel.
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+    def _amp_dtype(self) -> torch.dtype:
+        if not self.run_cfg.get("amp", False):
+            return torch.float32
+        half = devices.half_dtype(self.device)
+        if half == torch.float32:
+            logging.info("run.amp: computing in float32, as this device has no faster half precision.")
+            return half
+        return devices.DTYPES[self.run_cfg.get("amp_dtype")] if self.run_cfg.get("amp_dtype") else half
+
+    def _iters_per_epoch(self) -> int:
+        if self.run_cfg.get("iters_per_epoch"):
+            return int(self.run_cfg.iters_per_epoch)
+        splits = self.run_cfg.get("train_splits", ["train"])
+        sources = [dataset[split] for dataset in self.datasets.values() for split in splits if split in dataset]
+        if not sources or not all(hasattr(source, "__len__") for source in sources):
+            raise UserError("run.iters_per_epoch is not set; shards have no length, so give it a number.")
+        batch = int(self.run_cfg.get("batch_size_train", 1)) * dist_utils.get_world_size()
+        return max(1, sum(len(source) for source in sources) // batch)
+
+    def _make_output_dir(self, job_id: str) -> Path:
+        root, folder = Path(self.run_cfg.get("output_dir", "output")), None
+        if dist_utils.is_main_process():
+            names = (f"{job_id}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
+            for name in names:
+                try:
+                    (root / name).mkdir(parents=True)
+                except FileExistsError:
+                    continue
+                except OSError as error:
+                    raise UserError(f"run.output_dir: {root / name} cannot be made ({error}).") from error
+                folder = root / name
+                break
+            self.config.save(folder / "config.yaml")
+            self._log_line({"config": self.config.to_dict()}, folder)
+        folder = dist_utils.agree(folder)
+        logging.info("Writing to %s", folder)
+        return folder
+
+    @dist_utils.main_process
+    def _log_line(self, content: dict[str, Any], folder: Path | None = None) -> None:
+        with ((folder or self.output_dir) / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+    def train(self) -> None:
+        """Runs what the configuration asks for: all epochs, or with ``run.evaluate`` the validation alone."""
+        start = time.time()
+        if self.run_cfg.get("resume_ckpt_path"):
+            self.load_checkpoint(self.run_cfg.resume_ckpt_path)
+        if self.run_cfg.get("evaluate", False):
+            self.evaluate()
+            return
+        if not self.trained:
+            raise UserError("Nothing in this model is trained: all parameters are frozen.")
+        loader = self._train_loader()
+        logging.info("Start training")
+        while self.state.epoch < self.max_epoch:
+            stats = self.train_epoch(loader)
+            stats |= self.evaluate()
+            self.state.epoch += 1
+            self.save_checkpoint(stats)
+            self._log_line({"epoch": self.state.epoch - 1, **stats})
+        logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
+
+    def _train_loader(self) -> TrainLoader:
+        sources, ratios = {}, {}
+        for name, splits in self.datasets.items():
+            for split in self.run_cfg.get("train_splits", ["train"]):
+                if split in splits:
+                    sources[name] = splits[split]
+                    section = (self.config.config.get("datasets") or {}).get(name) or {}
+                    ratios[name] = section.get("sample_ratio")
+        return TrainLoader(
+            sources,
+            ratios,
+            batch_size=int(self.run_cfg.get("batch_size_train", 1)),
+            iters_per_epoch=self.iters_per_epoch,
+            num_workers=int(self.run_cfg.get("num_workers", 0)),
+            seed=int(self.run_cfg.get("seed", 42)),
+            pin_memory=self.device.type not in ("cpu", "mps"),
+        )
+
+    def train_epoch(self, loader: TrainLoader) -> dict[str, float]:
+        """One epoch of ``iters_per_epoch`` iterations; returns its mean loss and rate.
+
+        Gradients of iterations that do not fill a group of ``accum_grad_iters`` carry into the next epoch's first
+        update, as in the reference.
+        """
+        epoch, state = self.state.epoch, self.state
+        self.wrapped_model.train()
+        log_freq = int(self.run_cfg.get("log_freq", 50))
+        progress = EpochProgress(epoch, self.iters_per_epoch, log_freq, self.device, self.tracker)
+        batches = loader.epoch(epoch)
+        logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
+        try:
+            for i in range(self.iters_per_epoch):
+                asked = time.perf_counter()
+                batch = next(batches)
+                waited = time.perf_counter() - asked
+                lr = self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
+                output = self.train_step(batch, is_update=(i + 1) % self.accum_grad_iters == 0)
+                state.step += 1
+                progress.add(i, state.step - 1, output, batch, lr, waited)
+        finally:
+            stats = progress.close() if state.step else {}
+        logging.info("Averaged stats: lr: %.6g  loss: %.4f", stats["train_lr"], stats["train_loss"])
+        return stats
+
+    def train_step(self, batch: dict[str, Any], is_update: bool) -> dict[str, Any]:
+        """Forward and backward of one batch and, at the end of a group, the update; returns the model's output."""
+        waits = not is_update and isinstance(self.wrapped_model, DistributedDataParallel)
+        with self.wrapped_model.no_sync() if waits else nullcontext():
+            with devices.autocast(self.device, self.amp_dtype):
+                output = self.task.train_step(self.wrapped_model, self._to_device(batch))
+            loss = output["loss"] / self.accum_grad_iters
+            (self.scaler.scale(loss) if self.scaler else loss).backward()
+        self._bad_losses = getattr(self, "_bad_losses", 0) + (~output["loss"].detach().isfinite()).float()
+        if is_update:
+            self._update()
+        return output
+
+    def _update(self) -> None:
+        """Clips, checks and applies the gradients; a group with a loss that is not finite is left out on all ranks."""
+        is_bad = dist_utils.all_sum(self._bad_losses).item() > 0
+        self._bad_losses = 0
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        if self.run_cfg.get("clip_grad_norm"):
+            nn.utils.clip_grad_norm_(self.trained, float(self.run_cfg.clip_grad_norm))
+        if is_bad:
+            self._count_nonfinite()
+        elif self.scaler:
+            self.scaler.step(self.optimizer)
+            self.state.num_nonfinite_in_a_row = 0
+        else:
+            self.optimizer.step()
+            self.state.num_nonfinite_in_a_row = 0
+        if self.scaler:
+            self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def _count_nonfinite(self) -> None:
+        state, limit = self.state, int(self.run_cfg.get("max_nonfinite", 20))
+        state.num_nonfinite += 1
+        state.num_nonfinite_in_a_row += 1
+        logging.warning(
+            "Step %d: the loss is not finite; update left out (%d so far).", state.step, state.num_nonfinite
+        )
+        if state.num_nonfinite_in_a_row >= limit:
+            raise UserError(
+                f"The loss was not finite {limit} updates in a row (run.max_nonfinite), the last at step {state.step}. "
+                "Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision also does this."
+            )
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """The mean loss per target token of every validation and test split, over all ranks."""
+        stats = {}
+        splits = [*(self.run_cfg.get("valid_splits") or []), *(self.run_cfg.get("test_splits") or [])]
+        if not splits:
+            logging.info("No validation splits found.")
+        for split in splits:
+            found = {name: dataset[split] for name, dataset in self.datasets.items() if split in dataset}
+            if not found:
+                raise UserError(f"No data set has a split '{split}'; give one build_info.{split}_storage.")
+            stats[f"{split}_loss"] = self._split_loss(found)
+            logging.info("%s loss: %.4f", split, stats[f"{split}_loss"])
+            self.tracker.log(self.state.step, {f"{split} loss": stats[f"{split}_loss"]})
+        return stats
+
+    def _split_loss(self, datasets: dict[str, Any]) -> float:
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)  # of losses and of target tokens
+        for name, dataset in datasets.items():
+            batches = validation_batches(
+                name,
+                dataset,
+                int(self.run_cfg.get("batch_size_eval", 1)),
+                int(self.run_cfg.get("num_workers", 0)),
+                int(self.run_cfg.get("seed", 42)),
+                pin_memory=self.device.type not in ("cpu", "mps"),
+            )
+            with devices.local_seed(int(self.run_cfg.get("seed", 42))):  # the same prompts every time
+                for batch in batches:
+                    with devices.autocast(self.device, self.amp_dtype):
+                        output = self.task.valid_step(self.model, self._to_device(batch))
+                    if output["num_targets"]:
+                        sums += torch.tensor([output["loss"].item() * output["num_targets"], output["num_targets"]])
+        sums = dist_utils.all_sum(sums.float().to(self.device)).cpu()
+        if sums[1] == 0:
+            raise UserError(f"The validation split of {', '.join(datasets)} holds no usable sample.")
+        return (sums[0] / sums[1]).item()
+
+    def save_checkpoint(self, stats: dict[str, float]) -> None:
+        """Writes checkpoint_{epoch}.pth and, where validation got better, checkpoint_best.pth.
+
+        The trained parameters stand under the reference's keys, which it can load; ``state`` and ``random_states``
+        are for resuming here.
+        """
+        epoch = self.state.epoch - 1
+        random_states = dist_utils.gather(devices.random_state(self.device))
+        valid_losses = [value for name, value in stats.items() if name.removesuffix("_loss") in self._valid_splits()]
+        is_best = bool(valid_losses) and sum(valid_losses) < self.state.best_loss
+        self.state.best_loss = sum(valid_losses) if is_best else self.state.best_loss
+        content = {
+            "model": {name: value.cpu() for name, value in self.model.trainable_state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.config.to_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "epoch": epoch,
+            "state": asdict(self.state),
+            "random_states": random_states,
+            "gradients": [None if p.grad is None else p.grad.cpu() for p in self.trained],
+        }
+        for name in [f"checkpoint_{epoch}.pth", *(["checkpoint_best.pth"] if is_best else [])]:
+            self._write(content, self.output_dir / name)
+
+    def _valid_splits(self) -> list[str]:
+        return list(self.run_cfg.get("valid_splits") or [])
+
+    @dist_utils.main_process
+    def _write(self, content: dict[str, Any], path: Path) -> None:
+        logging.info("Saving checkpoint at epoch %d to %s.", content["epoch"], path)
+        unfinished = path.with_suffix(".tmp")
+        torch.save(content, unfinished)
+        unfinished.replace(path)  # a reader finds the whole file or none
+
+    def load_checkpoint(self, spec: str) -> None:
+        """Takes up a run where a checkpoint, ours or the reference's, left it.
+
+        Raises:
+            UserError: the file is missing, damaged, of another model, or weights alone.
+        """
+        key = "run.resume_ckpt_path"
+        path = weights.locate(spec, key)
+        content = weights.read_file(path, key)
+        if "optimizer" not in content or "epoch" not in content:
+            raise UserError(f"{key}: {path} holds weights alone; to start from them set model.ckpt instead.")
+        self.model.load_checkpoint(path)
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{key}: the optimizer in {path} is of another model ({error}).") from error
+        if self.scaler and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+        epoch = content["epoch"] + 1
+        saved = content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch}
+        self.state = TrainState(**saved)
+        for parameter, gradient in zip(self.trained, content.get("gradients") or [], strict=False):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+        random_states = content.get("random_states") or []
+        if len(random_states) == dist_utils.get_world_size():
+            devices.set_random_state(random_states[dist_utils.get_rank()], self.device)
+        else:
+            logging.warning(
+                "%s holds no random state for %d ranks; going on with fresh ones.", path, dist_utils.get_world_size()
+            )
+        logging.info("Resuming from %s at epoch %d.", path, self.state.epoch)

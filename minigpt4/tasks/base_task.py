@@ -1,0 +1,43 @@
+"""From a configuration to data sets and a model, and from a batch to a loss."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from minigpt4.common import device as devices
+from minigpt4.common.registry import registry
+
+
+class BaseTask:
+    """The task that every other builds on."""
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> "BaseTask":
+        """Builds the task; subclasses may read the configuration."""
+        return cls()
+
+    def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
+        """Every data set of ``cfg.datasets_cfg`` as {name: {split: data set}}."""
+        datasets = {}
+        for name, section in cfg.datasets_cfg.items():
+            builder = registry.get_builder_class(name)(section)
+            builder.name = name
+            datasets[name] = builder.build_datasets()
+        return datasets
+
+    def build_model(self, cfg: Any) -> nn.Module:
+        """The model of ``cfg.model_cfg`` with its weights, on the CPU, in the precisions that fit the run's device."""
+        model_class = registry.get_model_class(cfg.model_cfg.arch)
+        run_cfg = cfg.config.get("run") or {}
+        device = devices.pick(run_cfg.get("device", "auto"), devices.local_rank())
+        return model_class.from_config(cfg.model_cfg, device=device)
+
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
+        """A batch to the model's output, with ``loss`` among it."""
+        return model(samples)
+
+    @torch.no_grad()
+    def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
+        """A validation batch to the model's output, with ``loss`` and ``num_targets`` among it."""
+        return model(samples)

@@ -1,0 +1,9 @@
+"""The task of both stages: predict a caption from its image."""
+
+from minigpt4.common.registry import registry
+from minigpt4.tasks.base_task import BaseTask
+
+
+@registry.register_task("image_text_pretrain")
+class ImageTextPretrainTask(BaseTask):
+    """Nothing beyond the base task; the name is what YAML files say."""

@@ -1,0 +1,1 @@
+"""Tools that prepare files for the model; each is a command of its own."""

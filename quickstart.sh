@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs into .venv (or into $VIRTUAL_ENV where one is active) and runs both stages on the small world.
+set -euo pipefail
+cd "$(dirname "$0")"
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  [ -x .venv/bin/python ] || python3 -m venv .venv
+  export PATH="$PWD/.venv/bin:$PATH"
+fi
+python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+python -m quickstart

@@ -1,0 +1,145 @@
+"""Runs both stages on the small world and shows what they taught: a table, a loss curve, a sheet of pictures.
+
+python -m quickstart
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from PIL import Image
+
+from demo import image_processor
+from minigpt4.common.config import Config
+from minigpt4.common.errors import UserError
+from minigpt4.conversation.conversation import CONV_VISION, Chat
+from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.datasets.datasets.pairs import read_align_folder
+from minigpt4.models import MiniGPT4
+from quickstart import scenes
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "output" / "quickstart"
+NUM_HELD_OUT = 200
+QUESTION = "Describe this image in detail."
+
+
+def write_data() -> list[scenes.Scene]:
+    """Writes shards, alignment folder and held-out pictures; returns the held-out scenes."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    scenes.write_shards(OUTPUT / "shards", num_shards=8, scenes_per_shard=1000, seed=1)
+    scenes.write_alignment(OUTPUT / "align", num_scenes=2000, seed=2)
+    return scenes.write_alignment(OUTPUT / "held_out", num_scenes=NUM_HELD_OUT, seed=3, held_out=True)
+
+
+def train(stage: int) -> None:
+    """Runs train.py on a stage's YAML file, as a user would, and puts its last checkpoint where the next step looks."""
+    command = [sys.executable, "train.py", "--cfg-path", f"train_configs/quickstart_stage{stage}.yaml"]
+    print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
+    subprocess.run(command, check=True, cwd=ROOT)
+    folder = OUTPUT / f"stage{stage}"
+    newest = max(folder.glob("*/checkpoint_*.pth"), key=lambda file: file.stat().st_mtime)
+    shutil.copy(newest, folder / "checkpoint.pth")
+
+
+@torch.inference_mode()
+def measure(name: str, ckpt: Path | None, held_out: list[scenes.Scene]) -> dict[str, Any]:
+    """Loss on the held-out scenes, and how many of their objects the model's own words name fully right."""
+    options = [f"model.ckpt={ckpt if ckpt else 'null'}"]
+    cfg = Config(argparse.Namespace(cfg_path=ROOT / "eval_configs" / "quickstart_eval.yaml", options=options)).check()
+    torch.manual_seed(0)  # of the projection that has not been trained
+    model = MiniGPT4.from_config(cfg.model_cfg)
+    model.prompt_list = model.prompt_list[:1]
+    processor, pairs = image_processor(cfg), read_align_folder(OUTPUT / "held_out", "held_out")
+    chat, answers, loss = Chat(model, processor, model.device), [], 0.0
+    for start in range(0, len(pairs), 50):
+        part = pairs[start : start + 50]
+        images = torch.stack([processor(Image.open(pair.image).convert("RGB")) for pair in part])
+        loss += model({"image": images, "text_input": [pair.caption for pair in part]})["loss"].item() * len(part)
+        convs, img_lists = [CONV_VISION.copy() for _ in part], [[] for _ in part]
+        for image, conv, img_list in zip(images, convs, img_lists, strict=True):
+            chat.upload_img(image, conv, img_list)
+            chat.ask(QUESTION, conv)
+        greedy = GenerationOptions(max_new_tokens=80, do_sample=False)
+        answers += [text for text, _ in chat.answer_all(convs, img_lists, greedy)]
+    share = scenes.share_fully_right(held_out, answers)
+    invented = sum(
+        len(scenes.parse(answer) - set(scene.things)) for scene, answer in zip(held_out, answers, strict=True)
+    )
+    return {"name": name, "loss": loss / len(pairs), "share": share, "invented": invented, "answers": answers}
+
+
+def draw_losses(path: Path) -> None:
+    """The training loss of both stages, from their metrics.jsonl."""
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    offset = 0
+    for stage in (1, 2):
+        file = max((OUTPUT / f"stage{stage}").glob("*/metrics.jsonl"))
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if "loss" in row]
+        axes.plot([offset + row["step"] for row in rows], [row["loss"] for row in rows], label=f"stage {stage}")
+        offset += rows[-1]["step"] + 1
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)", yscale="log", title="Training the projection")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def draw_sheet(path: Path, held_out: list[scenes.Scene], answers: list[str], num_rows: int = 4) -> None:
+    """Held-out pictures with the model's answers; the frame is green where every object is right and none invented."""
+    figure, grid = pyplot.subplots(num_rows, 4, figsize=(13, 3.6 * num_rows))
+    for i, axes in enumerate(grid.flat):
+        axes.imshow(Image.open(OUTPUT / "held_out" / "image" / f"{i}.jpg"))
+        is_right = scenes.parse(answers[i]) == set(held_out[i].things)
+        for spine in axes.spines.values():
+            spine.set(color="green" if is_right else "red", linewidth=4)
+        axes.set(xticks=[], yticks=[])
+        axes.set_xlabel(answers[i].replace(". ", ".\n"), fontsize=9)
+    figure.suptitle(f"“{QUESTION}”: pictures the model never saw")
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Data, both stages, and a measurement before, between and after."""
+    start = time.time()
+    try:
+        held_out = write_data()
+        rows = [measure("before training", None, held_out)]
+        train(1)
+        rows.append(measure("after stage 1", OUTPUT / "stage1" / "checkpoint.pth", held_out))
+        train(2)
+        rows.append(measure("after stage 2", OUTPUT / "stage2" / "checkpoint.pth", held_out))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: {' '.join(error.cmd[1:])} ended with status {error.returncode}; its messages stand above.")
+    draw_losses(OUTPUT / "loss.png")
+    draw_sheet(OUTPUT / "answers.png", held_out, rows[-1]["answers"])
+    num_objects = sum(len(scene.things) for scene in held_out)
+    print(f"\n{NUM_HELD_OUT} held-out scenes with {num_objects} objects:\n")
+    print("| | held-out loss | objects fully right | objects invented |\n|---|---|---|---|")
+    for row in rows:
+        print(f"| {row['name']} | {row['loss']:.3f} | {row['share']:.1%} | {row['invented']} |")
+    ceilings = json.loads((ROOT / "quickstart" / "weights" / "pretraining.json").read_text(encoding="utf-8"))
+    for side in ("vision", "text"):
+        print(f"\nCeiling of the frozen {side} side alone: {ceilings[side]['ceiling on held-out objects']:.1%}", end="")
+    print(f"\n\nPictures: {OUTPUT / 'loss.png'}, {OUTPUT / 'answers.png'}")
+    print(f"It took {time.time() - start:.0f} s. Now ask it something yourself:\n")
+    picture = (OUTPUT / "held_out" / "image" / "0.jpg").relative_to(ROOT)
+    print(f'python demo.py --cfg-path eval_configs/quickstart_eval.yaml --image {picture} --greedy --ask "{QUESTION}"')
+
+
+if __name__ == "__main__":
+    main()

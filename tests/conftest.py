@@ -1,0 +1,54 @@
+"""Fixtures: the golden folder and the tiny model with the original's weights."""
+
+import pytest
+import torch
+from golden_data import TINY
+
+from minigpt4.models import MiniGPT4
+
+torch.set_num_threads(1)  # the golden numbers were made so, and the tiny matrices gain nothing from more
+
+TINY_CONFIG = {
+    "llama_model": str(TINY / "llama"),
+    "vit_weights": str(TINY / "eva_vit.safetensors"),
+    "q_former_model": str(TINY / "qformer.safetensors"),
+    "ckpt": str(TINY / "minigpt4_ckpt.pth"),
+    "image_size": 28,
+    "num_query_token": 8,
+    "vit_precision": "fp32",
+    "vit_config": {"patch_size": 14, "embed_dim": 48, "depth": 3, "num_heads": 4},
+    "qformer_config": {
+        "hidden_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of the tiny variant's golden files."""
+    return TINY
+
+
+@pytest.fixture
+def tiny_config():
+    """The ``model`` section that describes the golden weights."""
+    return dict(TINY_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def build():
+    """Builds and loads a tiny model on the CPU, with changes to its section."""
+
+    def from_config(**changes):
+        return MiniGPT4.from_config(TINY_CONFIG | changes, device=torch.device("cpu"))
+
+    return from_config
+
+
+@pytest.fixture(scope="session")
+def model(build):
+    """One loaded tiny model, shared: change it through ``monkeypatch`` only."""
+    return build()

@@ -1,0 +1,167 @@
+"""Training rows, logits, losses and gradients of both stages."""
+
+import pytest
+import torch
+from golden_data import close, read_json, read_tensors
+
+from minigpt4.common.errors import UserError
+from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_MARK, IMAGE_SLOT, read_prompts
+
+FORWARD = read_json("forward.json")
+IMAGES = read_tensors("vision")["image"]
+STAGES = ("stage1", "stage2")
+
+
+@pytest.fixture(params=STAGES)
+def stage(request, model, monkeypatch):
+    """The shared model as a stage sets it up, its golden text side and its golden tensors."""
+    info = FORWARD[request.param]
+    monkeypatch.setattr(model, "max_txt_len", info["max_txt_len"])
+    monkeypatch.setattr(model, "end_sym", info["end_sym"])
+    monkeypatch.setattr(model, "prompt_list", [info["prompt_used"]] if "prompt_used" in info else [])
+    model.zero_grad()
+    yield model, info, read_tensors(f"{request.param}_forward")
+    model.zero_grad()
+
+
+def packed(model, info):
+    return model.pack(info["text_input"], [info.get("prompt_used", IMAGE_MARK)] * 3)
+
+
+def test_rows(stage):
+    model, info, golden = stage
+    ids, mask, labels = packed(model, info)
+    assert torch.equal(mask, golden["attention_mask"])
+    assert torch.equal(labels, golden["labels"])
+    text = golden["text_input_ids"][golden["text_attention_mask"] == 1]
+    assert ids[labels != IGNORED].tolist() == text.tolist()
+    assert (ids == IMAGE_SLOT).sum(1).tolist() == [8] * 3
+    assert ids[mask == 0].unique().tolist() in ([], [model.llama_tokenizer.pad_token_id])
+
+
+def test_prompt_ids(stage):
+    model, info, golden = stage
+    ids = packed(model, info)[0][0].tolist()
+    before = golden.get("prompt_before_ids", torch.tensor([])).flatten().tolist()
+    after = golden.get("prompt_after_ids", torch.tensor([])).flatten().tolist()
+    expected = [model.llama_tokenizer.bos_token_id, *before, *[IMAGE_SLOT] * 8, *after]
+    assert ids[: len(expected)] == expected
+
+
+def test_embeddings_and_logits(stage):
+    model, info, golden = stage
+    ids, mask, labels = packed(model, info)
+    with torch.no_grad():
+        embeds = model.embed(ids, model.encode_img(IMAGES)[0])
+        assert close(embeds, golden["inputs_embeds"], 2e-5)
+        logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask).logits
+    if "logits" in golden:
+        real = mask.bool()
+        assert close(logits[real], golden["logits"][real], 5e-5)
+        return
+    real = mask[:, golden["logits_positions"]].bool()
+    assert close(logits[:, golden["logits_positions"]][real], golden["logits_at_positions"][real], 5e-5)
+    assert close(logits.logsumexp(-1)[mask.bool()], golden["logits_logsumexp"][mask.bool()], 5e-5)
+    targets = labels[:, 1:]
+    logprob = logits[:, :-1].log_softmax(-1).gather(2, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    assert close(logprob * (targets != IGNORED), golden["label_logprob"], 5e-5)
+
+
+def test_loss_and_gradients(stage):
+    model, info, golden = stage
+    output = model({"image": IMAGES, "text_input": info["text_input"]})
+    assert output["loss"].ndim == 0
+    assert output["loss"].item() == pytest.approx(golden["loss"].item(), abs=2e-5)
+    assert output["num_targets"] == (golden["labels"] != IGNORED).sum()
+    assert output["num_tokens"] == golden["attention_mask"].sum()
+    assert output["num_padded_tokens"] == golden["attention_mask"].numel()
+    output["loss"].backward()
+    with_gradient = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert sorted(with_gradient) == sorted(info["params_with_grad"])
+    for name in ("weight", "bias"):
+        expected = golden[f"grad_llama_proj_{name}"]
+        difference = getattr(model.llama_proj, name).grad - expected
+        assert difference.norm() / expected.norm() < 1e-4
+
+
+def test_end_token_written_out_in_a_caption(model, monkeypatch):
+    """Its id is the padding's too, so it is no target, yet it is attended to."""
+    monkeypatch.setattr(model, "max_txt_len", 32)
+    golden = read_tensors("eos_in_text_forward")
+    tokenizer = model.llama_tokenizer
+    rows = [ids[mask == 1] for ids, mask in zip(golden["text_input_ids"], golden["text_attention_mask"], strict=True)]
+    texts = ["a</s> b", tokenizer.decode(rows[1]).removesuffix("\n")]
+    ids, mask, labels = model.pack(texts, [IMAGE_MARK] * 2)
+    assert [model.tokens(text + "\n") for text in texts] == [row.tolist() for row in rows]
+    assert torch.equal(mask, golden["attention_mask"]) and torch.equal(labels, golden["labels"])
+    assert (ids[mask == 1] == tokenizer.eos_token_id).sum() == 1
+    with torch.no_grad():
+        loss = model({"image": IMAGES[:2], "text_input": texts})["loss"]
+    assert loss.item() == pytest.approx(golden["loss"].item(), abs=2e-5)
+
+
+def test_only_the_projection_trains(model):
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"llama_proj.weight", "llama_proj.bias"} == set(model.trainable_state_dict())
+
+
+def test_no_graph_is_kept_for_vision(model):
+    outputs = []
+    parts = (model.visual_encoder.blocks[0], model.ln_vision, model.Qformer)
+    hooks = [part.register_forward_hook(lambda _, __, output: outputs.append(output)) for part in parts]
+    embeds, _ = model.train().encode_img(IMAGES.clone().requires_grad_())
+    for hook in hooks:
+        hook.remove()
+    assert [output.requires_grad for output in outputs] == [False] * 3
+    assert embeds.requires_grad
+
+
+def test_frozen_parts_stay_in_eval_mode(model):
+    model.train()
+    for part in (model.visual_encoder, model.ln_vision, model.Qformer, model.llama_model):
+        assert not any(module.training for module in part.modules())
+    assert model.llama_proj.training
+
+
+def test_unfrozen_vision_gets_gradients(build):
+    model = build(freeze_vit=False, freeze_qformer=False)
+    model({"image": IMAGES, "text_input": ["a", "b", "c"]})["loss"].backward()
+    for name in ("visual_encoder.blocks.0.attn.qkv.weight", "ln_vision.weight", "query_tokens"):
+        assert model.get_parameter(name).grad.norm() > 0
+    assert all(p.grad is None for p in model.llama_model.parameters())
+
+
+def test_instructions_of_samples(model, monkeypatch):
+    monkeypatch.setattr(model, "prompt_list", ["drawn <ImageHere>"])
+    monkeypatch.setattr(model, "prompt_template", "###Human: {} ###Assistant: ")
+    samples = {"text_input": ["a", "b"], "instruction": [None, "What is it?"]}
+    own = "###Human: <Img><ImageHere></Img> What is it? ###Assistant: "
+    assert model.choose_prompts(samples) == ["drawn <ImageHere>", own]
+    monkeypatch.setattr(model, "prompt_template", "")
+    with pytest.raises(UserError, match="prompt_template"):
+        model.choose_prompts(samples)
+
+
+def test_prompt_file(tmp_path):
+    info = FORWARD["stage2"]
+    file = tmp_path / "prompts.txt"
+    lines = [p.removeprefix("###Human: ").removesuffix(" ###Assistant: ") for p in info["prompt_list"]]
+    file.write_text("\n".join(["a line without the mark", *lines]))
+    assert read_prompts(str(file), info["prompt_template"]) == info["prompt_list"]
+    assert read_prompts(None, "") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "template", "words"),
+    [
+        ("no mark", "{}", ("prompt_path", "<ImageHere>")),
+        ("<ImageHere> <ImageHere>", "{}", ("prompt_path", "more than once")),
+        ("<ImageHere>", "", ("prompt_template", "{}")),
+    ],
+)
+def test_bad_prompt_file(tmp_path, content, template, words):
+    file = tmp_path / "prompts.txt"
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        read_prompts(str(file), template)
+    assert all(word in str(error.value) for word in words)

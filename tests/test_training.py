@@ -1,0 +1,179 @@
+"""The runner: the reference's recorded trajectories, checkpoints in both directions, resume, failures."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from golden_data import GOLDEN, read_json
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from minigpt4.common import dist_utils
+from minigpt4.common.config import Config
+from minigpt4.common.errors import UserError
+from minigpt4.models import MiniGPT4
+from minigpt4.runners import RunnerBase
+from minigpt4.tasks import setup_task
+
+TRAINING = json.loads((GOLDEN / "tiny" / "training.json").read_text())
+TENSORS = load_file(GOLDEN / "tiny" / "training.safetensors")
+STAGE2_PROMPT = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
+
+
+class RecordedLoader:
+    """Gives the recorded batches in place of a data set."""
+
+    def __init__(self, iters_per_epoch, model):
+        self.iters_per_epoch = iters_per_epoch
+        self.choices = {}
+        self.model = model
+
+    def epoch(self, epoch):
+        for k in range(epoch * self.iters_per_epoch, (epoch + 1) * self.iters_per_epoch):
+            if k in self.choices:
+                self.model.prompt_list = [self.choices[k]]
+            index = k % len(TRAINING["captions"])
+            yield {"image": TENSORS["images_f16"][index].float(), "text_input": TRAINING["captions"][index]}
+
+
+@pytest.fixture
+def make_runner(tmp_path, tiny_config):
+    def make(run, model=None, job_id="job"):
+        cfg = argparse.Namespace(
+            run_cfg=OmegaConf.create({**run, "output_dir": str(tmp_path), "device": "cpu"}),
+            config=OmegaConf.create({}),
+            to_dict=lambda: {"run": dict(run)},
+            save=lambda path: path.write_text("run: {}"),
+        )
+        model = MiniGPT4.from_config({**tiny_config, **(model or {})})
+        runner = RunnerBase(cfg=cfg, job_id=job_id, task=setup_task(cfg), model=model, datasets={})
+        loader = RecordedLoader(runner.iters_per_epoch, model)
+        runner._train_loader = lambda: loader
+        return runner
+
+    return make
+
+
+def watch(runner):
+    """Records loss and weight of every iteration."""
+    losses, rates, weights, step = [], [], [], runner.train_step
+
+    def train_step(batch, is_update):
+        rates.append(runner.optimizer.param_groups[0]["lr"])
+        output = step(batch, is_update)
+        losses.append(output["loss"].item())
+        weights.append(runner.model.llama_proj.weight.detach().clone())
+        return output
+
+    runner.train_step = train_step
+    return losses, rates, weights
+
+
+@pytest.mark.parametrize("golden", TRAINING["runs"], ids=lambda run: run["name"])
+def test_recorded_trajectory(golden, make_runner):
+    runner = make_runner(golden["run"], golden["model"])
+    if golden["prompt_choices"]:
+        loader = runner._train_loader()
+        prompts = read_json("forward.json")["stage2"]["prompt_list"]
+        loader.choices = {k: prompts[choice] for k, choice in enumerate(golden["prompt_choices"])}
+    losses, rates, weights = watch(runner)
+    runner.train()
+    assert rates == pytest.approx(golden["lr_per_iter"], rel=1e-9)
+    assert losses == pytest.approx(golden["loss_per_iter"], abs=1e-4)
+    recorded = {i: TENSORS.get(f"{golden['name']}.weight_after_iter{i}") for i in range(1, len(weights) + 1)}
+    assert any(weight is not None for weight in recorded.values())
+    for i, weight in recorded.items():
+        if weight is not None:
+            assert (weights[i - 1] - weight).norm() / weight.norm() < 1e-4, f"after iteration {i}"
+
+
+def run_of(name, **changes):
+    return {**next(run["run"] for run in TRAINING["runs"] if run["name"] == name), **changes}
+
+
+def test_checkpoint_has_the_structure_that_the_reference_loads(make_runner):
+    runner = make_runner(run_of("stage1"))
+    runner.train()
+    files = sorted(file.name for file in runner.output_dir.iterdir())
+    assert files == ["checkpoint_0.pth", "checkpoint_1.pth", "config.yaml", "log.txt", "metrics.jsonl"]
+    ours = torch.load(runner.output_dir / "checkpoint_1.pth", weights_only=True)
+    structure = json.loads((GOLDEN / "tiny" / "checkpoint_structure.json").read_text())
+    assert set(structure["top_level_keys"]) <= set(ours)
+    assert {name: list(value.shape) for name, value in ours["model"].items()} == {
+        name: shape for name, shape in structure["model_keys"].items() if name.startswith("llama_proj")
+    }
+    optimizer = structure["optimizer"]
+    assert {
+        str(i): {name: list(value.shape) for name, value in state.items()}
+        for i, state in ours["optimizer"]["state"].items()
+    } == optimizer["state_keys"]
+    for group, golden in zip(ours["optimizer"]["param_groups"], optimizer["param_groups"], strict=True):
+        assert {name: group[name] for name in ("weight_decay", "betas", "params")} == {
+            "weight_decay": golden["weight_decay"],
+            "betas": tuple(golden["betas"]),
+            "params": golden["params"],
+        }
+    theirs = torch.load(GOLDEN / "tiny" / "checkpoint_1.pth", weights_only=True)
+    for name in ("llama_proj.weight", "llama_proj.bias"):
+        torch.testing.assert_close(ours["model"][name], theirs["model"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_resumes_a_checkpoint_of_the_reference(make_runner):
+    runner = make_runner(run_of("stage1", resume_ckpt_path=str(GOLDEN / "tiny" / "checkpoint_1.pth"), max_epoch=3))
+    losses, *_ = watch(runner)
+    runner.train()
+    assert len(losses) == 6
+    assert runner.state.step == 18
+
+
+@pytest.mark.parametrize("accumulation", [1, 2], ids=["plain", "leftover gradients"])
+def test_resumed_run_equals_the_uninterrupted_one(make_runner, accumulation):
+    settings = run_of("stage1", iters_per_epoch=3, accum_grad_iters=accumulation)
+    whole = make_runner(settings, job_id="whole")
+    expected, *_ = watch(whole)
+    whole.train()
+    resumed = make_runner(
+        {**settings, "resume_ckpt_path": str(whole.output_dir / "checkpoint_0.pth")}, job_id="resumed"
+    )
+    losses, *_ = watch(resumed)
+    resumed.train()
+    assert losses == expected[3:]
+    assert torch.equal(resumed.model.llama_proj.weight, whole.model.llama_proj.weight)
+
+
+def test_existing_folder_is_never_used(make_runner):
+    assert make_runner(run_of("stage1")).output_dir != make_runner(run_of("stage1")).output_dir
+
+
+def test_nonfinite_losses_are_left_out_and_then_stop_the_run(make_runner):
+    runner = make_runner(run_of("stage1", max_nonfinite=3))
+    before = runner.model.llama_proj.weight.detach().clone()
+    step = runner.task.train_step
+    runner.task.train_step = lambda model, samples: {
+        **(output := step(model, samples)),
+        "loss": output["loss"] * float("nan"),
+    }
+    with pytest.raises(UserError, match="not finite 3 updates in a row"):
+        runner.train()
+    assert torch.equal(runner.model.llama_proj.weight, before)
+
+
+def test_only_the_projection_learns(make_runner):
+    runner = make_runner(run_of("stage1"))
+    before = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    runner.train()
+    changed = {n for n, value in runner.model.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {"llama_proj.weight", "llama_proj.bias"}
+    assert not runner.model.visual_encoder.training and not runner.model.llama_model.training
+    assert dist_utils.get_world_size() == 1
+
+
+def test_a_checkpoint_of_weights_alone_cannot_be_resumed(make_runner):
+    runner = make_runner(run_of("stage1", resume_ckpt_path=str(GOLDEN / "tiny" / "minigpt4_ckpt.pth")))
+    with pytest.raises(UserError, match=r"run\.resume_ckpt_path.*weights alone.*model\.ckpt"):
+        runner.train()
+
+
+def test_config_class_is_what_the_runner_takes(tmp_path):
+    assert {"run_cfg", "model_cfg", "datasets_cfg", "to_dict"} <= set(dir(Config))

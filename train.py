@@ -1,0 +1,50 @@
+"""Trains MiniGPT-4.
+
+python train.py --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
+torchrun --nproc-per-node 4 train.py --cfg-path FILE.yaml --options run.max_epoch=2
+"""
+
+import argparse
+import sys
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; parsed before anything heavy is imported."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg-path", required=True, help="YAML file of the run")
+    parser.add_argument("--options", nargs="+", help="settings that override the file: run.max_epoch=2 …")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Configuration, device, task, data, model, runner."""
+    args = parse_args()
+    from minigpt4.common import device as devices
+    from minigpt4.common import dist_utils
+    from minigpt4.common.config import Config
+    from minigpt4.common.errors import UserError
+    from minigpt4.common.logger import setup_logger
+    from minigpt4.common.registry import registry
+    from minigpt4.common.utils import now
+    from minigpt4.tasks import setup_task
+
+    try:
+        setup_logger()
+        cfg = Config(args).check()
+        dist_utils.init_distributed_mode(cfg.run_cfg)
+        setup_logger()  # again: now the ranks are known
+        devices.seed_everything(int(cfg.run_cfg.get("seed", 42)) + dist_utils.get_rank())
+        cfg.pretty_print()
+        task = setup_task(cfg)
+        datasets = task.build_datasets(cfg)
+        model = task.build_model(cfg)
+        runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
+        runner_class(cfg=cfg, job_id=dist_utils.agree(now()), task=task, model=model, datasets=datasets).train()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        dist_utils.leave()
+
+
+if __name__ == "__main__":
+    main()
