@@ -36,7 +36,7 @@ def read_list(stream: TextIO) -> Iterator[Any]:
         raise ConversionError(f'starts with {buffer[:40]!r}; expected a JSON list: [{{"caption": …, "url": …}}, …]')
     for number in range(sys.maxsize):
         while True:
-            position = _BETWEEN.match(buffer, position).end()
+            position += len(_BETWEEN.match(buffer, position)[0])  # type: ignore[index]  # it always matches
             if buffer.startswith("]", position):
                 return
             try:
@@ -71,10 +71,10 @@ def convert(source: Path, target: Path) -> tuple[int, int]:
             writer = csv.writer(output, delimiter="\t", quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
             writer.writerow(["caption", "url"])
             for number, entry in enumerate(read_list(stream)):
-                row = [entry.get("caption"), entry.get("url")] if isinstance(entry, dict) else [None]
-                if not all(isinstance(text, str) for text in row):
+                texts = [entry.get("caption"), entry.get("url")] if isinstance(entry, dict) else [None]
+                row = [" ".join(text.split()) for text in texts if isinstance(text, str)]
+                if len(row) != 2:
                     raise ConversionError(f"entry {number} is {str(entry)[:80]}; expected caption and url as texts")
-                row = [" ".join(text.split()) for text in row]
                 if not all(row):
                     num_empty += 1
                     continue

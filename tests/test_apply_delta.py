@@ -236,3 +236,20 @@ def test_interrupted_run_leaves_nothing(folders, monkeypatch):
     monkeypatch.setattr(tool, "_write_json", interrupt)
     assert run(folders) == 130
     assert not folders["target"].exists() and not list(folders["target"].parent.glob("*.partial-*"))
+
+
+def test_failed_writing_is_told_and_leaves_nothing(folders, monkeypatch, capsys):
+    def refuse(*_: object, **__: object) -> None:
+        raise tool.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(tool, "save_file", refuse)
+    assert run(folders) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert not folders["target"].exists() and not list(folders["target"].parent.glob("*.partial-*"))
+
+
+def test_full_disk_is_told_beforehand(folders, monkeypatch, capsys):
+    usage = tool.shutil.disk_usage(folders["base"])
+    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    assert run(folders) == 1
+    assert "are needed" in capsys.readouterr().err

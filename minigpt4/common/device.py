@@ -5,6 +5,7 @@ loads itself when torch is imported; nothing here imports it.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -23,6 +24,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def _module(kind: str) -> Any:
     return getattr(torch, kind, None)
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logging.info(message)
 
 
 def is_available(kind: str) -> bool:
@@ -46,7 +52,7 @@ def pick(wanted: str = "auto", index: int | None = None) -> torch.device:
         raise UserError(f"run.device is '{wanted}'; expected auto, npu, cuda, mps or cpu.")
     found = next((k for k in _PREFERENCE if is_available(k)), "cpu")
     if kind not in ("auto", found) and not is_available(kind):
-        logging.info("run.device asks for %s, which is not available here: using %s.", kind, found)
+        _tell_once(f"run.device asks for {kind}, which is not available here: using {found}.")
     elif kind != "auto":
         found = kind
     if found in ("cpu", "mps"):
@@ -85,12 +91,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler | None:
     """A dynamic loss scaler where gradients are fp16, else None."""
     return torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
-
-
-def empty_cache(device: torch.device) -> None:
-    """Gives unused device memory back, where the device caches any."""
-    if device.type != "cpu":
-        _module(device.type).empty_cache()
 
 
 def max_memory_mib(device: torch.device) -> float:

@@ -119,8 +119,8 @@ def read_file(path: Path, key: str) -> dict:
     return content
 
 
-def read_state_dict(path: Path, key: str, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Reads the tensors of a file, or of a Hugging Face folder of shards, whose names start with a prefix.
+def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
+    """Reads the tensors of a file, or of all files of a Hugging Face folder.
 
     A {"model": …} wrapper, as BLIP-2 and MiniGPT-4 files have it, is opened.
     """
@@ -132,7 +132,7 @@ def read_state_dict(path: Path, key: str, prefixes: tuple[str, ...] = ("",)) -> 
     else:
         parts = [read_file(path, key)]
     parts = [part["model"] if isinstance(part.get("model"), Mapping) else part for part in parts]
-    state = {name: value for part in parts for name, value in part.items() if name.startswith(prefixes)}
+    state = {name: value for part in parts for name, value in part.items()}
     strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strangers:
         raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.weights import locate, read_file
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARD_BYTES = 2 * 10**9  # of one written file; what is in memory at a time
+SHARD_BYTES = 2 * 10**9  # of one written file, which is put together in memory
 VOCAB_ROWS = ("model.embed_tokens.weight", "lm_head.weight")  # a row a token
 FINAL_NORM = "model.norm.weight"
 MAX_DELTA_NORM = 0.05  # mean size of the final norm: near 0 in a difference of two models, about 1 or more in a model
@@ -86,7 +86,7 @@ class WeightFolder:
         try:
             with safe_open(file, framework="pt") as content:
                 return {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
-        except Exception as error:  # the reader has an exception type of its own
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{self.key}: {file} is damaged or cut short ({error}); copy it again.") from error
 
     def _weight_files(self) -> list[Path]:
@@ -160,7 +160,7 @@ def apply_delta(base_folder: Path, delta_folder: Path, target: Path, dtype: torc
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"--target: {target} cannot be written ({error}).") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -134,7 +134,7 @@ class ShardDataset:
     def _nothing_usable(self, skipped: Counter) -> str:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items()) or "the shards are empty"
         return (
-            f"Data set {self.name} gives no usable sample ({kinds}); {len(self.shards)} shards, first {self.shards[0]}. "
+            f"Data set {self.name} gives no usable sample ({kinds}) in {len(self.shards)} shards, as {self.shards[0]}. "
             "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md."
         )
 
