@@ -20,7 +20,7 @@ import numpy
 import sentencepiece
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -202,8 +202,10 @@ class Texts:
         return ids, is_image, labels
 
 
-def train_text(steps: int) -> None:
+def train_text(steps: int, again: bool) -> None:
     """Trains tokenizer and LM and writes weights/llama."""
+    if again:
+        raise SystemExit("--again is for the vision side; the language model is at its ceiling after one run.")
     folder = WEIGHTS / "llama"
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(folder)
@@ -326,9 +328,17 @@ def vision_ceiling(model: VisionSide, num_scenes: int = 1000) -> float:
     return right / total
 
 
-def train_vision(steps: int) -> None:
-    """Trains the vision side and writes weights/eva_vit.safetensors and weights/qformer.safetensors."""
-    model, rng = VisionSide(), Random(SEED + 2)
+def train_vision(steps: int, again: bool) -> None:
+    """Trains the vision side and writes weights/eva_vit.safetensors and weights/qformer.safetensors.
+
+    With ``again`` it goes on from those files, with new heads, other pictures and half the rate.
+    """
+    model, rng = VisionSide(), Random(SEED + (5 if again else 2))
+    if again:
+        state = {f"vit.{name}": value for name, value in load_file(WEIGHTS / "eva_vit.safetensors").items()}
+        rest = load_file(WEIGHTS / "qformer.safetensors")
+        state |= {name.replace("Qformer.", "q_former."): value for name, value in rest.items()}
+        model.load_state_dict({**model.state_dict(), **state})
     print(f"Vision: {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
     def losses() -> Iterator[Tensor]:
@@ -339,7 +349,7 @@ def train_vision(steps: int) -> None:
             cell_loss = cross_entropy(cell_logits.flatten(0, 2), cells.flatten())
             yield word_loss + cell_loss
 
-    optimise(list(model.parameters()), losses(), steps, 1e-3, "vision")
+    optimise(list(model.parameters()), losses(), steps, 5e-4 if again else 1e-3, "vision")
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
     record({"vision": {"steps": steps, "ceiling on held-out objects": round(vision_ceiling(model), 4)}})
@@ -357,10 +367,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=["text", "vision"])
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--again", action="store_true", help="go on from the vision weights that are there")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    {"text": train_text, "vision": train_vision}[args.side](args.steps)
+    {"text": train_text, "vision": train_vision}[args.side](args.steps, args.again)
 
 
 if __name__ == "__main__":
