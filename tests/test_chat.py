@@ -116,8 +116,8 @@ def test_segments(model, script):
 
 def context(model, script, answer):
     """Context embeddings [1, T, L] of an answer, cut as the original cuts them."""
-    numbers = [number for operation, *number in script["ops"] if operation == "image"]
-    images = read_tensors("vision")["image"][sum(numbers, [])[: len(answer["segment_ids"]) - 1]]
+    numbers = [operation[1] for operation in script["ops"] if operation[0] == "image"]
+    images = read_tensors("vision")["image"][numbers[: len(answer["segment_ids"]) - 1]]
     with torch.no_grad():
         embeds = model.embed(torch.tensor([context_ids(answer)]), model.encode_img(images)[0] if len(images) else None)
     return embeds[:, answer["begin_idx"] :]

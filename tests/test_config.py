@@ -119,7 +119,7 @@ def test_mistake_in_an_option(small, options, words):
     [
         ("model: {arch: mini_gpt4", ["YAML"]),
         ("model:\n  arch: [\n", ["YAML"]),
-        ("just words", ["model.arch"]),
+        ("just words", ["section", "just words"]),
         ("- a\n- b\n", ["sections"]),
         ({**SMALL, "run": 5}, ["'run'", "5"]),
         ({**SMALL, "dataset": {"a": 1}}, ["'dataset'", "Did you mean 'datasets'?"]),

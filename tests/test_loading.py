@@ -197,7 +197,8 @@ def test_names_and_shapes_at_full_size():
         llm.config = type("Config", (), {"hidden_size": 4096})
         vit = build_eva_vit()
         model = MiniGPT4(vit, QFormer(QFormerConfig(encoder_width=vit.embed_dim)), llm, None)
-    found = {name: list(value.shape) for name, value in model.state_dict().items() if not name.startswith("llama_model")}
+    state = model.state_dict()
+    found = {name: list(value.shape) for name, value in state.items() if not name.startswith("llama_model.")}
     section = FULL["eva_vit_g"]
     expected = {section["prefix_in_minigpt4"] + name: shape for name, shape in section["shapes"].items()}
     expected |= FULL["qformer_kept_by_minigpt4"]["shapes"] | FULL["llama_proj"]["vicuna_7b"]
@@ -368,13 +369,13 @@ def test_other_file_type(build, tmp_path):
 
 def test_empty_folder(build, tmp_path):
     assert_words(refusal(build, vit_weights=str(tmp_path)), str(tmp_path), ".safetensors")
-    assert_words(refusal(build, llama_model=str(tmp_path)), str(tmp_path), "config.json")
+    assert_words(refusal(build, llama_model=str(tmp_path)), str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), ("missing", "model.layers.1.mlp.up_proj.weight")),
+        (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), ("missing", "layers.1.mlp.up_proj.weight")),
         (lambda state: state.pop("lm_head.weight"), ("missing", "lm_head.weight")),
         (lambda state: state.update({"stranger.weight": torch.ones(2)}), ("unknown", "stranger.weight")),
         (lambda state: state.update({"lm_head.weight": torch.ones(601, 64)}), ("lm_head.weight", "601", "600")),

@@ -67,8 +67,13 @@ def test_padding_without_pad_token_is_refused():
         LlamaTokenizer(TINY / "llama")(["a", "a dog"], padding=True)
 
 
+def copied(tmp_path):
+    ignore = shutil.ignore_patterns("*.bin", "*.safetensors")
+    return shutil.copytree(TINY / "llama", tmp_path / "llama", ignore=ignore)
+
+
 def test_added_token_has_an_id_of_its_own(tmp_path):
-    folder = shutil.copytree(TINY / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+    folder = copied(tmp_path)
     (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": 600}))
     tokenizer = load_tokenizer(folder)
     assert len(tokenizer) == 601 and tokenizer.vocab_size == 600
@@ -84,7 +89,7 @@ def test_added_token_has_an_id_of_its_own(tmp_path):
     ],
 )
 def test_damaged_folder(tmp_path, damage, words):
-    folder = shutil.copytree(TINY / "llama", tmp_path / "llama", ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+    folder = copied(tmp_path)
     damage(folder)
     with pytest.raises(UserError) as error:
         load_tokenizer(folder)

@@ -32,6 +32,11 @@ class Config:
         self._source = str(args.cfg_path)
         file = _read_yaml(Path(args.cfg_path))
         options = _parse_options(args.options)
+        if strangers := [name for name in (*file, *options) if name not in SECTIONS]:
+            raise UserError(
+                f"{self._source}: there is no section '{strangers[0]}'.{nearest(str(strangers[0]), SECTIONS)} "
+                f"Known: {', '.join(SECTIONS)}."
+            )
         model_section = OmegaConf.merge({"model": file.get("model") or {}}, {"model": options.get("model") or {}})
         self.config = OmegaConf.merge(
             {"run": file.get("run") or {}},
@@ -42,12 +47,6 @@ class Config:
             {"datasets": file.get("datasets") or {}},
             options,
         )
-        strangers = [name for name in self.config if name not in SECTIONS]
-        if strangers:
-            raise UserError(
-                f"{self._source}: there is no section '{strangers[0]}'.{nearest(str(strangers[0]), SECTIONS)} "
-                f"Known: {', '.join(SECTIONS)}."
-            )
 
     def _model_defaults(self, model: DictConfig) -> DictConfig:
         arch, model_type = model.get("arch"), model.get("model_type")

@@ -24,11 +24,11 @@ def load_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
     """
     import transformers
 
-    config = _check_folder(folder)
+    config = check_folder(folder)
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, local_files_only=True
+            str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # readers of two formats, each with exceptions of their own
         cause = str(error).strip().split("\n")[0][:200]
@@ -44,6 +44,9 @@ def load_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
             f"unknown {sorted(unknown)[:3]}, other shapes {sorted(map(str, info['mismatched_keys']))[:3]}; "
             "the folder mixes two models or lacks a shard."
         )
+    for name, parameter in model.named_parameters():
+        if parameter.isnan().any():
+            raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again.")
     norm = model.model.norm.weight.detach().float().abs().mean().item()
     if norm < 0.05:  # in any trained Llama the final norm scales by about 1 or more; a difference of two is near 0
         raise UserError(
@@ -65,7 +68,8 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def _check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path) -> dict[str, Any]:
+    """Returns config.json of a model folder; raises UserError where the folder cannot be one, reading no weights."""
     if not folder.is_dir():
         raise UserError(f"{KEY}: {folder} is a file; expected the folder with config.json and the weight files.")
     if not (folder / "config.json").is_file():

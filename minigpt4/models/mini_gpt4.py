@@ -19,7 +19,7 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
-from minigpt4.models.llama import check_vocabulary, load_llama
+from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
@@ -122,6 +122,7 @@ class MiniGPT4(nn.Module):
         device = device or devices.pick()
         hub_json, hub_lm = ("*.index.json", "*.json"), ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
         llama_folder = weights.locate(cfg.get("llama_model"), "model.llama_model", hub_lm)
+        check_folder(llama_folder)
         vit_file = weights.locate(
             cfg.get("vit_weights", VIT_URL), "model.vit_weights", (*hub_json[:1], "vision_model.*")
         )
