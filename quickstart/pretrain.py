@@ -331,7 +331,7 @@ def vision_ceiling(model: VisionSide, num_scenes: int = 1000) -> float:
 def train_vision(steps: int, again: bool) -> None:
     """Trains the vision side and writes weights/eva_vit.safetensors and weights/qformer.safetensors.
 
-    With ``again`` it goes on from those files, with new heads, other pictures and half the rate.
+    With ``again`` it goes on from those files, with new heads and other pictures.
     """
     model, rng = VisionSide(), Random(SEED + (5 if again else 2))
     if again:
@@ -349,7 +349,7 @@ def train_vision(steps: int, again: bool) -> None:
             cell_loss = cross_entropy(cell_logits.flatten(0, 2), cells.flatten())
             yield word_loss + cell_loss
 
-    optimise(list(model.parameters()), losses(), steps, 5e-4 if again else 1e-3, "vision")
+    optimise(list(model.parameters()), losses(), steps, 1e-3, "vision")
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
     record({"vision": {"steps": steps, "ceiling on held-out objects": round(vision_ceiling(model), 4)}})

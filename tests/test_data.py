@@ -410,7 +410,7 @@ def test_no_source():
 def test_skipped_samples_arrive_with_the_batches(pairs):
     pairs[0].image.write_bytes(b"no image")
     batches = list(make_loader({"x": PairDataset("x", pairs, EVAL)}, iters_per_epoch=12).epoch(0))
-    assert set(sum((batch["skipped"] for batch in batches), Counter())) == {"unreadable image"}
+    assert sum((Counter(batch["skipped"]) for batch in batches), Counter()) == {"unreadable image": 1}
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -180,8 +180,10 @@ def load_strictly(
         )
     module.load_state_dict(found, assign=True)
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.isnan().any():
-            raise UserError(f"{key}: '{name}' in {path} holds NaN; the file is damaged or comes from a diverged run.")
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{key}: '{name}' in {path} holds NaN or infinity; the file is damaged or comes from a diverged run."
+            )
 
 
 def _some(names: list[str]) -> str:

@@ -13,7 +13,7 @@ from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import Place, Sample
 
-Batch = dict[str, Any]  # image [B, 3, S, S]; text_input, instruction: B each; source: name; skipped: Counter
+Batch = dict[str, Any]  # image [B, 3, S, S]; text_input, instruction: B each; source: name; skipped: counts by kind
 
 
 class _Batches(IterableDataset):
@@ -60,7 +60,7 @@ class _Batches(IterableDataset):
             "text_input": [row["text_input"] for row in rows],
             "instruction": [row["instruction"] for row in rows],
             "source": self.name,
-            "skipped": skipped,
+            "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
         }
 
 
