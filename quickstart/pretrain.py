@@ -5,7 +5,8 @@ the vision side learns to name the same words with heads of its own, which are t
 the projection, exactly as in MiniGPT-4.
 
     python -m quickstart.pretrain text --steps 2000
-    python -m quickstart.pretrain vision --steps 2000
+    python -m quickstart.pretrain vision --steps 1700
+    python -m quickstart.pretrain vision --steps 1900 --again    # as often as the ceiling still rises
 """
 
 import argparse
@@ -334,7 +335,9 @@ def train_vision(steps: int, again: bool) -> None:
     With ``again`` it goes on from those files, with new heads and other pictures.
     """
     model, rng = VisionSide(), Random(SEED + (5 if again else 2))
+    total_steps = steps
     if again:
+        total_steps += json.loads((WEIGHTS / "pretraining.json").read_text())["vision"]["steps"]
         state = {f"vit.{name}": value for name, value in load_file(WEIGHTS / "eva_vit.safetensors").items()}
         rest = load_file(WEIGHTS / "qformer.safetensors")
         state |= {name.replace("Qformer.", "q_former."): value for name, value in rest.items()}
@@ -352,7 +355,7 @@ def train_vision(steps: int, again: bool) -> None:
     optimise(list(model.parameters()), losses(), steps, 1e-3, "vision")
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    record({"vision": {"steps": steps, "ceiling on held-out objects": round(vision_ceiling(model), 4)}})
+    record({"vision": {"steps": total_steps, "ceiling on held-out objects": round(vision_ceiling(model), 4)}})
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     vit = {name.removeprefix("vit."): value for name, value in half.items() if name.startswith("vit.")}
     rest = {name: value for name, value in half.items() if name == "query_tokens" or name.startswith("ln_vision.")}
