@@ -98,7 +98,7 @@ def draw_losses(path: Path) -> None:
 
 def draw_sheet(path: Path, held_out: list[scenes.Scene], answers: list[str], num_rows: int = 4) -> None:
     """Held-out pictures with the model's answers; the frame is green where every object is right and none invented."""
-    figure, grid = pyplot.subplots(num_rows, 4, figsize=(13, 3.6 * num_rows))
+    figure, grid = pyplot.subplots(num_rows, 4, figsize=(13, 4.2 * num_rows))
     for i, axes in enumerate(grid.flat):
         axes.imshow(Image.open(OUTPUT / "held_out" / "image" / f"{i}.jpg"))
         is_right = scenes.parse(answers[i]) == set(held_out[i].things)

@@ -34,6 +34,7 @@ def train(world, stage, *options, launcher=()):
         | {2: f"datasets.cc_sbu_align.build_info.storage={world}/align"}
     )[stage]
     short = (
+        f"run.max_epoch={3 - stage}",
         "run.iters_per_epoch=4",
         "run.batch_size_train=4",
         "run.log_freq=1",
