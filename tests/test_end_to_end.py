@@ -36,7 +36,8 @@ def train(world, stage, *options, launcher=()):
     short = (
         f"run.max_epoch={3 - stage}",
         "run.iters_per_epoch=4",
-        "run.batch_size_train=4",
+        "run.warmup_steps=0",
+        "run.batch_size_train=8",
         "run.log_freq=1",
         f"run.output_dir={world}/stage{stage}",
     )
