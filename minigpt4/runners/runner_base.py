@@ -57,6 +57,7 @@ class RunnerBase:
         self.amp_dtype = self._amp_dtype()
         self.scaler = devices.make_scaler(self.device, self.amp_dtype)
         self.state = TrainState()
+        self._bad_losses: torch.Tensor | int = 0  # in the present accumulation group, kept on the device
         self.max_epoch = int(self.run_cfg.get("max_epoch", 1))
         self.iters_per_epoch = self._iters_per_epoch()
         self.accum_grad_iters = int(self.run_cfg.get("accum_grad_iters", 1))
@@ -201,7 +202,7 @@ class RunnerBase:
                 output = self.task.train_step(self.wrapped_model, self._to_device(batch))
             loss = output["loss"] / self.accum_grad_iters
             (self.scaler.scale(loss) if self.scaler else loss).backward()
-        self._bad_losses = getattr(self, "_bad_losses", 0) + (~output["loss"].detach().isfinite()).float()
+        self._bad_losses = self._bad_losses + (~output["loss"].detach().isfinite()).float()
         if is_update:
             self._update()
         return output
