@@ -3,7 +3,6 @@
 Shapes: B batch, S image side, N image tokens, Q queries, H width of the Q-Former, L width of the LM, T tokens.
 """
 
-import fnmatch
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,10 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
-from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
+from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
 from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
+from minigpt4.models.loading import load_trained_part, load_vision, log_summary
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
 _PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -89,12 +89,12 @@ class MiniGPT4(nn.Module):
         self.max_txt_len = max_txt_len
         self.end_sym = end_sym
         self.vit_dtype = vit_dtype
-        self._frozen: list[nn.Module] = [llama_model]
-        self._frozen += [visual_encoder, self.ln_vision] if freeze_vit else []
-        self._frozen += [Qformer] if freeze_qformer else []
+        self.frozen_parts: list[nn.Module] = [llama_model]
+        self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
+        self.frozen_parts += [Qformer] if freeze_qformer else []
         self.query_tokens.requires_grad = not freeze_qformer
         self.vision_trains = not (freeze_vit and freeze_qformer)
-        for module in self._frozen:
+        for module in self.frozen_parts:
             module.requires_grad_(False)
         self.train()
 
@@ -167,114 +167,22 @@ class MiniGPT4(nn.Module):
             freeze_qformer=freeze_qformer,
             vit_dtype=torch.float32 if computes_float32 or not freeze_vit else vit_dtype,
         )
-        model.load_vision(vit_file, q_former_file)
+        load_vision(model, vit_file, q_former_file)
         if freeze_vit and vit_dtype != torch.float32:
             round_vit_weights(vit, vit_dtype, keep_float32=computes_float32)
         if ckpt is not None:
             model.load_checkpoint(ckpt)
-        model.log_summary()
+        log_summary(model)
         return model
 
-    def load_vision(self, vit_file: Path, q_former_file: Path) -> None:
-        """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins."""
-        key = "model.vit_weights"
-        state = weights.read_state_dict(vit_file, key)
-        state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
-        state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
-        if "pos_embed" in state and state["pos_embed"].ndim == 3:
-            state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], self.visual_encoder.pos_embed.shape[1])
-        depth = len(self.visual_encoder.blocks)
-        droppable = [f"blocks.{depth}.*", "norm.*", "fc_norm.*", "head.*"]  # the published file has one block more
-        droppable += ["ln_vision.*", "Qformer.*", "query_tokens", "language_*"]  # a twin's file holds all parts
-        hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
-        weights.load_strictly(self.visual_encoder, state, vit_file, key, droppable, hint)
-        self.visual_encoder.float()
-        for module in self.visual_encoder.modules():  # buffers that no file holds were left on the meta device
-            for name, buffer in module.named_buffers(recurse=False):
-                if buffer.is_meta:
-                    module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
-
-        key = "model.q_former_model"
-        state = weights.published_names(weights.read_state_dict(q_former_file, key))
-        bridge = nn.ModuleDict({"ln_vision": self.ln_vision, "Qformer": self.Qformer})
-        bridge.register_parameter("query_tokens", self.query_tokens)
-        droppable = [
-            "Qformer.bert.embeddings.word_embeddings.*",  # the text branch
-            "Qformer.bert.embeddings.position_*",
-            "Qformer.bert.encoder.layer.*.intermediate.dense.*",
-            "Qformer.bert.encoder.layer.*.output.*",
-            "Qformer.cls.*",
-            *("t5_proj.*", "opt_proj.*", "llm_proj.*", "temp", "itm_head.*", "vision_proj.*", "text_proj.*"),
-            *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*", "language_*"),
-        ]
-        hint = "Is it blip2_pretrained_flant5xxl.pth, and do model.qformer_config and num_query_token describe it?"
-        weights.load_strictly(bridge, state, q_former_file, key, droppable, hint)
-        bridge.float()
-        self.query_tokens = bridge.query_tokens
-        for module in self._frozen:  # assigned tensors come with their own requires_grad
-            module.requires_grad_(False)
-        self.query_tokens.requires_grad = self.Qformer not in self._frozen
-
     def load_checkpoint(self, path: Path) -> None:
-        """Loads the trained part from a checkpoint of this project or of the reference."""
-        key = "model.ckpt"
-        state = weights.read_state_dict(path, key)
-        leftovers = ("*.position_ids", "*.rotary_emb.inv_freq")  # buffers that the reference saved along
-        state = {n: v for n, v in state.items() if not any(fnmatch.fnmatch(n, pattern) for pattern in leftovers)}
-        weight = state.get("llama_proj.weight")
-        q_width, lm_width = self.llama_proj.in_features, self.llama_proj.out_features
-        if weight is None:
-            raise UserError(
-                f"{key}: {path} holds no llama_proj.weight (it holds {', '.join(sorted(state)[:3]) or 'nothing'}); "
-                "expected a checkpoint of MiniGPT-4, such as checkpoint_3.pth of a stage-1 run."
-            )
-        if weight.shape != self.llama_proj.weight.shape:
-            rows, columns = weight.shape if weight.ndim == 2 else (weight.numel(), 0)
-            sizes = {4096: "7B", 5120: "13B"}
-            if columns == 5632:
-                cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
-            elif rows != lm_width:
-                made_for, there = sizes.get(rows, f"{rows} wide"), sizes.get(lm_width, f"{lm_width} wide")
-                cause = (
-                    f"The projection was made for a {made_for} LM, model.llama_model is {there}: take the matching one."
-                )
-            else:
-                cause = "model.qformer_config describes another Q-Former than the one it was trained with."
-            raise UserError(
-                f"{key}: llama_proj.weight in {path} is {list(weight.shape)}, expected [{lm_width}, {q_width}]. {cause}"
-            )
-        own = {n: v for n, v in self.state_dict().items() if not n.startswith("llama_model.")}
-        for name, value in state.items():
-            if name not in own or value.shape != own[name].shape:
-                raise UserError(
-                    f"{key}: '{name}' {list(value.shape)} in {path} has no place in this model; "
-                    "expected llama_proj and whatever parts were trained with it."
-                )
-            if value.is_floating_point() and not value.isfinite().all():
-                raise UserError(f"{key}: '{name}' in {path} holds NaN or infinity; the run that wrote it had diverged.")
-        if "llama_proj.bias" not in state:
-            raise UserError(f"{key}: {path} holds llama_proj.weight but no llama_proj.bias; the file is incomplete.")
-        with torch.no_grad():
-            for name, value in state.items():
-                own[name].copy_(value)
-        logging.info("Loaded the projection from %s.", path)
-
-    def log_summary(self) -> None:
-        """Logs what is frozen and what is trained, a line each."""
-        parts = ("visual_encoder", "ln_vision", "Qformer", "query_tokens", "llama_proj", "llama_model")
-        for name in parts:
-            part = getattr(self, name)
-            parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-            state = "trained" if any(p.requires_grad for p in parameters) else "frozen"
-            dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-            logging.info(
-                "%-15s %14s parameters  %-9s %s", name, f"{sum(p.numel() for p in parameters):,}", dtypes, state
-            )
+        """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not fit."""
+        load_trained_part(self, path)
 
     def train(self, mode: bool = True) -> "MiniGPT4":
         """Switches the trained parts only; frozen ones stay in eval mode for good."""
         super().train(mode)
-        for module in self._frozen:
+        for module in self.frozen_parts:
             module.eval()
         return self
 
