@@ -6,7 +6,7 @@ the projection, exactly as in MiniGPT-4.
 
     python -m quickstart.pretrain text --steps 2000
     python -m quickstart.pretrain vision --steps 1700
-    python -m quickstart.pretrain vision --steps 1900 --again    # as often as the ceiling still rises
+    python -m quickstart.pretrain vision --steps 1900 --again    # then 1400 and 2600: as long as the ceiling rises
 """
 
 import argparse
