@@ -67,6 +67,11 @@ def pick(wanted: str = "auto", index: int | None = None) -> torch.device:
     return device
 
 
+def of_run(cfg: Any) -> torch.device:
+    """This process's device under a configuration's ``run`` section (which may be missing)."""
+    return pick((cfg or {}).get("device", "auto"), local_rank())
+
+
 def backend(device: torch.device) -> str:
     """The process-group backend of a device."""
     return _BACKENDS.get(device.type, "gloo")

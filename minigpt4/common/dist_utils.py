@@ -49,7 +49,7 @@ def init_distributed_mode(run_cfg: Any) -> torch.device:
 
     The run configuration is read, not changed. Returns this process's device.
     """
-    device = devices.pick(run_cfg.get("device", "auto"), devices.local_rank())
+    device = devices.of_run(run_cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not is_dist_avail_and_initialized():
         dist.init_process_group(
             devices.backend(device), init_method=run_cfg.get("dist_url", "env://"), timeout=timedelta(minutes=100)

@@ -1,9 +1,11 @@
-"""Weights into a built model: the vision side from published files, the trained part from a checkpoint."""
+"""Weights into a built model: the vision side from published files, the trained part from a checkpoint.
+
+A model here is a built ``MiniGPT4``, some of whose parts may be on the meta device.
+"""
 
 import fnmatch
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,11 +14,8 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.models.eva_vit import interpolate_pos_embed
 
-if TYPE_CHECKING:
-    from minigpt4.models.mini_gpt4 import MiniGPT4
 
-
-def load_vision(model: "MiniGPT4", vit_file: Path, q_former_file: Path) -> None:
+def load_vision(model: nn.Module, vit_file: Path, q_former_file: Path) -> None:
     """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins."""
     key = "model.vit_weights"
     state = weights.read_state_dict(vit_file, key)
@@ -57,7 +56,7 @@ def load_vision(model: "MiniGPT4", vit_file: Path, q_former_file: Path) -> None:
     model.query_tokens.requires_grad = model.Qformer not in model.frozen_parts
 
 
-def load_trained_part(model: "MiniGPT4", path: Path) -> None:
+def load_trained_part(model: nn.Module, path: Path) -> None:
     """Loads the trained part from a checkpoint of this project or of the reference."""
     key = "model.ckpt"
     state = weights.read_state_dict(path, key)
@@ -102,7 +101,7 @@ def load_trained_part(model: "MiniGPT4", path: Path) -> None:
     logging.info("Loaded the projection from %s.", path)
 
 
-def log_summary(model: "MiniGPT4") -> None:
+def log_summary(model: nn.Module) -> None:
     """Logs what is frozen and what is trained, a line each."""
     parts = ("visual_encoder", "ln_vision", "Qformer", "query_tokens", "llama_proj", "llama_model")
     for name in parts:

@@ -50,7 +50,7 @@ class RunnerBase:
         self.run_cfg = cfg.run_cfg
         self.task = task
         self.datasets = datasets
-        self.device = devices.pick(self.run_cfg.get("device", "auto"), devices.local_rank())
+        self.device = devices.of_run(self.run_cfg)
         self.model = model.to(self.device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped_model = self._wrap(model)
@@ -61,12 +61,12 @@ class RunnerBase:
         self.max_epoch = int(self.run_cfg.get("max_epoch", 1))
         self.iters_per_epoch = self._iters_per_epoch()
         self.accum_grad_iters = int(self.run_cfg.get("accum_grad_iters", 1))
+        init_lr = float(self.run_cfg.get("init_lr", 1e-4))
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05))),
-            lr=float(self.run_cfg.get("init_lr", 1e-4)),
+            lr=init_lr,
             betas=(0.9, self.run_cfg.get("beta2", 0.999)),
         )
-        init_lr = float(self.run_cfg.get("init_lr", 1e-4))
         self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
             optimizer=self.optimizer,
             max_epoch=self.max_epoch,

@@ -29,9 +29,7 @@ class BaseTask:
     def build_model(self, cfg: Any) -> nn.Module:
         """The model of ``cfg.model_cfg`` with its weights, on the CPU, in the precisions that fit the run's device."""
         model_class = registry.get_model_class(cfg.model_cfg.arch)
-        run_cfg = cfg.config.get("run") or {}
-        device = devices.pick(run_cfg.get("device", "auto"), devices.local_rank())
-        return model_class.from_config(cfg.model_cfg, device=device)
+        return model_class.from_config(cfg.model_cfg, device=devices.of_run(cfg.config.get("run")))
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """A batch to the model's output, with ``loss`` among it."""
