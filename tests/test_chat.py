@@ -50,7 +50,7 @@ def generated(monkeypatch):
 
 
 def upload(chat, number, conv, images):
-    chat.upload_img(str(TINY / "images" / f"model_{number}.png"), conv, images)
+    chat.upload_img(read_tensors("vision")["image"][number], conv, images)
 
 
 def without_tail(ids, *tail):

@@ -6,8 +6,10 @@ generated token (for min_length, the repetition penalty and the length penalty),
 Shapes: B rows, T context length, L width of the LM, V vocabulary, K beams.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,11 @@ TOP_K = 50
 
 @dataclass
 class GenerationOptions:
-    """How to choose tokens. ``stop`` sees a row's new ids after each token and says whether the row is done."""
+    """How to choose tokens.
+
+    ``seed`` makes drawing repeatable, whatever else is drawn meanwhile. ``stop`` sees a row's new ids after each token
+    and says whether the row is done.
+    """
 
     max_new_tokens: int = 300
     num_beams: int = 1
@@ -27,6 +33,7 @@ class GenerationOptions:
     temperature: float = 1.0
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
+    seed: int | None = None
     stop: Callable[[Sequence[int]], bool] = field(default=lambda ids: False)
 
 
@@ -76,12 +83,10 @@ def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOption
 class _Decoder:
     """The LM with its cache: feeds embeddings or ids, gives the logits of the last position."""
 
-    def __init__(self, llm: nn.Module, mask: Tensor) -> None:
-        from transformers import DynamicCache
-
+    def __init__(self, llm: nn.Module, mask: Tensor, cache: Any) -> None:
         self.llm = llm
         self.mask = mask  # [B, T so far], 0 where a row is padded on the left
-        self.cache = DynamicCache()
+        self.cache = new_cache() if cache is None else cache
 
     def feed(self, embeds: Tensor) -> Tensor:
         """[B, t, L] -> float32 logits [B, V] of the last position."""
@@ -106,47 +111,110 @@ class _Decoder:
         self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
 
+    def branch(self, count: int) -> "_Decoder":
+        """A decoder with ``count`` copies of the only row; this one's cache stays as it is."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_repeat_interleave(count)
+        return _Decoder(self.llm, self.mask.repeat_interleave(count, 0), cache)
+
+
+def new_cache() -> Any:
+    """An empty cache of keys and values, which grows as the LM reads."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
 
 @torch.inference_mode()
 def generate(
-    llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int
+    llm: nn.Module,
+    embeds: Tensor,
+    mask: Tensor,
+    options: GenerationOptions | Sequence[GenerationOptions],
+    bos: int,
+    eos: int,
+    cache: Any = None,
 ) -> list[Generated]:
-    """Continues each row of a batch of contexts.
-
-    Args:
-        llm: a causal LM of transformers.
-        embeds: contexts [B, T, L], shorter ones padded on the left.
-        mask: int64 [B, T], 0 on padding.
-        options: see there; beam search takes one row after the other.
-        bos: id of the begin token.
-        eos: id of the end token; a row ends with it or where ``options.stop`` says so.
+    """Continues each row of a batch of contexts; arguments as for ``stream``, which beam search does without.
 
     Returns:
         A result a row; the token that ended a row is the last of its ids.
     """
-    if options.num_beams > 1:
-        return [_beam_search(llm, embeds[i : i + 1], mask[i : i + 1], options, bos, eos) for i in range(len(embeds))]
-    decoder = _Decoder(llm, mask)
-    logits = decoder.feed(embeds)
-    rows: list[list[int]] = [[] for _ in embeds]
-    running = [True] * len(rows)
-    history = torch.empty((len(rows), 0), dtype=torch.long, device=embeds.device)
-    for step in range(options.max_new_tokens):
-        scores = next_token_scores(logits, history, options, bos, eos)
-        chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if options.do_sample else scores.argmax(-1)
-        for i, token_id in enumerate(chosen.tolist()):
-            if running[i]:
-                rows[i].append(token_id)
-                running[i] = token_id != eos and not options.stop(rows[i])
-        if not any(running) or step + 1 == options.max_new_tokens:
-            break
-        history = torch.cat([history, chosen.unsqueeze(1)], 1)
-        logits = decoder.feed_ids(chosen)
+    each = _for_each(options, len(embeds))
+    if any(o.num_beams > 1 for o in each):
+        if len(each) == 1:
+            return [_beam_search(llm, embeds, mask, each[0], bos, eos, cache)]
+        parts = (slice(i, i + 1) for i in range(len(each)))
+        return [generate(llm, embeds[part], mask[part], each[part], bos, eos)[0] for part in parts]
+    rows: list[list[int]] = [[] for _ in each]
+    for row, token_id in stream(llm, embeds, mask, each, bos, eos, cache):
+        rows[row].append(token_id)
     return [Generated(row) for row in rows]
 
 
+@torch.inference_mode()
+def stream(
+    llm: nn.Module,
+    embeds: Tensor,
+    mask: Tensor,
+    options: GenerationOptions | Sequence[GenerationOptions],
+    bos: int,
+    eos: int,
+    cache: Any = None,
+) -> Iterator[tuple[int, int]]:
+    """Continues each row of a batch, token by token; a row that is done is computed no longer.
+
+    Args:
+        llm: a causal LM of transformers.
+        embeds: what the LM has yet to read [B, T, L], shorter rows padded on the left.
+        mask: int64 [B, cached + T], 0 on padding.
+        options: for all rows, or a list of one for each.
+        bos: id of the begin token.
+        eos: id of the end token; a row ends with it or where ``options.stop`` says so.
+        cache: keys and values of what the LM has read already; it grows in place.
+
+    Yields:
+        (row, token id).
+    """
+    each = _for_each(options, len(embeds))
+    generators = [
+        None if o.seed is None else torch.Generator(embeds.device).manual_seed(o.seed % 2**63) for o in each
+    ]
+    decoder = _Decoder(llm, mask, cache)
+    logits = decoder.feed(embeds)
+    rows: list[list[int]] = [[] for _ in each]
+    running = list(range(len(each)))
+    while True:
+        chosen = []
+        for logit, i in zip(logits, running, strict=True):
+            history = torch.tensor([rows[i]], dtype=torch.long, device=embeds.device)
+            scores = next_token_scores(logit[None], history, each[i], bos, eos)[0]
+            drawn = each[i].do_sample
+            best = torch.multinomial(scores.softmax(-1), 1, generator=generators[i])[0] if drawn else scores.argmax()
+            chosen.append(best)
+        tokens = torch.stack(chosen)
+        going = []
+        for place, (i, token_id) in enumerate(zip(list(running), tokens.tolist(), strict=True)):
+            rows[i].append(token_id)
+            yield i, token_id
+            if token_id != eos and len(rows[i]) < each[i].max_new_tokens and not each[i].stop(rows[i]):
+                going.append(place)
+        if not going:
+            return
+        if len(going) < len(running):
+            decoder.reorder(torch.tensor(going, device=embeds.device))
+            running = [running[place] for place in going]
+            tokens = tokens[going]
+        logits = decoder.feed_ids(tokens)
+
+
+def _for_each(options: GenerationOptions | Sequence[GenerationOptions], count: int) -> Sequence[GenerationOptions]:
+    return [options] * count if isinstance(options, GenerationOptions) else options
+
+
 def _beam_search(
-    llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int
+    llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int, cache: Any
 ) -> Generated:
     """Beam search for one context [1, T, L], scored by sum of log-probabilities / length ** length_penalty.
 
@@ -154,8 +222,10 @@ def _beam_search(
     its last token kept, as an end token would finish it.
     """
     num_beams, device = options.num_beams, embeds.device
-    decoder = _Decoder(llm, mask.repeat_interleave(num_beams, 0))
-    logits = decoder.feed(embeds.repeat_interleave(num_beams, 0))
+    reader = _Decoder(llm, mask, cache)
+    logits = reader.feed(embeds).repeat_interleave(num_beams, 0)
+    decoder = reader.branch(num_beams)
+    generator = None if options.seed is None else torch.Generator(device).manual_seed(options.seed % 2**63)
     beams: list[list[int]] = [[] for _ in range(num_beams)]
     sums = torch.full((num_beams,), -1e9, device=device)
     sums[0] = 0.0  # all beams start alike: only one may spread
@@ -172,7 +242,7 @@ def _beam_search(
         history = torch.tensor(beams, dtype=torch.long, device=device).reshape(num_beams, -1)
         totals = next_token_scores(log_probs, history, options, bos, eos) + sums[:, None]
         if options.do_sample:
-            drawn = torch.multinomial(totals.flatten().softmax(-1), 2 * num_beams)
+            drawn = torch.multinomial(totals.flatten().softmax(-1), 2 * num_beams, generator=generator)
             best, order = totals.flatten()[drawn].sort(descending=True)
             candidates = drawn[order]
         else:

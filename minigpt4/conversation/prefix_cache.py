@@ -1,0 +1,72 @@
+"""Keys and values of chats that may go on: a turn then costs only its own tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigpt4.conversation.generation import new_cache
+from minigpt4.models.mini_gpt4 import IMAGE_SLOT
+
+
+@dataclass
+class Prefix:
+    """What an LM has read: token ids with image slots, the images [1, Q, L] in them, keys and values of all positions."""
+
+    ids: list[int] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    cache: Any = field(default_factory=new_cache)
+
+    def shared(self, ids: Sequence[int], images: Sequence[Tensor]) -> int:
+        """How many positions at the head of another context are the same, images included."""
+        length, slots = 0, 0
+        for mine, other in zip(self.ids, ids, strict=False):
+            if mine != other:
+                break
+            if mine == IMAGE_SLOT:
+                number, place = divmod(slots, self.images[0].shape[1])
+                if place == 0 and not torch.equal(self.images[number], images[number]):
+                    break
+                slots += 1
+            length += 1
+        return length
+
+    def cut(self, length: int) -> None:
+        """Forgets all positions from ``length`` on."""
+        if surplus := self.cache.get_seq_length() - length:
+            self.cache.crop(-surplus)
+        self.ids = self.ids[:length]
+
+
+class PrefixCache:
+    """The most recent chats of an LM, found by what they say, so that nobody has to carry a handle around.
+
+    Args:
+        num_chats: how many are kept; at 7B and 2,000 tokens each takes 1 GB. 0 keeps none.
+    """
+
+    def __init__(self, num_chats: int = 4) -> None:
+        self.num_chats = num_chats
+        self._kept: list[Prefix] = []  # the latest at the end
+
+    def take(self, ids: Sequence[int], images: Sequence[Tensor]) -> Prefix:
+        """Takes out the chat that a context continues, cut to what they share; an empty prefix where there is none.
+
+        At least the last position of ``ids`` is left to read, as its logits are wanted.
+        """
+        lengths = [min(prefix.shared(ids, images), len(ids) - 1) for prefix in self._kept]
+        best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+        # Of another chat a context shares no more than the system text: that one keeps its own.
+        if best is None or lengths[best] < len(self._kept[best].ids) / 2:
+            return Prefix()
+        prefix = self._kept.pop(best)
+        prefix.cut(lengths[best])
+        return prefix
+
+    def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
+        """Keeps a chat; ``ids`` are all its tokens, of which its cache may lack the last ones."""
+        prefix.ids, prefix.images = list(ids[: prefix.cache.get_seq_length()]), list(images)
+        self._kept.append(prefix)
+        del self._kept[: max(0, len(self._kept) - self.num_chats)]
