@@ -7,7 +7,6 @@ from golden_data import TINY, close, read_json, read_tensors
 from PIL import Image
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import (
     CONV_VISION,
     Chat,
@@ -32,20 +31,19 @@ def name_of(value):
 
 @pytest.fixture(scope="module")
 def chat(model):
-    return Chat(model, Blip2ImageEvalProcessor(28))
+    return Chat(model, Blip2ImageEvalProcessor(28), num_kept_chats=0)  # every answer reads its whole context
 
 
 @pytest.fixture
-def generated(monkeypatch):
-    """What every call of generate() was given and gave: (embeds, mask, results)."""
-    calls = []
+def generated(monkeypatch, chat):
+    """What the LM was given for every answer: (embeds, mask)."""
+    calls, plain = [], chat._token_lists
 
-    def spy(llm, embeds, mask, *arguments):
-        results = generate(llm, embeds, mask, *arguments)
-        calls.append((embeds, mask, results))
-        return results
+    def spy(embeds, mask, *arguments):
+        calls.append((embeds, mask))
+        return plain(embeds, mask, *arguments)
 
-    monkeypatch.setattr(conversation, "generate", spy)
+    monkeypatch.setattr(chat, "_token_lists", spy)
     return calls
 
 

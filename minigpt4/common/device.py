@@ -86,6 +86,11 @@ def half_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def has_int8(device: torch.device) -> bool:
+    """Whether 8-bit weights are known to work there."""
+    return device.type in ("cpu", "cuda")
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision in ``dtype``; none at all in float32."""
     if dtype == torch.float32:

@@ -38,6 +38,7 @@ MODEL: Schema = {
     "llama_model": str,
     "llm_dtype": _PRECISIONS,
     "low_resource": bool,
+    "conversation": str,
     "device_8bit": int,
     "prompt": str,
     "prompt_path": str,

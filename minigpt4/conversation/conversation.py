@@ -1,10 +1,9 @@
-"""Conversations as prompts, and ``Chat``, which answers them. Public names and behaviour are the reference's."""
+"""``Chat``, which answers conversations about images. Public names and behaviour are the reference's."""
 
-import copy
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,71 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.generation import Generated, GenerationOptions, generate
+from minigpt4.conversation.generation import GenerationOptions, generate, stream
+from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
+from minigpt4.conversation.templates import CONV_VISION, Conversation, SeparatorStyle
 from minigpt4.models.mini_gpt4 import IMAGE_MARK, IMAGE_SLOT, MiniGPT4
 
+__all__ = ["CONV_VISION", "Answer", "Chat", "Conversation", "SeparatorStyle", "StoppingCriteriaSub"]
+
 IMAGE_MESSAGE = f"<Img>{IMAGE_MARK}</Img>"
-
-
-class SeparatorStyle(Enum):
-    """SINGLE closes every message with ``sep``; TWO closes those of the second role with ``sep2``."""
-
-    SINGLE = auto()
-    TWO = auto()
-
-
-@dataclass
-class Conversation:
-    """System text, two roles and their messages [role, text]; text None marks the answer to come."""
-
-    system: str
-    roles: Sequence[str]
-    messages: list[list[Any]]
-    offset: int
-    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
-    sep: str = "###"
-    sep2: str | None = None
-    skip_next: bool = False
-    conv_id: Any = None
-
-    def get_prompt(self) -> str:
-        """The conversation as the text that the LM reads; a message without text ends with the bare ``Role:``."""
-        separators = (self.sep, self.sep2 if self.sep_style == SeparatorStyle.TWO else self.sep)
-        prompt = self.system + self.sep
-        for i, (role, message) in enumerate(self.messages):
-            prompt += f"{role}: {message}{separators[i % 2]}" if message else f"{role}:"
-        return prompt
-
-    def append_message(self, role: str, message: str | None) -> None:
-        """Adds a message at the end."""
-        self.messages.append([role, message])
-
-    def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """The messages after ``offset`` as pairs [question, answer]."""
-        texts = [text for _, text in self.messages[self.offset :]]
-        return [[*texts[i : i + 2], None][:2] for i in range(0, len(texts), 2)]
-
-    def copy(self) -> "Conversation":
-        """A conversation that shares nothing with this one."""
-        return copy.deepcopy(self)
-
-    def dict(self) -> dict[str, Any]:
-        """The plain fields, for saving."""
-        names = ("system", "roles", "messages", "offset", "sep", "sep2", "conv_id")
-        return {name: getattr(self, name) for name in names}
-
-
-CONV_VISION = Conversation(
-    system="Give the following image: <Img>ImageContent</Img>. "
-    "You will be able to see the image once I provide it to you. Please answer my questions.",
-    roles=("Human", "Assistant"),
-    messages=[],
-    offset=2,
-    sep_style=SeparatorStyle.SINGLE,
-    sep="###",
-)
 
 
 @dataclass
@@ -97,6 +41,19 @@ class StoppingCriteriaSub:
         return ended
 
 
+@dataclass
+class Answer:
+    """An answer as it grows: its text so far, its token ids, and why it ended."""
+
+    num_context: int  # tokens of the prompt, images included
+    num_cached: int = 0  # of these, how many the LM had read before
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    end: str | None = None  # "stop", or "length" where max_new_tokens cut it
+    seconds: float = 0.0  # from the beginning to the latest token
+    first_token: float = 0.0  # from the beginning to the first one
+
+
 class Chat:
     """Answers conversations about images.
 
@@ -104,21 +61,32 @@ class Chat:
         model: built and loaded; it is moved to ``device`` and switched to eval mode.
         vis_processor: PIL image to float32 [3, S, S].
         device: where to compute.
+        template: what new conversations start from.
+        num_kept_chats: of how many chats keys and values are kept, so that the next turn is quick.
     """
 
     def __init__(
-        self, model: MiniGPT4, vis_processor: Callable[[Image.Image], Tensor], device: torch.device | str = "cpu"
+        self,
+        model: MiniGPT4,
+        vis_processor: Callable[[Image.Image], Tensor],
+        device: torch.device | str = "cpu",
+        template: Conversation = CONV_VISION,
+        num_kept_chats: int = 4,
     ) -> None:
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.vis_processor = vis_processor
+        self.template = template
+        self.prefixes = PrefixCache(num_kept_chats)
 
     def ask(self, text: str, conv: Conversation) -> None:
         """Adds a question; right after an image it joins the image's message.
 
         Raises:
-            UserError: the text holds ``<ImageHere>``, which only an image may bring.
+            UserError: the text is empty or holds ``<ImageHere>``, which only an image may bring.
         """
+        if not text.strip():
+            raise UserError("The question is empty; write what you want to know.")
         if IMAGE_MARK in text:
             raise UserError(f"A question cannot contain {IMAGE_MARK}; upload the image instead.")
         last = conv.messages[-1] if conv.messages else None
@@ -134,13 +102,8 @@ class Chat:
         Raises:
             UserError: the file is not an image that can be read.
         """
-        if isinstance(image, str | Path):
-            try:
-                image = Image.open(image).convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise UserError(f"'{image}' cannot be read as an image ({error}).") from error
         if not isinstance(image, Tensor):
-            image = self.vis_processor(image.convert("RGB"))
+            image = self.vis_processor(read_picture(image))
         pixels = image if image.ndim == 4 else image.unsqueeze(0)
         img_list.append(self.model.encode_img(pixels.to(self.device))[0])
         conv.append_message(conv.roles[0], IMAGE_MESSAGE)
@@ -182,60 +145,119 @@ class Chat:
             temperature=temperature,
             repetition_penalty=repetition_penalty,
             length_penalty=length_penalty,
+            seed=seed,
         )
-        if seed is not None:
-            devices.seed_everything(seed)
         return self.answer_all([conv], [img_list], options, max_length)[0]
 
-    @torch.inference_mode()
     def answer_all(
         self,
         convs: Sequence[Conversation],
         img_lists: Sequence[list[Tensor]],
-        options: GenerationOptions,
+        options: GenerationOptions | Sequence[GenerationOptions],
         max_length: int = 2000,
     ) -> list[tuple[str, numpy.ndarray]]:
         """``answer`` for several conversations in one batch."""
-        options.stop = self._stops_at(convs[0].sep)
+        answers: dict[int, Answer] = dict(self.stream_all(convs, img_lists, options, max_length))
+        return [(answers[i].text, numpy.array(answers[i].ids, dtype=numpy.int64)) for i in range(len(convs))]
+
+    def stream(
+        self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
+    ) -> Iterator[Answer]:
+        """Answers the last question token by token; one answer is yielded again and again as it grows."""
+        for _, answer in self.stream_all([conv], [img_list], options, max_length):
+            yield answer
+
+    @torch.inference_mode()
+    def stream_all(
+        self,
+        convs: Sequence[Conversation],
+        img_lists: Sequence[list[Tensor]],
+        options: GenerationOptions | Sequence[GenerationOptions],
+        max_length: int = 2000,
+    ) -> Iterator[tuple[int, Answer]]:
+        """Answers several conversations in one batch.
+
+        A single one goes on from what is kept of it; in a batch every context is read anew. Whoever closes the
+        iterator stops the answers: what is there of them is appended to the conversations.
+
+        Args:
+            convs, img_lists, max_length: as for ``answer``.
+            options: for all, or one for each; their ``stop`` ends an answer beside the template's own end.
+
+        Yields:
+            (number of the conversation, its answer so far) whenever one has grown.
+        """
+        begin = time.perf_counter()
+        each = [options] * len(convs) if isinstance(options, GenerationOptions) else list(options)
         rows = [
-            self._context_ids(conv, len(images), max_length - options.max_new_tokens)
-            for conv, images in zip(convs, img_lists, strict=True)
+            self._context_ids(conv, len(images), max_length - o.max_new_tokens)
+            for conv, images, o in zip(convs, img_lists, each, strict=True)
         ]
+        each = [replace(o, stop=self._stop(conv, o.stop)) for conv, o in zip(convs, each, strict=True)]
+        prefix = self.prefixes.take(rows[0], img_lists[0]) if len(rows) == 1 else Prefix()
+        known = len(prefix.ids)
+        answers = [Answer(num_context=len(row), num_cached=known) for row in rows]
+        embeds, mask = self._embed(rows, img_lists)
         tokenizer = self.model.llama_tokenizer
+        arguments = embeds[:, known:], mask, each, tokenizer.bos_token_id, tokenizer.eos_token_id
+        try:
+            for row, ids in self._token_lists(*arguments, prefix.cache):
+                answer = answers[row]
+                answer.ids += ids
+                answer.text = self.text_of(answer.ids, convs[row])
+                answer.seconds = time.perf_counter() - begin
+                answer.first_token = answer.first_token or answer.seconds
+                if ids[-1] == tokenizer.eos_token_id or each[row].stop(answer.ids):
+                    answer.end = "stop"
+                elif len(answer.ids) >= each[row].max_new_tokens:
+                    answer.end = "length"
+                yield row, answer
+        finally:
+            if len(rows) == 1:
+                self.prefixes.put(prefix, rows[0] + answers[0].ids, img_lists[0])
+            for conv, answer in zip(convs, answers, strict=True):
+                if answer.ids:
+                    conv.append_message(conv.roles[1], answer.text)
+
+    def _token_lists(
+        self, embeds: Tensor, mask: Tensor, options: Sequence[GenerationOptions], bos: int, eos: int, cache: Any
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(row, its next ids): one by one, or by beam search all at once."""
+        llm = self.model.llama_model
+        if any(o.num_beams > 1 for o in options):
+            for row, result in enumerate(generate(llm, embeds, mask, options, bos, eos, cache)):
+                yield row, result.ids
+        else:
+            for row, token_id in stream(llm, embeds, mask, options, bos, eos, cache):
+                yield row, [token_id]
+
+    def _embed(self, rows: Sequence[list[int]], img_lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Contexts to LM inputs [B, T, L] and mask [B, T], padded on the left, so that all end where answers begin."""
         width = max(map(len, rows))
-        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        ids = torch.full((len(rows), width), self.model.llama_tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):  # padded on the left, so that all rows end where generation begins
+        for i, row in enumerate(rows):
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         images = [image for image_list in img_lists for image in image_list]
         embeds = self.model.embed(ids.to(self.device), torch.cat(images) if images else None)
-        results = generate(
-            self.model.llama_model,
-            embeds,
-            mask.to(self.device),
-            options,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-        )
-        return [self._append(conv, result) for conv, result in zip(convs, results, strict=True)]
-
-    def _append(self, conv: Conversation, result: Generated) -> tuple[str, numpy.ndarray]:
-        text = self.text_of(result.ids, conv)
-        conv.append_message(conv.roles[1], text)
-        return text, numpy.array(result.ids, dtype=numpy.int64)
+        return embeds, mask.to(self.device)
 
     def text_of(self, ids: Sequence[int], conv: Conversation) -> str:
-        """The answer in generated ids: up to the first separator, after the last "Assistant:", trimmed."""
+        """The answer in generated ids: up to the text that ends it, after the last "Assistant:", trimmed."""
         text = self.model.llama_tokenizer.decode(ids)
-        return text.split(conv.sep)[0].split(f"{conv.roles[1]}:")[-1].strip()
+        return text.split(conv.end)[0].split(f"{conv.roles[1]}:")[-1].strip()
 
-    def _stops_at(self, separator: str) -> Callable[[Sequence[int]], bool]:
-        # A separator is told by its text: it has other ids alone, after a word and after punctuation.
+    def _stops_at(self, end: str) -> Callable[[Sequence[int]], bool]:
+        # An end is told by its text: it has other ids alone, after a word and after punctuation.
         def stop(ids: Sequence[int]) -> bool:
-            return separator in self.model.llama_tokenizer.decode(ids[-len(separator) - 1 :])
+            return end in self.model.llama_tokenizer.decode(ids[-len(end) - 1 :])
 
         return stop
+
+    def _stop(self, conv: Conversation, other: Callable[[Sequence[int]], bool]) -> Callable[[Sequence[int]], bool]:
+        ends = self._stops_at(conv.end)
+        return lambda ids: ends(ids) or other(ids)
 
     def _context_ids(self, conv: Conversation, num_images: int, room: int) -> list[int]:
         """Ids of the prompt with image slots, of at most ``room``: the oldest turns go first, images stay."""

@@ -1,5 +1,6 @@
 """Keys and values of chats that may go on: a turn then costs only its own tokens."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from minigpt4.models.mini_gpt4 import IMAGE_SLOT
 
 @dataclass
 class Prefix:
-    """What an LM has read: token ids with image slots, the images [1, Q, L] in them, keys and values of all positions."""
+    """What an LM has read: ids with image slots, the images [1, Q, L] in them, keys and values of every position."""
 
     ids: list[int] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
@@ -33,11 +34,13 @@ class Prefix:
             length += 1
         return length
 
-    def cut(self, length: int) -> None:
-        """Forgets all positions from ``length`` on."""
-        if surplus := self.cache.get_seq_length() - length:
-            self.cache.crop(-surplus)
-        self.ids = self.ids[:length]
+    def head(self, length: int) -> "Prefix":
+        """The first ``length`` positions, nothing copied; this prefix stays as it is, as caches grow by new tensors."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        if surplus := cache.get_seq_length() - length:
+            cache.crop(-surplus)
+        return Prefix(self.ids[:length], self.images, cache)
 
 
 class PrefixCache:
@@ -52,18 +55,20 @@ class PrefixCache:
         self._kept: list[Prefix] = []  # the latest at the end
 
     def take(self, ids: Sequence[int], images: Sequence[Tensor]) -> Prefix:
-        """Takes out the chat that a context continues, cut to what they share; an empty prefix where there is none.
+        """The longest head of a context that is kept; the chat that it continues is taken out until it is put back.
 
         At least the last position of ``ids`` is left to read, as its logits are wanted.
         """
         lengths = [min(prefix.shared(ids, images), len(ids) - 1) for prefix in self._kept]
         best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
-        # Of another chat a context shares no more than the system text: that one keeps its own.
-        if best is None or lengths[best] < len(self._kept[best].ids) / 2:
+        if best is None or not lengths[best]:
             return Prefix()
-        prefix = self._kept.pop(best)
-        prefix.cut(lengths[best])
-        return prefix
+        prefix = self._kept[best]
+        head = prefix.head(lengths[best])
+        has_all_images = head.ids.count(IMAGE_SLOT) == prefix.ids.count(IMAGE_SLOT)
+        if has_all_images and 2 * len(head.ids) > len(prefix.ids):  # another one shares the system text, and goes on beside it
+            del self._kept[best]
+        return head
 
     def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
         """Keeps a chat; ``ids`` are all its tokens, of which its cache may lack the last ones."""

@@ -18,6 +18,7 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
+from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import load_trained_part, load_vision, log_summary
@@ -138,12 +139,17 @@ class MiniGPT4(nn.Module):
         computes_float32 = half == torch.float32
         llm_dtype = devices.DTYPES[cfg["llm_dtype"]] if cfg.get("llm_dtype") else half
         vit_dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")]
-        if cfg.get("low_resource"):
-            logging.warning("model.low_resource: no 8-bit weights here; going on in %s.", str(llm_dtype).split(".")[-1])
         freeze_vit, freeze_qformer = cfg.get("freeze_vit", True), cfg.get("freeze_qformer", True)
         tokenizer = load_tokenizer(llama_folder)
         llama = load_llama(llama_folder, llm_dtype)
         check_vocabulary(llama, tokenizer, llama_folder)
+        if cfg.get("low_resource") and devices.has_int8(device):
+            to_int8(llama)
+            logging.info("model.low_resource: the LM's layers hold 8-bit weights.")
+        elif cfg.get("low_resource"):
+            logging.warning(
+                "model.low_resource: no 8-bit weights on %s; going on in %s.", device.type, str(llm_dtype)[6:]
+            )
         with torch.device("meta"):
             vit = build_eva_vit(
                 cfg.get("image_size", 224),
