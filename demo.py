@@ -1,17 +1,23 @@
 """Talks about pictures with a trained MiniGPT-4.
 
-python demo.py --cfg-path eval_configs/minigpt4_eval.yaml --image picture.jpg --ask "What is in it?"
-python demo.py --cfg-path eval_configs/minigpt4_eval.yaml                 # a chat in the terminal
+python demo.py --cfg-path eval_configs/minigpt4_eval.yaml                 # a web page
+python demo.py --cfg-path … --terminal                                    # a chat in the terminal
+python demo.py --cfg-path … --image picture.jpg --ask "What is in it?"    # one answer
+python demo.py --cfg-path … --batch FOLDER --out captions.jsonl           # many pictures
+python demo.py --cfg-path … --api                                         # an OpenAI-compatible server
 """
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minigpt4.conversation.conversation import Chat
+    from minigpt4.conversation.generation import GenerationOptions
 
-HELP = "/image PATH shows a picture, /reset starts anew, /help tells this, an empty line or end of input leaves."
+QUESTION = "Describe this image in detail."
 
 
 def parse_args() -> argparse.Namespace:
@@ -22,6 +28,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--options", nargs="+", help="settings that override the file: model.ckpt=FILE …")
     parser.add_argument("--image", help="a picture to start with")
     parser.add_argument("--ask", help="one question; the answer is printed and the program ends")
+    parser.add_argument("--terminal", action="store_true", help="chat in the terminal")
+    parser.add_argument("--batch", help="folder, glob or JSONL of pictures to describe, each with --ask or as it says")
+    parser.add_argument("--out", default="captions.jsonl", help="where --batch writes its rows, or goes on")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--api", action="store_true", help="serve /v1/chat/completions")
+    parser.add_argument("--host", default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
+    parser.add_argument("--port", type=int, help="7860 for the page, 8000 for the API")
+    parser.add_argument("--share", action="store_true", help="also open a public tunnel to the page")
+    parser.add_argument("--api-key", help="what clients of the API have to send; better in MINIGPT4_API_KEY")
+    parser.add_argument("--allow-host", action="append", default=[], help="host from which the API may fetch pictures")
+    parser.add_argument("--allow-folder", help="folder whose pictures the API's clients may name as file:///NAME")
+    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for the API")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token, instead of drawing")
     parser.add_argument("--seed", type=int, default=42, help="of drawing")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -37,13 +55,16 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
     from minigpt4.conversation.conversation import Chat
+    from minigpt4.conversation.templates import choose_template
 
     cfg = Config(args).check()
     run_cfg = cfg.config.get("run") or {}
     device = devices.pick(run_cfg.get("device", "auto"), args.gpu_id)
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
-    return Chat(model, image_processor(cfg), device)
+    vocab_size = model.llama_model.get_input_embeddings().num_embeddings
+    template = choose_template(cfg.model_cfg.get("conversation"), vocab_size)
+    return Chat(model, image_processor(cfg), device, template)
 
 
 def image_processor(cfg: Any) -> Any:
@@ -55,70 +76,88 @@ def image_processor(cfg: Any) -> Any:
     return BaseDatasetBuilder(sections[0] if sections else default).vis_processor("eval")
 
 
-def answer_options(args: argparse.Namespace) -> dict[str, Any]:
-    """How to answer, as ``Chat.answer`` takes it."""
-    return {
-        "do_sample": not args.greedy,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "num_beams": args.num_beams,
-        "max_new_tokens": args.max_new_tokens,
-    }
+def answer_options(args: argparse.Namespace) -> "GenerationOptions":
+    """How to answer."""
+    from minigpt4.conversation.generation import GenerationOptions
+
+    return GenerationOptions(
+        do_sample=not args.greedy and args.temperature > 0,
+        temperature=args.temperature or 1.0,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+    )
 
 
-def terminal_chat(chat: "Chat", args: argparse.Namespace) -> None:
-    """Reads questions and commands from standard input until it ends."""
-    from minigpt4.common.errors import UserError
-    from minigpt4.conversation.conversation import CONV_VISION
+def describe(args: argparse.Namespace, chat: "Chat") -> str:
+    """Which model is loaded, where and how, in one line."""
+    lm = next(chat.model.llama_model.parameters())
+    layers = {type(module).__name__ for module in chat.model.llama_model.modules()}
+    precision = "8 bit" if "Int8Linear" in layers else str(lm.dtype).removeprefix("torch.")
+    return f"{Path(args.cfg_path).stem} · {chat.device} · LM {precision}"
 
-    is_person = sys.stdin.isatty()
-    conv, images = CONV_VISION.copy(), []
+
+def one_answer(args: argparse.Namespace, chat: "Chat") -> None:
+    """Prints the answer to one question."""
+    from minigpt4.serve.terminal import write_answer
+
+    conv, images = chat.template.copy(), []
     if args.image:
         chat.upload_img(args.image, conv, images)
-    if is_person:
-        print(HELP)
-    while True:
-        try:
-            line = input("> " if is_person else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        command, _, rest = line.partition(" ")
-        before = conv.copy(), list(images)
-        try:
-            if command == "/image":
-                print(chat.upload_img(rest.strip(), conv, images))
-            elif command == "/reset":
-                conv, images = CONV_VISION.copy(), []
-            elif command == "/help":
-                print(HELP)
-            else:
-                chat.ask(line, conv)
-                print(chat.answer(conv, images, **answer_options(args))[0], flush=True)
-        except UserError as error:
-            conv, images = before  # a refused question leaves no trace in the chat
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    chat.ask(args.ask, conv)
+    write_answer(chat, conv, images, answer_options(args))
+
+
+def batch(args: argparse.Namespace, chat: "Chat") -> None:
+    """Describes many pictures."""
+    from minigpt4.serve.batch import answer_batch, find_questions
+
+    questions = find_questions(args.batch, args.ask or QUESTION)
+    num_errors = answer_batch(chat, questions, Path(args.out), answer_options(args), args.batch_size)
+    print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
+
+
+def api(args: argparse.Namespace, chat: "Chat") -> None:
+    """Serves the API until it is stopped."""
+    from minigpt4.serve.api import Limits, build_app, serve
+    from minigpt4.serve.engine import Engine
+
+    folder = Path(args.allow_folder) if args.allow_folder else None
+    limits = Limits(allowed_hosts=args.allow_host, allowed_folder=folder)
+    name, port = Path(args.cfg_path).stem, args.port or 8000
+    key = args.api_key or os.environ.get("MINIGPT4_API_KEY")
+    app = build_app(Engine(chat, args.batch_size, args.max_queue), name, limits, key)
+    print(f"Model '{name}' at http://{args.host}:{port}/v1", flush=True)
+    serve(app, args.host, port)
+
+
+def page(args: argparse.Namespace, chat: "Chat") -> None:
+    """Serves the web page until it is stopped."""
+    from minigpt4.serve.web import serve
+
+    examples = sorted(Path("output/quickstart/held_out/image").glob("[0-3].jpg"))
+    serve(chat, describe(args, chat), args.host, args.port or 7860, args.share, examples)
+
+
+def terminal(args: argparse.Namespace, chat: "Chat") -> None:
+    """Chats in the terminal."""
+    from minigpt4.serve.terminal import terminal_chat
+
+    terminal_chat(chat, answer_options(args), args.image, is_person=sys.stdin.isatty())
 
 
 def main() -> None:
-    """One answer, or a chat."""
+    """One of five ways to talk to the model."""
     args = parse_args()
     from minigpt4.common.errors import UserError
     from minigpt4.common.logger import setup_logger
-    from minigpt4.conversation.conversation import CONV_VISION
 
     setup_logger()
+    ways = [(args.batch, batch), (args.api, api), (args.terminal, terminal), (args.ask is not None, one_answer)]
+    way = next((way for is_wanted, way in ways if is_wanted), page)
     try:
-        chat = build_chat(args)
-        if args.ask is None:
-            terminal_chat(chat, args)
-            return
-        conv, images = CONV_VISION.copy(), []
-        if args.image:
-            chat.upload_img(args.image, conv, images)
-        chat.ask(args.ask, conv)
-        print(chat.answer(conv, images, **answer_options(args))[0])
+        way(args, build_chat(args))
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -66,7 +66,7 @@ class PrefixCache:
         prefix = self._kept[best]
         head = prefix.head(lengths[best])
         has_all_images = head.ids.count(IMAGE_SLOT) == prefix.ids.count(IMAGE_SLOT)
-        if has_all_images and 2 * len(head.ids) > len(prefix.ids):  # another one shares the system text, and goes on beside it
+        if has_all_images and 2 * len(head.ids) > len(prefix.ids):  # else it shares a system text and goes on beside it
             del self._kept[best]
         return head
 
