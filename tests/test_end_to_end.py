@@ -95,7 +95,7 @@ def test_stage_2_on_two_ranks_then_chat(world, stage1):
     picture = world / "align" / "image" / "0.jpg"
     answer = run(*demo, "--image", picture, "--ask", "How many objects are there?", *ckpt)
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
-    chat = run(*demo, *ckpt, input=f"/image {picture}\nHow many objects are there?\n/image nowhere.jpg\n")
+    chat = run(*demo, "--terminal", *ckpt, input=f"/image {picture}\nHow many objects are there?\n/image nowhere.jpg\n")
     assert chat.stdout.splitlines()[0] == "Received."
     assert chat.stdout.splitlines()[1] == answer.stdout.strip()
     assert "error: 'nowhere.jpg' cannot be read as an image" in chat.stderr

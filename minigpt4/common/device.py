@@ -113,6 +113,20 @@ def max_memory_mib(device: torch.device) -> float:
     return measure(device) / 2**20
 
 
+def memory_mib(device: torch.device) -> float:
+    """Memory in use now, in MiB: of the device, or on a CPU of the process (Linux)."""
+    if device.type == "cpu":
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return getattr(_module(device.type), "memory_allocated", lambda _: 0)(device) / 2**20
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's work."""
+    if device.type != "cpu":
+        _module(device.type).synchronize()
+
+
 def seed_everything(seed: int) -> None:
     """Seeds Python, NumPy and torch on all devices."""
     random.seed(seed)

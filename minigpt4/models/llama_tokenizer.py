@@ -131,6 +131,7 @@ class LlamaTokenizer:
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Text of a list or tensor of ids [T]; special tokens stay in it unless skipped."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        ids = [token_id for token_id in ids if token_id < len(self)]  # an LM may have rows that no token uses
         special = set(self.all_special_ids)
         if skip_special_tokens:
             ids = [token_id for token_id in ids if token_id not in special]
