@@ -136,8 +136,10 @@ def page(args: argparse.Namespace, chat: "Chat") -> None:
     """Serves the web page until it is stopped."""
     from minigpt4.serve.web import serve
 
-    examples = sorted(Path("output/quickstart/held_out/image").glob("[0-3].jpg"))
-    serve(chat, describe(args, chat), args.host, args.port or 7860, args.share, examples)
+    examples = sorted(Path("output/quickstart/held_out/image").glob("[0-5].jpg"))
+    names = ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+    settings = {name: getattr(answer_options(args), name) for name in names}
+    serve(chat, describe(args, chat), args.host, args.port or 7860, args.share, examples, **settings)
 
 
 def terminal(args: argparse.Namespace, chat: "Chat") -> None:

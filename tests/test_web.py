@@ -1,0 +1,244 @@
+"""The page in a browser, with the embedded model before any training: its answers are nonsense, but they stream."""
+
+import argparse
+import re
+import shutil
+import socket
+import time
+from contextlib import closing
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from minigpt4.common.errors import UserError
+from quickstart.scenes import draw_scene, render
+
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SECONDS_A_TOKEN = 0.02  # the embedded model is quicker than anyone can press Stop
+
+pytestmark = pytest.mark.skipif(not shutil.which(CHROMIUM), reason=f"there is no browser at {CHROMIUM}")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def chat():
+    import demo
+
+    args = argparse.Namespace(
+        cfg_path="eval_configs/quickstart_eval.yaml", gpu_id=0, options=["model.ckpt=null", "run.device=cpu"], seed=42
+    )
+    chat = demo.build_chat(args)
+    plain = chat.stream
+
+    def slow_stream(conv, images, options):
+        with closing(plain(conv, images, replace(options, min_length=1000))) as answers:
+            for answer in answers:
+                time.sleep(SECONDS_A_TOKEN)
+                yield answer
+
+    chat.stream = slow_stream
+    chat.template = replace(chat.template, sep="%%")  # an end that it never says
+    return chat
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(2):
+        render(draw_scene(Random(number)), Random(number)).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(chat, pictures):
+    from minigpt4.serve.web import serve
+
+    port, examples = free_port(), [pictures / "0.png"]
+    page = serve(chat, "Embedded model, CPU", port=port, examples=examples, is_blocking=False, max_new_tokens=200)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Page:
+    """What a person does on the page and sees there."""
+
+    def __init__(self, browser, address, locale="en-US"):
+        self.context = browser.new_context(locale=locale, viewport={"width": 1100, "height": 900})
+        self.context.set_default_timeout(15_000)
+        self.page = self.context.new_page()
+        self.page.goto(address)
+        self.page.wait_for_selector("#box textarea")
+
+    def upload(self, path):
+        before = self.page.locator("#box button.delete-button").count()
+        self.page.set_input_files("#box input[type=file]", str(path))
+        self.wait(lambda: self.page.locator("#box button.delete-button").count() > before)
+
+    def send(self, text=""):
+        self.page.fill("#box textarea", text)
+        self.page.press("#box textarea", "Enter")
+
+    def press(self, name):
+        self.page.click(f"#{name}")
+
+    @property
+    def questions(self):
+        texts = self.page.locator("#chat [data-testid=user]").all_inner_texts()
+        return [text.strip() for text in texts if text.strip()]
+
+    @property
+    def answers(self):
+        return self.page.locator("#chat [data-testid=bot]").all_inner_texts()
+
+    @property
+    def status(self):
+        return self.page.inner_text("#status")
+
+    @property
+    def num_pictures(self):
+        return self.page.locator("#chat img[src*='/file=']").count()
+
+    @property
+    def num_tokens(self):
+        found = re.search(r"(\d+) tokens,", self.status)
+        return int(found.group(1)) if found else 0
+
+    def wait(self, condition, seconds=15):
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"{self.status!r} {self.page.inner_text('#chat')!r}"
+            self.page.wait_for_timeout(30)
+
+
+@pytest.fixture
+def visit(browser, address):
+    pages = []
+
+    def new(**options):
+        pages.append(Page(browser, address, **options))
+        return pages[-1]
+
+    yield new
+    for page in pages:
+        page.context.close()
+
+
+def test_answers_stream_and_stop(visit, pictures):
+    page = visit()
+    page.upload(pictures / "0.png")
+    page.send("What is there?")
+    page.wait(lambda: page.num_tokens)
+    first, begun = page.num_tokens, page.answers[0]
+    page.wait(lambda: page.num_tokens > first + 10)
+    assert page.answers[0].startswith(begun[:10]) and len(page.answers[0]) > len(begun)
+    page.press("stop")
+    page.wait(lambda: "stopped" in page.status)
+    count, partial = page.num_tokens, page.answers
+    assert 0 < count < 200
+    page.page.wait_for_timeout(500)
+    assert (page.num_tokens, page.answers) == (count, partial)
+    assert "Embedded model, CPU" in page.status and "tokens/s" in page.status
+    assert page.questions == ["What is there?"] and page.num_pictures == 1
+
+    page.send("And now?")  # the partial answer is part of what is read
+    page.wait(lambda: len(page.answers) == 2)
+    known, context = map(int, re.search(r"(\d+) of (\d+) context", page.status).groups())
+    assert count < known < context
+    page.press("stop")
+    page.wait(lambda: "stopped" in page.status)
+
+    page.press("retry")
+    page.wait(lambda: "stopped" not in page.status and page.num_tokens)
+    assert len(page.answers) == 2
+    page.press("clear")
+    page.wait(lambda: not page.questions and not page.answers)
+    page.page.wait_for_timeout(300)
+    assert not page.answers and page.num_pictures == 0
+
+
+def test_browsers_do_not_see_each_other_and_wait_in_turn(visit, pictures):
+    one, other = visit(), visit()
+    for page, question in ((one, "First?"), (other, "Second?")):
+        page.upload(pictures / "1.png")
+        page.send(question)
+        page.wait(lambda page=page: page.questions)
+    one.wait(lambda: one.num_tokens)
+    assert (one.questions, other.questions) == (["First?"], ["Second?"])
+    assert not other.answers
+    other.wait(lambda: "queue" in other.page.inner_text("#chat"))
+    one.press("stop")
+    other.wait(lambda: other.answers)
+    assert len(one.answers) == len(other.answers) == 1
+    other.press("stop")
+    other.wait(lambda: "stopped" in other.status)
+    third = visit()
+    assert not third.questions and not third.answers and third.num_pictures == 0
+
+
+def test_an_answer_ends_with_its_page(visit):
+    left, next_one = visit(), visit()
+    left.send("Anyone?")
+    left.wait(lambda: left.num_tokens)
+    left.context.close()
+    begin = time.monotonic()
+    next_one.send("Is it my turn?")
+    next_one.wait(lambda: next_one.num_tokens)
+    assert time.monotonic() - begin < 200 * SECONDS_A_TOKEN / 2
+    next_one.press("stop")
+
+
+def test_refused_messages_leave_no_trace(visit, pictures):
+    page = visit()
+    page.send()
+    page.wait(lambda: "There is no question" in page.status)
+    page.upload(pictures / "broken.png")
+    page.send("What is there?")
+    page.wait(lambda: "'broken.png' cannot be read as an image" in page.status)
+    assert "'broken.png' cannot be read" in page.page.inner_text(".toast-wrap")
+    assert str(pictures) not in page.status and "gradio" not in page.status
+    page.send("Is <ImageHere> a picture?")
+    page.wait(lambda: "A question cannot contain" in page.status)
+    assert not page.questions and not page.answers and page.num_pictures == 0
+
+    page.page.click("#examples button >> nth=0")  # a picture alone, and the chat goes on
+    page.wait(lambda: page.page.locator("#box button.delete-button").count() == 1)
+    page.send()
+    page.wait(lambda: "picture received" in page.status)
+    assert page.num_pictures == 1 and not page.answers
+    page.send("What is there?")
+    page.wait(lambda: page.num_tokens)
+    page.press("stop")
+
+
+def test_labels_follow_the_language_of_the_browser(visit):
+    assert visit().page.inner_text("#stop") == "Stop"
+    chinese = visit(locale="zh-CN")
+    assert chinese.page.inner_text("#stop") == "停止"
+    chinese.send()
+    chinese.wait(lambda: "没有问题" in chinese.status)
+
+
+def test_port_in_use(chat, address):
+    from minigpt4.serve.web import serve
+
+    with pytest.raises(UserError, match="--port"):
+        serve(chat, "Embedded model", port=int(address.rpartition(":")[2]), is_blocking=False)
