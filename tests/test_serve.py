@@ -119,6 +119,15 @@ def test_batch_and_its_resume(chat, folder, tmp_path):
     assert out.read_bytes() == whole
 
 
+def test_a_question_that_is_too_long_is_a_row(chat, folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    texts = ("Why?", "x" * 100_000, "")
+    rows.write_text("".join(json.dumps({"image": f"{folder}/0.png", "question": t}) + "\n" for t in texts), "utf-8")
+    assert answer_batch(chat, find_questions(str(rows), "What?"), tmp_path / "out.jsonl", GREEDY) == 2
+    first, second, third = rows_of(tmp_path / "out.jsonl")
+    assert first["answer"] and "too long" in second["error"] and "empty" in third["error"]
+
+
 def test_batch_sources(folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"image": "a.png", "question": "Why?"}\n\n{"image": "b.png"}\n', encoding="utf-8")

@@ -243,6 +243,12 @@ class Chat:
         embeds = self.model.embed(ids.to(self.device), torch.cat(images) if images else None)
         return embeds, mask.to(self.device)
 
+    def check_length(
+        self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
+    ) -> None:
+        """Raises the UserError with which ``answer`` would refuse a question that is too long."""
+        self._context_ids(conv, len(img_list), max_length - options.max_new_tokens)
+
     def text_of(self, ids: Sequence[int], conv: Conversation) -> str:
         """The answer in generated ids: up to the text that ends it, after the last "Assistant:", trimmed."""
         text = self.model.llama_tokenizer.decode(ids)

@@ -116,6 +116,7 @@ def _answer(chat: Chat, questions: list[Question], options: GenerationOptions) -
         try:
             chat.upload_img(question.image, conv, images)
             chat.ask(question.text, conv)
+            chat.check_length(conv, images, options)
         except UserError as error:
             row["error"] = str(error)
             continue

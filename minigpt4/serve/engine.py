@@ -88,7 +88,9 @@ class Engine:
             try:
                 if request.is_over:
                     raise TimeoutError
-                ready.append((request, *self._conversation(request)))
+                conv, images = self._conversation(request)
+                self.chat.check_length(conv, images, request.options, self.max_length)
+                ready.append((request, conv, images))
             except Exception as error:  # told to the one who asked; the server goes on
                 _tell_error(request, error)
         if not ready:
@@ -97,12 +99,9 @@ class Engine:
         try:
             for row, answer in self.chat.stream_all(convs, img_lists, [r.options for r in requests], self.max_length):
                 requests[row].tell(answer)
-        except Exception as error:
-            if len(ready) == 1:
-                _tell_error(requests[0], error)
-            else:  # one request's mistake must not fail the others: each by itself
-                for request in requests:
-                    self._answer([request])
+        except Exception as error:  # out of memory, say: told to all, and the server goes on
+            for request in requests:
+                _tell_error(request, error)
 
     def _conversation(self, request: Request) -> tuple[Conversation, list[Tensor]]:
         conv, images = self.chat.template.copy(), []
