@@ -120,7 +120,8 @@ def batch(args: argparse.Namespace, chat: "Chat") -> None:
 
 def api(args: argparse.Namespace, chat: "Chat") -> None:
     """Serves the API until it is stopped."""
-    from minigpt4.serve.api import Limits, build_app, serve
+    from minigpt4.serve.api import build_app, serve
+    from minigpt4.serve.api_requests import Limits
     from minigpt4.serve.engine import Engine
 
     folder = Path(args.allow_folder) if args.allow_folder else None

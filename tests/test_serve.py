@@ -2,7 +2,6 @@
 
 import argparse
 import base64
-import io
 import json
 import socket
 import threading
@@ -11,14 +10,15 @@ from random import Random
 
 import httpx
 import openai
+import picture_kinds
 import pytest
 import uvicorn
-from PIL import Image
 
 import demo
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api
+from minigpt4.serve.api_requests import Limits
 from minigpt4.serve.batch import answer_batch, find_questions
 from minigpt4.serve.engine import Busy, Engine, Request
 from minigpt4.serve.terminal import steady, terminal_chat
@@ -51,6 +51,11 @@ def data_url(data):
 
 def content(*urls, text="Describe this image in detail."):
     return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    return picture_kinds.write_all(tmp_path_factory.mktemp("kinds"))
 
 
 # ---- terminal -------------------------------------------------------------------------------------------------------
@@ -88,6 +93,16 @@ def test_terminal_goes_on_after_mistakes(chat, capsys, folder, line, said):
     assert said in seen.err and len(seen.err.splitlines()) == 1 and len(seen.out.splitlines()) == 1
 
 
+def test_terminal_reads_pictures_of_every_kind(chat, capsys, kinds):
+    good, bad = kinds
+    for file in good:
+        seen = talk(chat, capsys, f"/image {file}", "What is it?")
+        assert seen.out.startswith("Received.") and not seen.err, file
+    for file in bad:
+        seen = talk(chat, capsys, f"/image {file}", "What is it?")
+        assert file.name in seen.err and len(seen.err.splitlines()) == 1 and len(seen.out.splitlines()) == 1, file
+
+
 def test_what_may_still_change_is_held_back():
     assert steady("a dog#", ["###"]) == "a dog" and steady("a dog##", ["###"]) == "a dog"
     assert steady("a \ufffd", ["###"]) == "a" and steady("a dog", ["###", "ogre"]) == "a d"
@@ -117,6 +132,14 @@ def test_batch_and_its_resume(chat, folder, tmp_path):
     with pytest.raises(UserError, match="other pictures or questions"):
         answer_batch(chat, find_questions(str(folder), "Why?"), out, GREEDY)
     assert out.read_bytes() == whole
+
+
+def test_batch_reads_pictures_of_every_kind(chat, kinds, tmp_path):
+    good, bad = kinds
+    assert answer_batch(chat, find_questions(str(good[0].parent), "What?"), tmp_path / "out.jsonl", GREEDY) == len(bad)
+    for row in rows_of(tmp_path / "out.jsonl"):
+        name = row["image"].rsplit("/", 1)[1]
+        assert "answer" in row if name in {file.name for file in good} else name in row["error"]
 
 
 def test_a_question_that_is_too_long_is_a_row(chat, folder, tmp_path):
@@ -152,7 +175,7 @@ class Server:
 
     def __init__(self, chat, api_key=None, max_queue=8, **limits):
         self.engine = Engine(chat, max_batch=4, max_queue=max_queue, max_length=300)
-        app = api.build_app(self.engine, NAME, api.Limits(**limits), api_key)
+        app = api.build_app(self.engine, NAME, Limits(**limits), api_key)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -280,11 +303,14 @@ def test_api_refuses_in_openais_form(server, what, options, status, said):
     assert server.ask("Yes?").choices  # the server goes on
 
 
-def test_api_refuses_a_bomb(server):
-    buffer = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(buffer, "PNG")
-    with pytest.raises(openai.BadRequestError, match="too large"):
-        server.ask(content(data_url(buffer.getvalue())))
+def test_api_reads_pictures_of_every_kind(server, kinds):
+    good, bad = kinds
+    for file in good:
+        assert server.ask(content(data_url(file.read_bytes()))).usage.completion_tokens, file
+    for file in bad:
+        with pytest.raises(openai.BadRequestError, match=r"cannot be read|too large"):
+            server.ask(content(data_url(file.read_bytes())))
+    assert server.ask("你好 🙂?").choices
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model": 1}'])
@@ -334,6 +360,17 @@ def test_time_is_limited(chat):
         with pytest.raises(openai.InternalServerError, match="longer than 0 s"):
             server.ask("Yes?")
     finally:
+        server.close()
+
+
+def test_time_is_limited_while_waiting(chat):
+    server, hold, got = Server(chat, seconds=0.5), threading.Event(), []
+    try:
+        server.engine.submit(Request("", [("user", ["Yes?"])], GREEDY, lambda news: (got.append(news), hold.wait(20))))
+        with pytest.raises(openai.InternalServerError, match=r"longer than 0\.5 s"):
+            server.ask("Yes?")
+    finally:
+        hold.set()
         server.close()
 
 

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from random import Random
 
+import picture_kinds
 import pytest
 
 from minigpt4.common.errors import UserError
@@ -227,6 +228,20 @@ def test_refused_messages_leave_no_trace(visit, pictures):
     page.send("What is there?")
     page.wait(lambda: page.num_tokens)
     page.press("stop")
+
+
+def test_pictures_of_every_kind(visit, tmp_path):
+    good, bad = picture_kinds.write_all(tmp_path)
+    page = visit()
+    for number, file in enumerate(good, 1):
+        page.upload(file)
+        page.send()
+        page.wait(lambda number=number: page.num_pictures == number and "picture received" in page.status)
+    for file in bad:
+        page.upload(file)
+        page.send("What is there?")
+        page.wait(lambda file=file: f"'{file.name}'" in page.status)
+    assert page.num_pictures == len(good) and "What is there?" not in " ".join(page.questions)
 
 
 def test_labels_follow_the_language_of_the_browser(visit):

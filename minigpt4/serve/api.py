@@ -1,24 +1,17 @@
 """An OpenAI-compatible server: /v1/chat/completions with pictures, /v1/models, /health."""
 
 import asyncio
-import base64
-import binascii
 import hmac
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
-import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from PIL import Image
-from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from minigpt4.common.errors import UserError
@@ -26,73 +19,8 @@ from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.conversation.pictures import read_picture
 from minigpt4.serve import engine
+from minigpt4.serve.api_requests import ApiError, Body, ContentPart, Limits, load_picture, parse, read_body
 from minigpt4.serve.terminal import steady
-
-
-@dataclass
-class Limits:
-    """What a client may ask for."""
-
-    max_body_bytes: int = 32 * 2**20
-    max_images: int = 16
-    max_tokens: int = 1000
-    seconds: float = 300.0  # from arrival to the last token
-    allowed_hosts: list[str] = field(default_factory=list)  # of http(s) pictures
-    allowed_folder: Path | None = None  # of file:// pictures
-
-
-class ImageUrl(BaseModel):
-    """Where a picture is: a data URL, or what the server's flags allow."""
-
-    url: str
-
-
-class ContentPart(BaseModel):
-    """A piece of a message."""
-
-    type: Literal["text", "image_url"]
-    text: str = ""
-    image_url: ImageUrl | None = None
-
-
-class Message(BaseModel):
-    """Who says what."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
-
-
-class StreamOptions(BaseModel):
-    """What a stream holds beside text."""
-
-    include_usage: bool = False
-
-
-class Body(BaseModel):
-    """A chat completion request; fields that this model has no use for are ignored."""
-
-    model: str
-    messages: list[Message] = Field(min_length=1)
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(0.9, gt=0, le=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    n: Literal[1] = 1
-
-
-class ApiError(Exception):
-    """An error in OpenAI's form."""
-
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-        kind = "server_error" if status >= 500 else kind
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def build_app(worker: engine.Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
@@ -132,7 +60,7 @@ def build_app(worker: engine.Engine, name: str, limits: Limits, api_key: str | N
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> StreamingResponse | JSONResponse:
         check_key(request)
-        body = _parse(await _read_body(request, limits.max_body_bytes))
+        body = parse(await read_body(request, limits.max_body_bytes))
         if body.model != name:
             raise ApiError(404, f"There is no model '{body.model}'; this server has '{name}'.", "no_model", "model")
         asked = await _request(body, limits, worker)
@@ -159,25 +87,6 @@ def serve(app: FastAPI, host: str, port: int) -> None:
         except OSError as error:
             raise UserError(f"--host {host} --port {port} cannot be used ({error.strerror}); give another.") from error
     uvicorn.run(app, host=host, port=port, log_level="warning")
-
-
-async def _read_body(request: Request, most: int) -> bytes:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            raise ApiError(413, f"The request is larger than {most} bytes; send smaller pictures.", "too_large")
-    return bytes(data)
-
-
-def _parse(data: bytes) -> Body:
-    try:
-        return Body.model_validate(json.loads(data))
-    except (ValueError, RecursionError) as error:  # pydantic's own among them
-        details = getattr(error, "errors", lambda: [])()
-        place = ".".join(map(str, details[0]["loc"])) if details else None
-        text = f"{place}: {details[0]['msg']}" if details else f"The body is not JSON ({str(error)[:100]})"
-        raise ApiError(400, text + ".", "bad_request", place) from error
 
 
 @dataclass
@@ -208,7 +117,9 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
                 text = f"Pictures come as image_url in the user's messages, at most {limits.max_images} in all."
                 raise ApiError(400, text, "bad_request", place)
             try:
-                parts.append(await _load_picture(piece.image_url.url, limits))
+                raw = await load_picture(piece.image_url.url, limits)
+                # Processed at once, in a thread: what waits in the queue is small, however large the picture was.
+                parts.append(await asyncio.to_thread(lambda raw=raw: worker.chat.vis_processor(read_picture(raw))))
             except UserError as error:
                 raise ApiError(400, str(error), "bad_image", place) from error
         if message.role in ("system", "developer"):
@@ -220,7 +131,7 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
     wanted = body.max_completion_tokens or body.max_tokens or min(300, limits.max_tokens)
     if wanted > limits.max_tokens:
         raise ApiError(400, f"max_tokens is {wanted}; at most {limits.max_tokens} are given.", "too_many", "max_tokens")
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = [stop for stop in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if stop]
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(news: Answer | Exception) -> None:
@@ -248,15 +159,19 @@ async def _answers(request: engine.Request, arrived: asyncio.Queue, stops: list[
     """The answer as it grows; whoever stops listening cancels it."""
     try:
         while True:
-            news = await arrived.get()
-            if isinstance(news, TimeoutError) or (request.is_over and not request.cancelled.is_set()):
-                raise ApiError(503, f"The answer took longer than {request.seconds:g} s.", "timeout")
+            left = request.begin + request.seconds - time.monotonic()
+            try:
+                news = await asyncio.wait_for(arrived.get(), max(left, 0))
+                if isinstance(news, TimeoutError):
+                    raise news
+            except TimeoutError as error:
+                raise ApiError(503, f"The answer took longer than {request.seconds:g} s.", "timeout") from error
             if isinstance(news, UserError):
                 raise ApiError(400, str(news), "bad_request", "messages")
             if isinstance(news, Exception):
                 raise ApiError(500, "The model failed; the server's log says how.", "internal")
             for stop in stops:
-                news.text = news.text.split(stop)[0] if stop else news.text
+                news.text = news.text.split(stop)[0]
             yield news
             if news.end is not None:
                 return
@@ -268,47 +183,6 @@ async def _last(answers: AsyncIterator[Answer]) -> Answer:
     async for answer in answers:
         last = answer
     return last
-
-
-async def _load_picture(url: str, limits: Limits) -> Image.Image:
-    """A picture from a data URL, an allowed host or the allowed folder."""
-    parts = urlsplit(url)
-    if parts.scheme == "data":
-        head, comma, data = url.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise UserError("A data URL looks like data:image/jpeg;base64,DATA; this one does not.")
-        try:
-            raw = base64.b64decode(data, validate=True)
-        except binascii.Error as error:
-            raise UserError(f"The data URL is not base64 ({error}).") from error
-    elif parts.scheme in ("http", "https"):
-        if parts.hostname not in limits.allowed_hosts:
-            raise UserError(f"Pictures from '{parts.hostname}' are not allowed here; send a data URL.")
-        raw = await _download(url, limits.max_body_bytes)
-    elif parts.scheme == "file" and limits.allowed_folder is not None:
-        folder = limits.allowed_folder.resolve()
-        path = (folder / unquote(parts.path).lstrip("/")).resolve()
-        if not path.is_relative_to(folder) or not path.is_file():
-            raise UserError("There is no such picture in the allowed folder (file:///NAME is taken below it).")
-        raw = path.read_bytes()
-    else:
-        raise UserError(f"Pictures by '{parts.scheme or url[:20]}' are not allowed here; send a data URL.")
-    return await asyncio.to_thread(read_picture, raw)
-
-
-async def _download(url: str, most: int) -> bytes:
-    data = bytearray()
-    try:
-        async with httpx.AsyncClient(timeout=20, trust_env=False) as client, client.stream("GET", url) as response:
-            if response.status_code != 200:  # redirections are not followed: they would lead past the allowed hosts
-                raise UserError(f"The picture's address answers with status {response.status_code}.")
-            async for chunk in response.aiter_bytes():
-                data += chunk
-                if len(data) > most:
-                    raise UserError(f"The picture is larger than {most} bytes.")
-    except httpx.HTTPError as error:
-        raise UserError(f"The picture cannot be fetched ({type(error).__name__}).") from error
-    return bytes(data)
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

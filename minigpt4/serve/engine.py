@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from PIL import Image
 from torch import Tensor
 
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer, Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 
-Part = str | Image.Image
+Part = str | Tensor  # text, or a processed picture [3, S, S]
 
 
 class Busy(Exception):
@@ -111,7 +110,7 @@ class Engine:
                 conv.append_message(conv.roles[1], " ".join(map(str, parts)))
                 continue
             for part in parts:
-                if isinstance(part, Image.Image):
+                if isinstance(part, Tensor):
                     self.chat.upload_img(part, conv, images)
             if text := " ".join(part for part in parts if isinstance(part, str)).strip():
                 self.chat.ask(text, conv)

@@ -1,0 +1,52 @@
+"""Pictures as people have them, good and bad, as files."""
+
+import io
+
+import numpy
+from PIL import Image
+
+RED = Image.new("RGB", (48, 32), (200, 10, 10))
+
+
+def saved(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def readable():
+    """{file name: bytes} of pictures that have to be answered."""
+    exif = RED.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    frames = [RED, Image.new("RGB", RED.size, (0, 0, 255))]
+    return {
+        "grey16.png": saved(Image.fromarray(numpy.full((32, 48), 32896, dtype=numpy.uint16)), "PNG"),
+        "rotated.jpg": saved(RED, "JPEG", exif=exif),
+        "transparent.png": saved(Image.new("RGBA", RED.size, (0, 0, 0, 0)), "PNG"),
+        "palette.png": saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        "animated.gif": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "one_pixel.png": saved(RED.resize((1, 1)), "PNG"),
+        "cmyk.jpg": saved(RED.convert("CMYK"), "JPEG"),
+        "picture.webp": saved(RED, "WEBP"),
+    }
+
+
+def unreadable():
+    """{file name: bytes} of files that have to be refused with a sentence."""
+    noise = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=numpy.uint8))
+    return {
+        "empty.png": b"",
+        "text.png": b"this is no picture",
+        "truncated.jpg": saved(noise, "JPEG")[:1500],
+        "bomb.png": saved(Image.new("1", (30_000, 30_000)), "PNG"),
+    }
+
+
+def write_all(folder):
+    """Writes all of them; returns the readable and the unreadable files."""
+    files = []
+    for kind in (readable(), unreadable()):
+        files.append([folder / name for name in kind])
+        for name, data in kind.items():
+            (folder / name).write_bytes(data)
+    return files
