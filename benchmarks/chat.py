@@ -78,8 +78,8 @@ def captions(chat: Chat, pictures: list[torch.Tensor], options: GenerationOption
     for start in range(0, len(pictures), size):
         part = pictures[start : start + size]
         convs, img_lists = [chat.template.copy() for _ in part], [[] for _ in part]
-        for picture, conv, images in zip(part, convs, img_lists, strict=True):
-            chat.upload_img(picture, conv, images)
+        chat.upload_all(part, convs, img_lists)
+        for conv in convs:
             chat.ask(QUESTION, conv)
         chat.answer_all(convs, img_lists, options)
 

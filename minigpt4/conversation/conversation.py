@@ -1,5 +1,6 @@
 """``Chat``, which answers conversations about images. Public names and behaviour are the reference's."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,12 +47,17 @@ class Answer:
     """An answer as it grows: its text so far, its token ids, and why it ended."""
 
     num_context: int  # tokens of the prompt, images included
-    num_cached: int = 0  # of these, how many the LM had read before
-    text: str = ""
+    num_cached: int  # of these, how many the LM had read before
+    text_of: Callable[[Sequence[int]], str]
     ids: list[int] = field(default_factory=list)
     end: str | None = None  # "stop", or "length" where max_new_tokens cut it
     seconds: float = 0.0  # from the beginning to the latest token
     first_token: float = 0.0  # from the beginning to the first one
+
+    @property
+    def text(self) -> str:
+        """The text so far, decoded when it is asked for: who waits for the end pays once."""
+        return self.text_of(self.ids)
 
 
 class Chat:
@@ -102,12 +108,24 @@ class Chat:
         Raises:
             UserError: the file is not an image that can be read.
         """
+        self.upload_all([self.pixels_of(image)], [conv], [img_list])
+        return "Received."
+
+    def pixels_of(self, image: str | Path | Image.Image | Tensor) -> Tensor:
+        """What ``upload_img`` takes, as a processed tensor [3, S, S]."""
         if not isinstance(image, Tensor):
             image = self.vis_processor(read_picture(image))
-        pixels = image if image.ndim == 4 else image.unsqueeze(0)
-        img_list.append(self.model.encode_img(pixels.to(self.device))[0])
-        conv.append_message(conv.roles[0], IMAGE_MESSAGE)
-        return "Received."
+        return image[0] if image.ndim == 4 else image
+
+    @torch.inference_mode()
+    def upload_all(
+        self, pixels: Sequence[Tensor], convs: Sequence[Conversation], img_lists: Sequence[list[Tensor]]
+    ) -> None:
+        """Encodes a processed image [3, S, S] for each of several conversations in one batch."""
+        embeds = self.model.encode_img(torch.stack(list(pixels)).to(self.device))[0]
+        for embed, conv, img_list in zip(embeds.split(1), convs, img_lists, strict=True):
+            img_list.append(embed)
+            conv.append_message(conv.roles[0], IMAGE_MESSAGE)
 
     def answer(
         self,
@@ -196,18 +214,20 @@ class Chat:
         each = [replace(o, stop=self._stop(conv, o.stop)) for conv, o in zip(convs, each, strict=True)]
         prefix = self.prefixes.take(rows[0], img_lists[0]) if len(rows) == 1 else Prefix()
         known = len(prefix.ids)
-        answers = [Answer(num_context=len(row), num_cached=known) for row in rows]
+        answers = [
+            Answer(len(row), known, functools.partial(self.text_of, conv=conv))
+            for row, conv in zip(rows, convs, strict=True)
+        ]
         embeds, mask = self._embed(rows, img_lists)
         tokenizer = self.model.llama_tokenizer
         arguments = embeds[:, known:], mask, each, tokenizer.bos_token_id, tokenizer.eos_token_id
         try:
-            for row, ids in self._token_lists(*arguments, prefix.cache):
+            for row, ids, is_end in self._token_lists(*arguments, prefix.cache):
                 answer = answers[row]
                 answer.ids += ids
-                answer.text = self.text_of(answer.ids, convs[row])
                 answer.seconds = time.perf_counter() - begin
                 answer.first_token = answer.first_token or answer.seconds
-                if ids[-1] == tokenizer.eos_token_id or each[row].stop(answer.ids):
+                if is_end:
                     answer.end = "stop"
                 elif len(answer.ids) >= each[row].max_new_tokens:
                     answer.end = "length"
@@ -221,15 +241,15 @@ class Chat:
 
     def _token_lists(
         self, embeds: Tensor, mask: Tensor, options: Sequence[GenerationOptions], bos: int, eos: int, cache: Any
-    ) -> Iterator[tuple[int, list[int]]]:
-        """(row, its next ids): one by one, or by beam search all at once."""
+    ) -> Iterator[tuple[int, list[int], bool]]:
+        """(row, its next ids, whether it ended by itself): one by one, or by beam search all at once."""
         llm = self.model.llama_model
         if any(o.num_beams > 1 for o in options):
             for row, result in enumerate(generate(llm, embeds, mask, options, bos, eos, cache)):
-                yield row, result.ids
+                yield row, result.ids, result.ids[-1] == eos or options[row].stop(result.ids)
         else:
-            for row, token_id in stream(llm, embeds, mask, options, bos, eos, cache):
-                yield row, [token_id]
+            for row, token_id, is_end in stream(llm, embeds, mask, options, bos, eos, cache):
+                yield row, [token_id], is_end
 
     def _embed(self, rows: Sequence[list[int]], img_lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Contexts to LM inputs [B, T, L] and mask [B, T], padded on the left, so that all end where answers begin."""

@@ -148,7 +148,7 @@ def generate(
         parts = (slice(i, i + 1) for i in range(len(each)))
         return [generate(llm, embeds[part], mask[part], each[part], bos, eos)[0] for part in parts]
     rows: list[list[int]] = [[] for _ in each]
-    for row, token_id in stream(llm, embeds, mask, each, bos, eos, cache):
+    for row, token_id, _ in stream(llm, embeds, mask, each, bos, eos, cache):
         rows[row].append(token_id)
     return [Generated(row) for row in rows]
 
@@ -162,7 +162,7 @@ def stream(
     bos: int,
     eos: int,
     cache: Any = None,
-) -> Iterator[tuple[int, int]]:
+) -> Iterator[tuple[int, int, bool]]:
     """Continues each row of a batch, token by token; a row that is done is computed no longer.
 
     Args:
@@ -175,7 +175,7 @@ def stream(
         cache: keys and values of what the LM has read already; it grows in place.
 
     Yields:
-        (row, token id).
+        (row, token id, whether the row ends with it other than by ``max_new_tokens``).
     """
     each = _for_each(options, len(embeds))
     generators = [
@@ -186,19 +186,19 @@ def stream(
     rows: list[list[int]] = [[] for _ in each]
     running = list(range(len(each)))
     while True:
-        chosen = []
-        for logit, i in zip(logits, running, strict=True):
-            history = torch.tensor([rows[i]], dtype=torch.long, device=embeds.device)
-            scores = next_token_scores(logit[None], history, each[i], bos, eos)[0]
-            drawn = each[i].do_sample
-            best = torch.multinomial(scores.softmax(-1), 1, generator=generators[i])[0] if drawn else scores.argmax()
-            chosen.append(best)
-        tokens = torch.stack(chosen)
+        if all(_is_plain(each[i], len(rows[i])) for i in running):
+            tokens = logits.argmax(-1)
+        else:
+            tokens = torch.stack([
+                _choose(logit, rows[i], each[i], generators[i], bos, eos)
+                for logit, i in zip(logits, running, strict=True)
+            ])  # fmt: skip
         going = []
         for place, (i, token_id) in enumerate(zip(list(running), tokens.tolist(), strict=True)):
             rows[i].append(token_id)
-            yield i, token_id
-            if token_id != eos and len(rows[i]) < each[i].max_new_tokens and not each[i].stop(rows[i]):
+            is_end = token_id == eos or each[i].stop(rows[i])
+            yield i, token_id, is_end
+            if not is_end and len(rows[i]) < each[i].max_new_tokens:
                 going.append(place)
         if not going:
             return
@@ -207,6 +207,20 @@ def stream(
             running = [running[place] for place in going]
             tokens = tokens[going]
         logits = decoder.feed_ids(tokens)
+
+
+def _is_plain(options: GenerationOptions, length: int) -> bool:
+    """Whether the best logit is the choice, without a look at the row."""
+    return not options.do_sample and options.repetition_penalty == 1.0 and length + 1 >= options.min_length
+
+
+def _choose(
+    logits: Tensor, ids: list[int], options: GenerationOptions, generator: torch.Generator | None, bos: int, eos: int
+) -> Tensor:
+    """The next token of one row, from logits [V]."""
+    history = torch.tensor([ids], dtype=torch.long, device=logits.device)
+    scores = next_token_scores(logits[None], history, options, bos, eos)[0]
+    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[0] if options.do_sample else scores.argmax()
 
 
 def _for_each(options: GenerationOptions | Sequence[GenerationOptions], count: int) -> Sequence[GenerationOptions]:

@@ -135,7 +135,8 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
 
     def tell(news: Answer | Exception) -> None:
-        news = news if isinstance(news, Exception) else replace(news, ids=list(news.ids))
+        if isinstance(news, Answer):  # a copy, as the engine's grows on; the client's stop words cut its text too
+            news = replace(news, ids=list(news.ids), text_of=lambda ids, plain=news.text_of: _cut(plain(ids), stops))
         loop.call_soon_threadsafe(arrived.put_nowait, news)
 
     decode = worker.chat.model.llama_tokenizer.decode
@@ -152,10 +153,10 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
         worker.submit(request)
     except engine.Busy:
         raise ApiError(429, "Too many requests are waiting; try again later.", "queue_full") from None
-    return _Asked(request, _answers(request, arrived, stops), [worker.chat.template.end, *stops])
+    return _Asked(request, _answers(request, arrived), [worker.chat.template.end, *stops])
 
 
-async def _answers(request: engine.Request, arrived: asyncio.Queue, stops: list[str]) -> AsyncIterator[Answer]:
+async def _answers(request: engine.Request, arrived: asyncio.Queue) -> AsyncIterator[Answer]:
     """The answer as it grows; whoever stops listening cancels it."""
     try:
         while True:
@@ -170,13 +171,16 @@ async def _answers(request: engine.Request, arrived: asyncio.Queue, stops: list[
                 raise ApiError(400, str(news), "bad_request", "messages")
             if isinstance(news, Exception):
                 raise ApiError(500, "The model failed; the server's log says how.", "internal")
-            for stop in stops:
-                news.text = news.text.split(stop)[0]
             yield news
             if news.end is not None:
                 return
     finally:
         request.cancelled.set()
+
+
+def _cut(text: str, stops: list[str]) -> str:
+    """The text before the first of the stop words."""
+    return min((text.split(stop)[0] for stop in stops), key=len, default=text)
 
 
 async def _last(answers: AsyncIterator[Answer]) -> Answer:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.conversation import Chat
+from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat
 from minigpt4.conversation.generation import GenerationOptions
 
 KINDS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -110,20 +112,24 @@ def _rows_done(out: Path, questions: list[Question]) -> list[dict[str, Any]]:
 
 def _answer(chat: Chat, questions: list[Question], options: GenerationOptions) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"image": question.image, "question": question.text} for question in questions]
-    convs, img_lists, asked = [], [], []
-    for row, question in zip(rows, questions, strict=True):
-        conv, images = chat.template.copy(), []
+    ready: list[tuple[dict[str, Any], Tensor]] = []
+    for row in rows:
         try:
-            chat.upload_img(question.image, conv, images)
-            chat.ask(question.text, conv)
+            pixels = chat.pixels_of(row["image"])
+            conv, images = chat.template.copy(), [torch.empty(0)]  # to see whether the question is one that fits
+            conv.append_message(conv.roles[0], IMAGE_MESSAGE)
+            chat.ask(row["question"], conv)
             chat.check_length(conv, images, options)
         except UserError as error:
             row["error"] = str(error)
             continue
-        convs.append(conv)
-        img_lists.append(images)
-        asked.append(row)
-    if convs:
+        ready.append((row, pixels))
+    if ready:
+        asked, pixels = zip(*ready, strict=True)
+        convs, img_lists = [chat.template.copy() for _ in asked], [[] for _ in asked]
+        chat.upload_all(pixels, convs, img_lists)
+        for row, conv in zip(asked, convs, strict=True):
+            chat.ask(row["question"], conv)
         for row, (text, _) in zip(asked, chat.answer_all(convs, img_lists, options), strict=True):
             row["answer"] = text
     return rows
