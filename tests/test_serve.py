@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from random import Random
 
 import httpx
@@ -271,6 +272,35 @@ def test_api_serves_several_at_once(server, folder):
 
 def test_api_pictures_that_are_allowed(server):
     assert server.ask(content("file:///1.png")).choices[0].message.content is not None
+
+
+def test_api_fetches_from_allowed_hosts_alone_and_goes_nowhere_else(chat, folder):
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path == "/0.png"
+            self.send_response(200 if known else 302)
+            self.send_header("Location", "http://localhost:1/elsewhere.png")
+            self.end_headers()
+            self.wfile.write((folder / "0.png").read_bytes() if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    files = HTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=files.serve_forever, daemon=True).start()
+    server, address = Server(chat, allowed_hosts=["127.0.0.1"]), f"http://127.0.0.1:{files.server_port}"
+    try:
+        alike = server.ask(content(data_url((folder / "0.png").read_bytes())))
+        found = server.ask(content(f"{address}/0.png"))
+        assert found.choices[0].message.content == alike.choices[0].message.content
+        with pytest.raises(openai.BadRequestError, match="status 302"):
+            server.ask(content(f"{address}/moved.png"))
+        with pytest.raises(openai.BadRequestError, match="'localhost' are not allowed"):
+            server.ask(content(f"http://localhost:{files.server_port}/0.png"))
+    finally:
+        server.close()
+        files.shutdown()
+        files.server_close()
 
 
 @pytest.mark.parametrize(

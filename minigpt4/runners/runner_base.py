@@ -62,11 +62,8 @@ class RunnerBase:
         self.iters_per_epoch = self._iters_per_epoch()
         self.accum_grad_iters = int(self.run_cfg.get("accum_grad_iters", 1))
         init_lr = float(self.run_cfg.get("init_lr", 1e-4))
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05))),
-            lr=init_lr,
-            betas=(0.9, self.run_cfg.get("beta2", 0.999)),
-        )
+        groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
+        self.optimizer = torch.optim.AdamW(groups, lr=init_lr, betas=(0.9, self.run_cfg.get("beta2", 0.999)))
         self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
             optimizer=self.optimizer,
             max_epoch=self.max_epoch,
@@ -90,11 +87,11 @@ class RunnerBase:
     def _amp_dtype(self) -> torch.dtype:
         if not self.run_cfg.get("amp", False):
             return torch.float32
-        half = devices.half_dtype(self.device)
+        half, wanted = devices.half_dtype(self.device), self.run_cfg.get("amp_dtype")
         if half == torch.float32:
             logging.info("run.amp: computing in float32, as this device has no faster half precision.")
             return half
-        return devices.DTYPES[self.run_cfg.get("amp_dtype")] if self.run_cfg.get("amp_dtype") else half
+        return devices.DTYPES[wanted] if wanted else half
 
     def _iters_per_epoch(self) -> int:
         if self.run_cfg.get("iters_per_epoch"):
