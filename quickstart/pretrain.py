@@ -10,6 +10,7 @@ the projection, exactly as in MiniGPT-4.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -96,19 +97,20 @@ def train_tokenizer(folder: Path) -> LlamaTokenizer:
         words += " ".join(texts).replace(".", " . ").replace("?", " ? ").replace(":", " : ").split()
         words += ["###", "Human", "Assistant", ":", "<Img>", "</Img>", scenes.FILLER]
     model = folder / "tokenizer"
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
-        model_prefix=str(model),
-        model_type="bpe",
-        vocab_size=768,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        split_by_unicode_script=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
+    with contextlib.chdir(folder):  # the file keeps the prefix that it was trained under: its bare name
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words),
+            model_prefix=model.name,
+            model_type="bpe",
+            vocab_size=768,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            split_by_unicode_script=False,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
     model.with_suffix(".vocab").unlink()
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     records = {
