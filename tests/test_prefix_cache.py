@@ -110,6 +110,16 @@ def test_a_stopped_answer_stays_in_the_chat_and_it_goes_on(new_chat):
     assert cached[-1].num_cached > 0 and cached[-1].ids == anew[-1].ids
 
 
+def test_a_failed_answer_leaves_nothing_behind(new_chat, monkeypatch):
+    chat, conv = new_chat(4), CONV_VISION.copy()
+    chat.ask(QUESTIONS[0], conv)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Decoder, "feed_ids", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chat.answer(conv.copy(), [], do_sample=False)
+    assert not chat.prefixes._kept
+
+
 def test_answers_grow_token_by_token(new_chat):
     chat, conv = new_chat(4), CONV_VISION.copy()
     chat.ask(QUESTIONS[0], conv)

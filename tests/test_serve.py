@@ -152,6 +152,17 @@ def test_a_question_that_is_too_long_is_a_row(chat, folder, tmp_path):
     assert first["answer"] and "too long" in second["error"] and "empty" in third["error"]
 
 
+def test_batch_resumes_behind_odd_line_ends_and_names_a_bad_target(chat, folder, tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"image": f"{folder}/0.png", "question": "Why\u2028so\x85?"}
+    rows.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    for _ in range(2):
+        assert answer_batch(chat, find_questions(str(rows), "What?"), out, GREEDY) == 0
+        assert out.read_text(encoding="utf-8").count("\n") == 1
+    with pytest.raises(UserError, match=r"--out.*cannot be written"):
+        answer_batch(chat, find_questions(str(rows), "What?"), tmp_path, GREEDY)
+
+
 def test_batch_sources(folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"image": "a.png", "question": "Why?"}\n\n{"image": "b.png"}\n', encoding="utf-8")

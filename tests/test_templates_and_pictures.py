@@ -25,6 +25,13 @@ def test_prompts(name):
     assert conv.get_prompt() == EXPECTED[name]
 
 
+def test_images_in_a_row_do_not_swap_the_separators():
+    conv = TEMPLATES["vicuna_v1"].copy()
+    for role, text in ((0, "I1"), (0, "I2"), (1, "A1"), (1, None)):
+        conv.append_message(conv.roles[role], text)
+    assert conv.get_prompt().endswith(" USER: I1 USER: I2 ASSISTANT: A1</s>ASSISTANT:")
+
+
 def test_the_vocabulary_chooses(caplog):
     assert choose_template(None, 32001) is TEMPLATES["vicuna_v0"]
     assert choose_template(None, 32000) is TEMPLATES["vicuna_v1"]

@@ -112,7 +112,7 @@ class Chat:
         return "Received."
 
     def pixels_of(self, image: str | Path | Image.Image | Tensor) -> Tensor:
-        """What ``upload_img`` takes, as a processed tensor [3, S, S]."""
+        """What ``upload_img`` takes, as a processed float32 tensor [3, S, S]; UserError where it cannot be read."""
         if not isinstance(image, Tensor):
             image = self.vis_processor(read_picture(image))
         return image[0] if image.ndim == 4 else image
@@ -232,8 +232,11 @@ class Chat:
                 elif len(answer.ids) >= each[row].max_new_tokens:
                     answer.end = "length"
                 yield row, answer
+        except Exception:  # out of memory, say: some layers have read more than others
+            prefix = None
+            raise
         finally:
-            if len(rows) == 1:
+            if len(rows) == 1 and prefix is not None:
                 self.prefixes.put(prefix, rows[0] + answers[0].ids, img_lists[0])
             for conv, answer in zip(convs, answers, strict=True):
                 if answer.ids:

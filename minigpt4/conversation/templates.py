@@ -43,8 +43,8 @@ class Conversation:
             return self._llama_2_prompt()
         separators = (self.sep, self.sep2 if self.sep_style == SeparatorStyle.TWO else self.sep)
         prompt = self.system + self.sep
-        for i, (role, message) in enumerate(self.messages):
-            prompt += f"{role}: {message}{separators[i % 2]}" if message else f"{role}:"
+        for role, message in self.messages:  # by role and not by turns: several images may come in a row
+            prompt += f"{role}: {message}{separators[role == self.roles[1]]}" if message else f"{role}:"
         return prompt
 
     def _llama_2_prompt(self) -> str:

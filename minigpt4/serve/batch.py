@@ -51,7 +51,7 @@ def find_questions(source: str, question: str) -> list[Question]:
 
 def _read_rows(path: Path, question: str) -> Iterator[Question]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut at U+2028 within a text
     except UnicodeDecodeError as error:
         raise UserError(f"--batch: {path} is not UTF-8 text ({error}).") from error
     for number, line in enumerate(lines, 1):
@@ -75,9 +75,13 @@ def answer_batch(chat: Chat, questions: list[Question], out: Path, options: Gene
         How many rows hold an error.
 
     Raises:
-        UserError: the rows that are there are of other questions.
+        UserError: the rows that are there are of other questions, or the file cannot be written.
     """
-    done = _rows_done(out, questions)
+    try:
+        done = _rows_done(out, questions)
+        out.open("a").close()
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror}); give another file.") from error
     num_errors = sum("error" in row for row in done)
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done), unit="img") as bar:
         for start in range(len(done), len(questions), size):
@@ -98,7 +102,7 @@ def _rows_done(out: Path, questions: list[Question]) -> list[dict[str, Any]]:
     whole = data[: data.rfind(b"\n") + 1]
     mistake = UserError(f"--out: {out} holds rows of other pictures or questions; give another file or remove it.")
     try:
-        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        rows = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
         found = [(row["image"], row["question"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise mistake from error
