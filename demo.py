@@ -59,7 +59,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
 
     cfg = Config(args).check()
     run_cfg = cfg.config.get("run") or {}
-    device = devices.pick(run_cfg.get("device", "auto"), args.gpu_id)
+    device = devices.pick(run_cfg.get("device", "auto"), args.gpu_id, bool(run_cfg.get("strict_device", False)))
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     vocab_size = model.llama_model.get_input_embeddings().num_embeddings
@@ -153,7 +153,10 @@ def terminal(args: argparse.Namespace, chat: "Chat") -> None:
 def main() -> None:
     """One of five ways to talk to the model."""
     args = parse_args()
-    from minigpt4.common.errors import UserError
+    try:
+        from minigpt4.common.errors import UserError
+    except ImportError as error:  # an installation that lacks something says what
+        sys.exit(f"error: {error}")
     from minigpt4.common.logger import setup_logger
 
     setup_logger()

@@ -17,12 +17,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Configuration, device, task, data, model, runner."""
+    """Configuration, process group, task, data, model, runner."""
     args = parse_args()
+    try:
+        from minigpt4.common.errors import UserError
+    except ImportError as error:  # an installation that lacks something says what
+        sys.exit(f"error: {error}")
     from minigpt4.common import device as devices
     from minigpt4.common import dist_utils
     from minigpt4.common.config import Config
-    from minigpt4.common.errors import UserError
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.registry import registry
     from minigpt4.common.utils import now
@@ -32,6 +35,7 @@ def main() -> None:
         setup_logger()
         cfg = Config(args).check()
         dist_utils.init_distributed_mode(cfg.run_cfg)
+        dist_utils.check_same(cfg.to_dict())
         setup_logger()  # again: now the ranks are known
         devices.seed_everything(int(cfg.run_cfg.get("seed", 42)) + dist_utils.get_rank())
         cfg.pretty_print()
@@ -41,7 +45,13 @@ def main() -> None:
         runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
         runner_class(cfg=cfg, job_id=dist_utils.agree(now()), task=task, model=model, datasets=datasets).train()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        dist_utils.exit_with(str(error))
+    except RuntimeError as error:
+        if lost := dist_utils.explain_lost_peer(error):
+            dist_utils.exit_with(lost)
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         dist_utils.leave()
 

@@ -4,6 +4,10 @@ Rooms, in the order data walks through them: ``common`` (configuration, devices,
 ``datasets`` and ``processors``, ``models``, ``runners`` for training; ``conversation`` for chat.
 """
 
-from minigpt4.common import torchvision_ops
+from minigpt4.common.device_import import import_torch
+
+import_torch()
+
+from minigpt4.common import torchvision_ops  # noqa: E402  (needs torch)
 
 torchvision_ops.declare_missing()

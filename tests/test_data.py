@@ -1,5 +1,6 @@
 """Shards, listed pairs and loaders: what is read, what is skipped, who gets what, and that a seed repeats it."""
 
+import copy
 import io
 import itertools
 import json
@@ -75,7 +76,7 @@ def captions(samples):
 
 def places(**settings):
     for rank, worker in itertools.product(range(RANKS), range(WORKERS)):
-        yield Place(seed=1, rank=rank, world_size=RANKS, worker=worker, num_workers=WORKERS, **settings)
+        yield Place(seed=1, rank=rank, world_size=RANKS, turn=worker, num_workers=WORKERS, **settings)
 
 
 def everything(number=24):
@@ -205,7 +206,7 @@ def test_same_seed_same_shard_samples(shards):
     first = draw()
     torch.manual_seed(6)
     assert same(first, draw())
-    others = (draw(2), draw(epoch=1), draw(rank=1), draw(worker=1))
+    others = (draw(2), draw(draw=1), draw(rank=1), draw(turn=1, num_workers=2))
     assert all(captions(other) != captions(first) for other in others)
     assert len(set(captions(first))) > 8  # more than one shard's
 
@@ -426,3 +427,79 @@ def test_validation_sees_every_sample_once(pairs, shards, num_workers):
         batches = list(validation_batches("x", dataset, batch_size=5, num_workers=num_workers, seed=0))
         assert sorted(text for batch in batches for text in batch["text_input"]) == everything()
         assert max(len(batch["image"]) for batch in batches) == 5
+
+
+# going on in the middle
+
+
+def mixed(pairs, shards, num_workers, **settings):
+    sources = {
+        "pairs": PairDataset("pairs", pairs, Blip2ImageTrainProcessor(8)),
+        "shards": ShardDataset("shards", shards, Blip2ImageTrainProcessor(8), shuffle_buffer=11),
+    }
+    return make_loader(sources, {"shards": 3}, num_workers=num_workers, iters_per_epoch=14, **settings)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("first", [1, 5, 12, 14])
+def test_an_epoch_goes_on_at_any_iteration(pairs, shards, first, num_workers):
+    bad = shard(shards[0], [*good(0), ("bad.jpg", b"no image"), ("bad.txt", b"c"), *good(1)])
+    whole = mixed(pairs, [bad, *shards[1:]], num_workers)
+    expected, state = [], None
+    for i, batch in enumerate(whole.epoch(1), 1):
+        expected.append(batch)
+        if i == first:
+            state = copy.deepcopy(whole.state_dict())
+    again = mixed(pairs, [bad, *shards[1:]], num_workers)
+    again.load_state_dict([state], 1, first)
+    assert same(list(again.epoch(1, first)), expected[first:])
+    assert again.state_dict() == whole.state_dict()
+    assert same(list(again.epoch(2)), list(whole.epoch(2)))
+
+
+def test_a_shard_that_changed_meanwhile_is_named(pairs, shards):
+    whole = mixed(pairs, shards, 0)
+    batches = whole.epoch(0)
+    for _ in range(13):
+        next(batches)
+    state = whole.state_dict()
+    for path in shards:
+        shard(path, good(1))
+    again = mixed(pairs, shards, 0)
+    again.load_state_dict([state], 0, 13)
+    with pytest.raises(UserError, match="no longer holds the samples that it held when the run was left"):
+        list(again.epoch(0, 13))
+
+
+def test_listed_pairs_go_on_with_another_number_of_ranks(pairs, monkeypatch, caplog):
+    def loader(rank, world, **settings):
+        monkeypatch.setattr("minigpt4.datasets.loader.dist_utils.get_rank", lambda: rank)
+        monkeypatch.setattr("minigpt4.datasets.loader.dist_utils.get_world_size", lambda: world)
+        return make_loader({"x": PairDataset("x", pairs, EVAL)}, iters_per_epoch=12, **settings)
+
+    seen, states = [], []
+    for rank in range(2):
+        two = loader(rank, 2)
+        batches = two.epoch(0)
+        seen += [text for _ in range(3) for text in next(batches)["text_input"]]
+        states.append(two.state_dict())
+    one = loader(0, 1, batch_size=3)
+    one.load_state_dict(states, 0, 3)
+    batches = one.epoch(0, 3)
+    seen += [text for _ in range(4) for text in next(batches)["text_input"]]
+    assert sorted(seen) == everything()
+    assert "written by 2 ranks with 0 loader workers and batches of 2, this run has 1, 0 and 3" in caplog.text
+
+
+def test_shards_are_drawn_anew_with_another_number_of_workers(pairs, shards):
+    whole = mixed(pairs, shards, 2)
+    batches = whole.epoch(0)
+    for _ in range(5):
+        next(batches)
+    again = mixed(pairs, shards, 1)
+    again.load_state_dict([whole.state_dict()], 0, 5)
+    rest = list(again.epoch(0, 5))
+    state, later = again.state_dict(), mixed(pairs, shards, 1)
+    assert len(rest) == 9 and not same(rest[:3], list(mixed(pairs, shards, 1).epoch(0))[:3])
+    later.load_state_dict([{**state, "given": whole.state_dict()["given"], "positions": {}}], 0, 5)
+    assert same(list(later.epoch(0, 5)), rest)

@@ -392,7 +392,7 @@ def test_damaged_language_model(build, llama, change, words):
 
 def test_truncated_language_model(build, llama):
     os.truncate(llama / "model.safetensors", 1000)
-    assert_words(refusal(build, llama_model=str(llama)), str(llama), "cannot be loaded")
+    assert_words(refusal(build, llama_model=str(llama)), str(llama), "model.safetensors", "cannot be read as weights")
 
 
 def test_missing_shard(build, llama):

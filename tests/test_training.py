@@ -29,12 +29,22 @@ class RecordedLoader:
         self.choices = {}
         self.model = model
 
-    def epoch(self, epoch):
-        for k in range(epoch * self.iters_per_epoch, (epoch + 1) * self.iters_per_epoch):
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, ranks, epoch, first):
+        pass
+
+    def epoch(self, epoch, first=0):
+        for k in range(epoch * self.iters_per_epoch + first, (epoch + 1) * self.iters_per_epoch):
             if k in self.choices:
                 self.model.prompt_list = [self.choices[k]]
             index = k % len(TRAINING["captions"])
-            yield {"image": TENSORS["images_f16"][index].float(), "text_input": TRAINING["captions"][index]}
+            yield {
+                "position": (0, None),
+                "image": TENSORS["images_f16"][index].float(),
+                "text_input": TRAINING["captions"][index],
+            }
 
 
 @pytest.fixture

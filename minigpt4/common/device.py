@@ -1,7 +1,7 @@
 """The only room that knows devices by name. Everybody else holds a ``torch.device`` and asks here.
 
-Order of preference where nothing is asked for: Ascend NPU, CUDA, Apple MPS, CPU. torch_npu, once installed,
-loads itself when torch is imported; nothing here imports it.
+Built on ``torch.accelerator``, which knows one kind of accelerator a process: NPU before CUDA before MPS where several
+could be. torch_npu, once installed, loads itself when torch is imported; nothing here imports it.
 """
 
 import contextlib
@@ -15,15 +15,17 @@ from typing import Any
 import numpy
 import torch
 
+from minigpt4.common.device_import import npu_mismatch, version
 from minigpt4.common.errors import UserError
 
 _BACKENDS = {"npu": "hccl", "cuda": "nccl"}
-_PREFERENCE = ("npu", "cuda", "mps")
+_VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_KINDS = ("auto", "cuda", "npu", "mps", "cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def _module(kind: str) -> Any:
-    return getattr(torch, kind, None)
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)
 
 
 @functools.cache
@@ -31,58 +33,95 @@ def _tell_once(message: str) -> None:
     logging.info(message)
 
 
-def is_available(kind: str) -> bool:
-    """Whether this process can use devices of that kind."""
-    module = _module(kind)
-    return kind == "cpu" or (module is not None and hasattr(module, "is_available") and module.is_available())
+def best() -> str:
+    """The kind of device that this process can use best: its accelerator, else cpu."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator else "cpu"
 
 
-def pick(wanted: str = "auto", index: int | None = None) -> torch.device:
+def pick(wanted: str = "auto", index: int | None = None, is_strict: bool = False) -> torch.device:
     """Chooses this process's device: the wanted kind where it is there, else the best that is, said in the log.
 
     Args:
         wanted: auto, npu, cuda, mps or cpu. The reference's YAML files all say cuda.
         index: which of several; under torchrun the local rank.
+        is_strict: a kind that is absent is a mistake.
 
     Raises:
-        UserError: the name is none of these.
+        UserError: the name is none of these, there are fewer devices than ``index`` asks for, or a strict wish fails.
     """
     kind, _, number = str(wanted or "auto").partition(":")
-    if kind not in ("auto", "cpu", *_PREFERENCE):
-        raise UserError(f"run.device is '{wanted}'; expected auto, npu, cuda, mps or cpu.")
-    found = next((k for k in _PREFERENCE if is_available(k)), "cpu")
-    if kind not in ("auto", found) and not is_available(kind):
-        _tell_once(f"run.device asks for {kind}, which is not available here: using {found}.")
-    elif kind != "auto":
-        found = kind
+    if kind not in _KINDS or (number and not number.isdecimal()):
+        raise UserError(f"run.device is '{wanted}'; expected {', '.join(_KINDS[:-1])} or cpu, perhaps as cuda:1.")
+    found = best()
+    if kind not in ("auto", "cpu", found):
+        why = _why_absent(kind)
+        if is_strict:
+            raise UserError(f"run.device is {wanted} and run.strict_device is set, but {why}")
+        _tell_once(f"run.device asks for {kind}, which is not available here ({why}) Using {found}.")
+    elif kind == "cpu":
+        found = "cpu"
     if found in ("cpu", "mps"):
         return torch.device(found)
     device = torch.device(found, int(number) if number else index or 0)
-    count = _module(found).device_count()
+    count = torch.accelerator.device_count()
     if device.index >= count:
-        raise UserError(f"Device {device} was asked for, but {count} of that kind are visible; start fewer processes.")
-    _module(found).set_device(device)
+        variable = _VISIBLE.get(found, "the visible devices")
+        raise UserError(
+            f"Device {device} was asked for, but {count} of that kind are visible "
+            f"({variable} is {os.environ.get(variable, 'not set')}); start fewer processes a machine "
+            "(torchrun --nproc-per-node) or make more devices visible."
+        )
     if found == "npu":
-        _module(found).set_compile_mode(jit_compile=False)  # operators compiled ahead, as shapes change every batch
+        _set_up_npu(device)
+    use(device)
     return device
+
+
+def _why_absent(kind: str) -> str:
+    if kind == "npu" and version("torch_npu") is None:
+        return "torch_npu is not installed: pip install -r requirements-npu.txt."
+    if kind == "cuda" and not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA: install the CUDA build of the same version."
+    variable = _VISIBLE.get(kind)
+    if variable is None:
+        return f"torch {torch.__version__} sees no {kind} device."
+    seen = f"{variable} is {os.environ.get(variable, 'not set')}"
+    return f"no {kind} device is seen ({seen}): check the driver with {'npu' if kind == 'npu' else 'nvidia'}-smi."
+
+
+def _set_up_npu(device: torch.device) -> None:
+    if mismatch := npu_mismatch():
+        raise UserError(mismatch)
+    module = _module(device)
+    module.set_compile_mode(jit_compile=False)  # ready-made operators: shapes change with every batch
+    module.config.allow_internal_format = False  # weights stay in the layout that checkpoints have
+    # Captions differ in length from batch to batch; segments that can grow keep the memory from being cut up.
+    os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+
+
+def use(device: torch.device) -> None:
+    """Makes a device the present thread's own; threads that serve requests each have to."""
+    if device.index is not None and device.type not in ("cpu", "mps"):
+        torch.accelerator.set_device_index(device.index)
 
 
 def of_run(cfg: Any) -> torch.device:
     """This process's device under a configuration's ``run`` section (which may be missing)."""
-    return pick((cfg or {}).get("device", "auto"), local_rank())
+    cfg = cfg or {}
+    return pick(cfg.get("device", "auto"), local_rank(), bool(cfg.get("strict_device", False)))
 
 
 def backend(device: torch.device) -> str:
-    """The process-group backend of a device."""
-    return _BACKENDS.get(device.type, "gloo")
+    """The process-group backends of a device: its own, and gloo for what stays on the host."""
+    return f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}" if device.type in _BACKENDS else "gloo"
 
 
 def half_dtype(device: torch.device) -> torch.dtype:
     """The precision that frozen weights and autocast use by default: bf16, else fp16; float32 on a CPU."""
     if device.type == "cpu":
         return torch.float32
-    module = _module(device.type)
-    has_bf16 = getattr(module, "is_bf16_supported", lambda: False)()
+    has_bf16 = getattr(_module(device), "is_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
@@ -109,7 +148,7 @@ def max_memory_mib(device: torch.device) -> float:
         import resource  # Unix only
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    measure = getattr(_module(device.type), "max_memory_allocated", lambda _: 0)
+    measure = getattr(_module(device), "max_memory_allocated", lambda _: 0)
     return measure(device) / 2**20
 
 
@@ -118,13 +157,18 @@ def memory_mib(device: torch.device) -> float:
     if device.type == "cpu":
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return getattr(_module(device.type), "memory_allocated", lambda _: 0)(device) / 2**20
+    return getattr(_module(device), "memory_allocated", lambda _: 0)(device) / 2**20
+
+
+def pins_memory(device: torch.device) -> bool:
+    """Whether copies to the device are faster from pinned host memory."""
+    return device.type not in ("cpu", "mps")
 
 
 def synchronize(device: torch.device) -> None:
     """Waits for the device's work."""
     if device.type != "cpu":
-        _module(device.type).synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def seed_everything(seed: int) -> None:
@@ -143,7 +187,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "torch": torch.get_rng_state(),
     }
     if device.type not in ("cpu", "mps"):
-        state["device"] = _module(device.type).get_rng_state(device)
+        state["device"] = _module(device).get_rng_state(device)
     return state
 
 
@@ -155,7 +199,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if "device" in state and device.type not in ("cpu", "mps"):
-        _module(device.type).set_rng_state(state["device"].cpu(), device)
+        _module(device).set_rng_state(state["device"].cpu(), device)
 
 
 @contextlib.contextmanager

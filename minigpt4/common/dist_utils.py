@@ -2,14 +2,17 @@
 
 import functools
 import os
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from minigpt4.common import device as devices
+from minigpt4.common.errors import UserError
 
 Result = TypeVar("Result")
 
@@ -48,14 +51,76 @@ def init_distributed_mode(run_cfg: Any) -> torch.device:
     """Picks the device of ``run_cfg.device`` and, under torchrun, joins the process group of its backend.
 
     The run configuration is read, not changed. Returns this process's device.
+
+    Raises:
+        UserError: the device is not there, or the processes cannot meet.
     """
     device = devices.of_run(run_cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not is_dist_avail_and_initialized():
-        dist.init_process_group(
-            devices.backend(device), init_method=run_cfg.get("dist_url", "env://"), timeout=timedelta(minutes=100)
-        )
-        dist.barrier()
+        timeout = timedelta(seconds=float(run_cfg.get("dist_timeout", 1800)))
+        try:
+            dist.init_process_group(
+                devices.backend(device), init_method=run_cfg.get("dist_url", "env://"), timeout=timeout
+            )
+            agree(None)  # whoever cannot be reached shows here
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            raise UserError(_why_apart(error)) from error
     return device
+
+
+def _why_apart(error: Exception) -> str:
+    cause = str(error).strip().split("\n")[0][:200]
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    if "EADDRINUSE" in cause or "address already in use" in cause.lower():
+        return f"Port {place} is in use by another program; set another with torchrun --master-port or --standalone."
+    rank = f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}"
+    return f"The processes could not meet at {place} ({rank}: {cause}); see docs/DISTRIBUTED.md."
+
+
+def explain_lost_peer(error: Exception) -> str | None:
+    """A sentence where an exception tells that another process of the group is gone, else None."""
+    told = str(error)
+    is_lost = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in told for word in ("gloo", "NCCL", "HCCL", "ProcessGroup"))
+    )
+    if get_world_size() == 1 or not is_lost:
+        return None
+    return (
+        f"Rank {get_rank()} lost contact with another rank ({told.strip().splitlines()[0][:160]}); the message of the "
+        "rank that failed first says why. With run.resume: auto the same command goes on from the newest checkpoint."
+    )
+
+
+def check_same(config: dict[str, Any]) -> None:
+    """Raises UserError on all ranks where one was started with another configuration (plain containers)."""
+    first, *others = gather(_flat(config))
+    for rank, other in enumerate(others, 1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                raise UserError(
+                    f"{key} is {other.get(key)!r} on rank {rank} and {first.get(key)!r} on rank 0; "
+                    "start all ranks with the same file and options."
+                )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def on_main(function: Callable[[], Result]) -> Result:
+    """Runs a function on the main process; its result, or its UserError, reaches every rank."""
+    outcome = (None, None)
+    if is_main_process():
+        try:
+            outcome = (function(), None)
+        except UserError as error:
+            outcome = (None, str(error))
+    result, mistake = agree(outcome)
+    if mistake is not None:
+        raise UserError(mistake)
+    return result
 
 
 def agree(value: Any) -> Any:
@@ -81,6 +146,20 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
     if get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def exit_with(mistake: str) -> NoReturn:
+    """Ends this process with a message on the console.
+
+    A mistake that all ranks make is told once: the others wait a little, in which torchrun ends them.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if rank > 0:
+        time.sleep(2)
+    sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{mistake}\n")
+    sys.stderr.flush()
+    # Without waiting for threads of a process group whose other members may be gone.
+    os._exit(1) if world > 1 else sys.exit(1)
 
 
 def leave() -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.generation import GenerationOptions, generate, stream
 from minigpt4.conversation.pictures import read_picture
@@ -122,6 +123,7 @@ class Chat:
         self, pixels: Sequence[Tensor], convs: Sequence[Conversation], img_lists: Sequence[list[Tensor]]
     ) -> None:
         """Encodes a processed image [3, S, S] for each of several conversations in one batch."""
+        devices.use(self.device)
         embeds = self.model.encode_img(torch.stack(list(pixels)).to(self.device))[0]
         for embed, conv, img_list in zip(embeds.split(1), convs, img_lists, strict=True):
             img_list.append(embed)
@@ -205,6 +207,7 @@ class Chat:
         Yields:
             (number of the conversation, its answer so far) whenever one has grown.
         """
+        devices.use(self.device)  # a server's threads each begin on the first device
         begin = time.perf_counter()
         each = [options] * len(convs) if isinstance(options, GenerationOptions) else list(options)
         rows = [

@@ -178,9 +178,7 @@ def stream(
         (row, token id, whether the row ends with it other than by ``max_new_tokens``).
     """
     each = _for_each(options, len(embeds))
-    generators = [
-        None if o.seed is None else torch.Generator(embeds.device).manual_seed(o.seed % 2**63) for o in each
-    ]
+    generators = [None if o.seed is None else torch.Generator(embeds.device).manual_seed(o.seed % 2**63) for o in each]
     decoder = _Decoder(llm, mask, cache)
     logits = decoder.feed(embeds)
     rows: list[list[int]] = [[] for _ in each]

@@ -1,8 +1,10 @@
 """Batches for training, mixed from several sources, and for validation. What a run sees follows from its seed."""
 
+import logging
 import random
+import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,8 @@ from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import Place, Sample
 
-Batch = dict[str, Any]  # image [B, 3, S, S]; text_input, instruction: B each; source: name; skipped: counts by kind
+# image [B, 3, S, S]; text_input, instruction: B each; source: name; position: (worker, of its stream); skipped: counts
+Batch = dict[str, Any]
 
 
 class _Batches(IterableDataset):
@@ -29,7 +32,7 @@ class _Batches(IterableDataset):
         worker = get_worker_info()
         place = replace(
             self.place,
-            worker=worker.id if worker else 0,
+            turn=worker.id if worker else 0,
             num_workers=worker.num_workers if worker else 1,
             skipped=Counter(),
         )
@@ -38,7 +41,7 @@ class _Batches(IterableDataset):
                 yield from self._validation(place)
             else:
                 samples = self.dataset.endless(place)
-                for _ in range(place.worker, self.num_batches, place.num_workers):
+                for _ in range(place.turn, self.num_batches, place.num_workers):
                     yield self._collate([next(samples) for _ in range(place.batch_size)], place)
         except UserError as error:  # raised in a worker it would arrive wrapped in a traceback
             yield error
@@ -60,12 +63,28 @@ class _Batches(IterableDataset):
             "text_input": [row["text_input"] for row in rows],
             "instruction": [row["instruction"] for row in rows],
             "source": self.name,
+            "position": (place.worker, place.position),
             "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
         }
 
 
+def _outlive_signals(_: int) -> None:
+    """Lets a worker finish its batches while its rank, signalled along with it, finishes its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The loader ends stuck workers by SIGTERM; the first one may have come from a scheduler.
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
 def _loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    for batch in DataLoader(batches, batch_size=None, num_workers=num_workers, pin_memory=pin_memory):
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_outlive_signals,
+        generator=torch.Generator(),  # of its own: a loader begun anew must not move the model's random state
+    )
+    for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -105,30 +124,76 @@ class TrainLoader:
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
+        self._given: Counter | None = None  # samples by source to all ranks together; None: follows from the count
+        self._draw: int | str = 0
+        self._positions: dict[str, dict[int, Any]] = {}
 
     def _source_of(self, step: int) -> str:
         # str seeds hash alike on every platform and process
         return random.Random(f"{self.seed}:{step}").choices(list(self.sources), self.weights)[0]
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch; those of any epoch can be had without the ones before."""
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from iteration ``first`` on, without those before it."""
         start = epoch * self.iters_per_epoch
-        before = Counter(map(self._source_of, range(start)))
         order = [self._source_of(step) for step in range(start, start + self.iters_per_epoch)]
-        streams = {}
-        for name, num_batches in Counter(order).items():
+        if self._given is None:
+            before = Counter(map(self._source_of, range(start))) + Counter(order[:first])
+            self._given = Counter({name: count * self._samples_a_batch for name, count in before.items()})
+        if first == 0:
+            self._draw, self._positions = epoch, {}
+        done, streams = Counter(order[:first]), {}
+        for name, num_batches in Counter(order[first:]).items():
             place = Place(
                 seed=self.seed,
                 rank=dist_utils.get_rank(),
                 world_size=dist_utils.get_world_size(),
-                epoch=epoch,
                 batch_size=self.batch_size,
-                first_batch=before[name],
+                first_sample=self._given[name],
+                first_batch=done[name],
+                draw=self._draw,
+                positions=self._positions.get(name, {}),
             )
             batches = _Batches(name, self.sources[name], place, num_batches)
             streams[name] = _loader(batches, self.num_workers, self.pin_memory)
-        for name in order:
-            yield next(streams[name])
+        for name in order[first:]:
+            batch = next(streams[name])
+            self._given[name] += self._samples_a_batch
+            worker, position = batch["position"]
+            if position is not None:
+                self._positions.setdefault(name, {})[worker] = position
+            yield batch
+
+    @property
+    def _samples_a_batch(self) -> int:
+        return self.batch_size * dist_utils.get_world_size()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's place in the data, behind the batch that came last; plain containers."""
+        return {
+            "given": dict(self._given or {}),
+            "draw": self._draw,
+            "positions": self._positions,
+            "shape": [dist_utils.get_world_size(), self.num_workers, self.batch_size],
+        }
+
+    def load_state_dict(self, ranks: Sequence[Mapping[str, Any]], epoch: int, first: int) -> None:
+        """Goes on where the ranks of a run left the data before iteration ``first`` of ``epoch``.
+
+        With another number of ranks, workers or rows a batch, listed pairs go on behind the last one that was given;
+        streams of shards begin anew, with other draws than at the epoch's start.
+        """
+        self._given = Counter(ranks[0]["given"])
+        shape = self.state_dict()["shape"]
+        if ranks[0]["shape"] == shape:
+            mine = ranks[dist_utils.get_rank()]
+            self._draw, self._positions = mine["draw"], dict(mine["positions"])
+        else:
+            self._draw, self._positions = f"{epoch}, from {first} on", {}
+            logging.warning(
+                "The checkpoint was written by %d ranks with %d loader workers and batches of %d, this run has %d, %d "
+                "and %d: listed pairs go on where they were, shards are drawn anew from here on.",
+                *(*ranks[0]["shape"], *shape),
+            )
 
 
 def validation_batches(

@@ -15,12 +15,16 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.take(linear.weight.detach())
+
+    def take(self, weight: Tensor) -> None:
+        """Rounds a weight [out, in] and holds it in place of the present one."""
+        weight = weight.float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
         self.register_buffer("weight", (weight / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -43,7 +47,7 @@ class _Product(torch.autograd.Function):
 
 
 def to_int8(model: nn.Module, keep: tuple[str, ...] = ("lm_head",)) -> None:
-    """Replaces a model's linear layers in place, one after the other, except those named in ``keep``."""
+    """Replaces a model's linear layers in place, except those named in ``keep``; also on the meta device."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name not in keep:

@@ -1,53 +1,63 @@
-"""The frozen language model: a Llama-family folder, loaded by transformers and checked before it is believed."""
+"""The frozen language model: a Llama-family folder, streamed to its device and checked before it is believed."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from minigpt4.common import weights
 from minigpt4.common.errors import UserError
+from minigpt4.models.int8 import Int8Linear
+from minigpt4.models.parallel import local_slice
 
 KEY = "model.llama_model"
 
 
-def load_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Loads a causal LM in ``dtype``, straight from its files, every key accounted for.
+def load_llama(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> nn.Module:
+    """Loads a causal LM, every key accounted for, one tensor after the other from mapped files to the device.
+
+    Host memory holds one file's mapped pages at a time, and processes of a machine share them. On a CPU, weights that
+    are in ``dtype`` already stay mapped, so that all processes together hold them once.
 
     Args:
         folder: config.json beside .safetensors or .bin files (sharded or not).
         dtype: of all weights; a 7B model takes 13.5 GB in a half precision.
+        device: where the weights go.
+        prepare: changes the built model on the meta device before its weights arrive: 8 bits, or slices over ranks.
 
     Raises:
         UserError: files are missing or damaged, keys do not fit, or the folder holds a raw delta.
     """
     import transformers
 
-    config = check_folder(folder)
-    transformers.utils.logging.disable_progress_bar()
+    check_folder(folder)
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
-        )
-    except Exception as error:  # readers of two formats, each with exceptions of their own
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # whatever transformers makes of a strange config.json
         cause = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
-    # Old files carry the rotary frequencies, which are computed today; tied heads may be left out.
-    unknown = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
-    missing = [
-        name for name in info["missing_keys"] if not (name == "lm_head.weight" and config.get("tie_word_embeddings"))
-    ]
-    if missing or unknown or info["mismatched_keys"]:
-        raise UserError(
-            f"{KEY}: the files in {folder} do not fit its config.json: missing {sorted(missing)[:3]}, "
-            f"unknown {sorted(unknown)[:3]}, other shapes {sorted(map(str, info['mismatched_keys']))[:3]}; "
-            "the folder mixes two models or lacks a shard."
-        )
-    for name, parameter in model.named_parameters():
-        if parameter.isnan().any():
-            raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again.")
-    norm = model.model.norm.weight.detach().float().abs().mean().item()
+    model.requires_grad_(False)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    if prepare is not None:
+        prepare(model)
+    _fill(model, folder, shapes, dtype, torch.device(device))
+    for module in model.modules():  # rotary frequencies are in no file: they follow from the configuration
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            fresh = type(module)(config).to(device)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                module.register_buffer(name, buffer, persistent=False)
+    norm = _whole(model.model.norm.weight).float().abs().mean().item()
     if norm < 0.05:  # in any trained Llama the final norm scales by about 1 or more; a difference of two is near 0
         raise UserError(
             f"{KEY}: {folder} looks like a raw delta (mean of the final norm is {norm:.4f}, in a real model near 1 or "
@@ -56,6 +66,64 @@ def load_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
     model.eval()
     model.config.use_cache = True
     return model
+
+
+def _fill(
+    model: nn.Module, folder: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, device: torch.device
+) -> None:
+    found, unknown, misshapen = set(), [], []
+    for file in weight_files(folder):
+        for name, value in weights.read_file(file, KEY).items():
+            if name not in shapes:
+                # Old files carry the rotary frequencies, which are computed today.
+                unknown += [] if name.endswith("rotary_emb.inv_freq") else [name]
+            elif not isinstance(value, Tensor) or value.shape != shapes[name]:
+                misshapen.append(f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}")
+            else:
+                found.add(name)
+                _put(model, name, value, dtype, device, folder)
+    model.tie_weights()  # a folder may leave out an output layer that is the embeddings
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
+    missing = [name for name in shapes if name not in found and not (name == "lm_head.weight" and is_tied)]
+    if missing or unknown or misshapen:
+        raise UserError(
+            f"{KEY}: the files in {folder} do not fit its config.json: missing {sorted(missing)[:3]}, "
+            f"unknown {sorted(unknown)[:3]}, other shapes {sorted(misshapen)[:3]}; "
+            "the folder mixes two models or lacks a shard."
+        )
+
+
+def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    parameter = getattr(module, leaf)
+    value = local_slice(value, parameter, device) if isinstance(parameter, DTensor) else value.to(device)
+    value = value.to(dtype)
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if local.sum(dtype=torch.float32).isnan():
+        raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again.")
+    if isinstance(module, Int8Linear) and leaf == "weight":
+        module.take(value)
+    elif isinstance(module, Int8Linear):
+        module.register_buffer(leaf, value)
+    else:
+        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return sorted({folder / file for file in weight_map.values()})
+    raise UserError(f"{KEY}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -83,6 +151,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
                     f"{KEY}: {folder} lacks {len(lacking)} of {len(shards)} files that {index.name} names "
                     f"(first: {lacking[0]}); finish the download."
                 )
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{KEY}: a JSON file in {folder} is damaged ({error}); copy it again.") from error
+    weight_files(folder)
     return config

@@ -76,9 +76,7 @@ def load_trained_part(model: nn.Module, path: Path) -> None:
             cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
         elif rows != lm_width:
             made_for, there = sizes.get(rows, f"{rows} wide"), sizes.get(lm_width, f"{lm_width} wide")
-            cause = (
-                f"The projection was made for a {made_for} LM, model.llama_model is {there}: take the matching one."
-            )
+            cause = f"The projection was made for a {made_for} LM, model.llama_model is {there}: take the matching one."
         else:
             cause = "model.qformer_config describes another Q-Former than the one it was trained with."
         raise UserError(
@@ -109,6 +107,4 @@ def log_summary(model: nn.Module) -> None:
         parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         state = "trained" if any(p.requires_grad for p in parameters) else "frozen"
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-        logging.info(
-            "%-15s %14s parameters  %-9s %s", name, f"{sum(p.numel() for p in parameters):,}", dtypes, state
-        )
+        logging.info("%-15s %14s parameters  %-9s %s", name, f"{sum(p.numel() for p in parameters):,}", dtypes, state)

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import load_trained_part, load_vision, log_summary
+from minigpt4.models.parallel import shard_language_model
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
 _PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -108,14 +110,17 @@ class MiniGPT4(nn.Module):
         return Path(__file__).parents[1] / cls.PRETRAINED_MODEL_CONFIG_DICT[model_type]
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any], device: torch.device | None = None) -> "MiniGPT4":
+    def from_config(
+        cls, cfg: Mapping[str, Any], device: torch.device | None = None, is_sharded: bool = False
+    ) -> "MiniGPT4":
         """Builds the model that the ``model`` section of a configuration describes and loads all its weights.
 
         Every path is looked up before the first weight is read, so that a typing error costs a second.
 
         Args:
             cfg: the section; ``docs`` of each key stand in the README.
-            device: decides the default precision; the best there is by default. The model stays on the CPU.
+            device: where the model goes, which decides the default precision; the best there is by default.
+            is_sharded: every rank holds a slice of the LM (``run.parallel: fsdp``).
 
         Raises:
             UserError: a file is missing or does not fit.
@@ -141,15 +146,20 @@ class MiniGPT4(nn.Module):
         vit_dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")]
         freeze_vit, freeze_qformer = cfg.get("freeze_vit", True), cfg.get("freeze_qformer", True)
         tokenizer = load_tokenizer(llama_folder)
-        llama = load_llama(llama_folder, llm_dtype)
-        check_vocabulary(llama, tokenizer, llama_folder)
-        if cfg.get("low_resource") and devices.has_int8(device):
-            to_int8(llama)
+        prepare = None
+        if cfg.get("low_resource") and is_sharded:
+            raise UserError("model.low_resource and run.parallel: fsdp exclude each other; choose one of the two.")
+        if is_sharded:
+            prepare = partial(shard_language_model, device=device)
+        elif cfg.get("low_resource") and devices.has_int8(device):
+            prepare = to_int8
             logging.info("model.low_resource: the LM's layers hold 8-bit weights.")
         elif cfg.get("low_resource"):
             logging.warning(
                 "model.low_resource: no 8-bit weights on %s; going on in %s.", device.type, str(llm_dtype)[6:]
             )
+        llama = load_llama(llama_folder, llm_dtype, device, prepare)
+        check_vocabulary(llama, tokenizer, llama_folder)
         with torch.device("meta"):
             vit = build_eva_vit(
                 cfg.get("image_size", 224),
@@ -179,7 +189,7 @@ class MiniGPT4(nn.Module):
         if ckpt is not None:
             model.load_checkpoint(ckpt)
         log_summary(model)
-        return model
+        return model.to(device)
 
     def load_checkpoint(self, path: Path) -> None:
         """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not fit."""

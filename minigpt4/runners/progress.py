@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,24 +54,68 @@ class Tracker:
 
 
 class EpochProgress:
-    """Counts an epoch and reports every ``log_freq`` iterations; losses stay on the device until then."""
+    """Counts an epoch and reports every ``log_freq`` iterations; losses stay on the device until then.
 
-    def __init__(self, epoch: int, num_iters: int, log_freq: int, device: torch.device, tracker: Tracker) -> None:
+    Entered, it shows a bar. Its sums can be saved and go on in another process.
+    """
+
+    def __init__(self, device: torch.device, tracker: Tracker) -> None:
+        self.device = device
+        self.tracker = tracker
+        self._clear()
+
+    def _clear(self) -> None:
+        self.skipped: dict[str, Counter] = {}
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._window_loss = torch.zeros((), device=self.device)
+        self._lr_sum = 0.0
+        self._window: Counter = Counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of this rank, as plain numbers."""
+        return {
+            "loss_sum": self._loss_sum.item(),
+            "window_loss": self._window_loss.item(),
+            "window_iters": self._window["iters"],
+            "lr_sum": self._lr_sum,
+            "skipped": {name: dict(counts) for name, counts in self.skipped.items()},
+        }
+
+    def load_state_dict(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from what the ranks of a run saved; where their number was another, from their mean."""
+        self._clear()
+        rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
+        mine = ranks[rank : rank + 1] if len(ranks) == world else ranks
+        self._loss_sum += sum(saved["loss_sum"] for saved in mine) / len(mine)
+        self._window_loss += sum(saved["window_loss"] for saved in mine) / len(mine)
+        self._window["iters"] = mine[0]["window_iters"]
+        self._lr_sum = mine[0]["lr_sum"]
+        for saved in mine if len(ranks) == world or rank == 0 else ():
+            for name, counts in saved["skipped"].items():
+                self.skipped.setdefault(name, Counter()).update(counts)
+
+    def begin(self, epoch: int, num_iters: int, log_freq: int, first: int = 0) -> None:
+        """Starts an epoch, or goes on with it at iteration ``first`` from the loaded sums."""
+        if first == 0:
+            self._clear()
         self.epoch = epoch
         self.num_iters = num_iters
         self.log_freq = max(1, log_freq)
-        self.device = device
-        self.tracker = tracker
-        self.skipped: dict[str, Counter] = {}
-        self._loss_sum = torch.zeros((), device=device)
-        self._window_loss = torch.zeros((), device=device)
-        self._lr_sum = 0.0
-        self._window: Counter = Counter()
+        self._first = first
         self._start = self._window_start = time.perf_counter()
+
+    def __enter__(self) -> "EpochProgress":
         is_bar_shown = dist_utils.is_main_process() and sys.stderr.isatty()
         self._redirect = logging_redirect_tqdm()
         self._redirect.__enter__()
-        self._bar = tqdm(total=num_iters, desc=f"epoch {epoch}", disable=not is_bar_shown, leave=False)
+        self._bar = tqdm(
+            total=self.num_iters, initial=self._first, desc=f"epoch {self.epoch}", disable=not is_bar_shown, leave=False
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._redirect.__exit__(None, None, None)
 
     def add(self, i: int, step: int, output: dict[str, Any], batch: dict[str, Any], lr: float, waited: float) -> None:
         """Takes in iteration ``i`` of the epoch, global step ``step``; ``waited``: its seconds without data."""
@@ -81,6 +126,7 @@ class EpochProgress:
         self._lr_sum += lr
         world = dist_utils.get_world_size()
         self._window["iters"] += 1
+        self._window["timed"] += 1  # by this process
         self._window["images"] += len(batch["text_input"]) * world
         self._window["tokens"] += output.get("num_tokens", 0) * world
         self._window["padded_tokens"] += output.get("num_padded_tokens", 0) * world
@@ -91,20 +137,21 @@ class EpochProgress:
             self._report(i, step, lr)
 
     def _report(self, i: int, step: int, lr: float) -> None:
+        loss = dist_utils.all_sum(self._window_loss).item() / dist_utils.get_world_size()
         now = time.perf_counter()
         seconds, window = max(now - self._window_start, 1e-9), self._window
         values = {
             "epoch": self.epoch,
             "lr": lr,
-            "loss": self._window_loss.item() / window["iters"],
-            "time": seconds / window["iters"],
-            "data": window["waited"] / window["iters"],
+            "loss": loss / window["iters"],
+            "time": seconds / window["timed"],
+            "data": window["waited"] / window["timed"],
             "images/s": window["images"] / seconds,
             "tokens/s": window["tokens"] / seconds,
             "padded tokens/s": window["padded_tokens"] / seconds,
             "max mem": devices.max_memory_mib(self.device),
         }
-        left = (now - self._start) / (i + 1) * (self.num_iters - i - 1)
+        left = (now - self._start) / (i + 1 - self._first) * (self.num_iters - i - 1)
         logging.info(
             "Train: data epoch: [%d]  [%d/%d]  eta: %s  lr: %.6g  loss: %.4f  time: %.4f  data: %.4f (%.0f %%)  "
             "images/s: %.1f  tokens/s: %.0f (padded %.0f)  max mem: %.0f MB",
@@ -118,10 +165,8 @@ class EpochProgress:
         self._window.clear()
         self._window_start = now
 
-    def close(self) -> dict[str, float]:
+    def finish(self) -> dict[str, float]:
         """Ends the epoch: tells what was skipped, and returns the mean loss over all ranks and the mean rate."""
-        self._bar.close()
-        self._redirect.__exit__(None, None, None)
         total: dict[str, Counter] = {}
         for skipped in dist_utils.gather(self.skipped):
             for name, counts in skipped.items():
@@ -131,11 +176,8 @@ class EpochProgress:
         self.skipped = total
         mean = dist_utils.all_sum(self._loss_sum.clone()) / (self.num_iters * dist_utils.get_world_size())
         seconds = time.perf_counter() - self._start
-        per_iter = seconds / self.num_iters
         logging.info(
             "Train: data epoch: [%d] Total time: %s (%.4f s / it)",
-            self.epoch,
-            timedelta(seconds=int(seconds)),
-            per_iter,
+            *(self.epoch, timedelta(seconds=int(seconds)), seconds / max(1, self.num_iters - self._first)),
         )
         return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean.item()}

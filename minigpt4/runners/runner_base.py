@@ -19,14 +19,20 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.optims import parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader, validation_batches
+from minigpt4.models.parallel import replicate
+from minigpt4.runners import checkpoints
 from minigpt4.runners.progress import EpochProgress, Tracker
+from minigpt4.runners.stop import StopRequest
+
+RESUME_KEY = "run.resume_ckpt_path"
 
 
 @dataclass
 class TrainState:
     """What a resumed run must know besides weights and optimizer."""
 
-    epoch: int = 0  # the next one to train
+    epoch: int = 0  # the one to train next, or to go on with
+    iteration: int = 0  # iterations done in it
     step: int = 0  # iterations done in all
     best_loss: float = float("inf")
     num_nonfinite: int = 0  # updates left out because a loss was not finite
@@ -53,7 +59,7 @@ class RunnerBase:
         self.device = devices.of_run(self.run_cfg)
         self.model = model.to(self.device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.wrapped_model = self._wrap(model)
+        self.wrapped_model = replicate(model, self.device)
         self.amp_dtype = self._amp_dtype()
         self.scaler = devices.make_scaler(self.device, self.amp_dtype)
         self.state = TrainState()
@@ -74,15 +80,10 @@ class RunnerBase:
             warmup_start_lr=float(self.run_cfg.get("warmup_lr", -1)),
             decay_rate=self.run_cfg.get("lr_decay_rate"),
         )
+        self.resumed = self._find_resumed()
         self.output_dir = self._make_output_dir(job_id)
         self.tracker = Tracker(self.run_cfg.get("tracker"), self.output_dir, cfg.to_dict())
-
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        if dist_utils.get_world_size() == 1 or not self.trained:
-            return model
-        device_ids = None if self.device.type == "cpu" else [self.device.index]
-        # Buffers are constants and frozen weights the same files: only gradients of the trained part travel.
-        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+        self.progress = EpochProgress(self.device, self.tracker)
 
     def _amp_dtype(self) -> torch.dtype:
         if not self.run_cfg.get("amp", False):
@@ -103,23 +104,35 @@ class RunnerBase:
         batch = int(self.run_cfg.get("batch_size_train", 1)) * dist_utils.get_world_size()
         return max(1, sum(len(source) for source in sources) // batch)
 
+    def _find_resumed(self) -> Path | None:
+        """The checkpoint to go on from: by ``run.resume: auto`` the newest below the output folder, or a named one."""
+        root, named = Path(self.run_cfg.get("output_dir", "output")), self.run_cfg.get("resume_ckpt_path")
+        if self.run_cfg.get("resume") == "auto":
+            if found := dist_utils.on_main(lambda: checkpoints.newest(root)):
+                return found
+            logging.info("run.resume: auto finds no checkpoint below %s: starting at the beginning.", root)
+        return weights.locate(named, RESUME_KEY) if named else None
+
     def _make_output_dir(self, job_id: str) -> Path:
-        root, folder = Path(self.run_cfg.get("output_dir", "output")), None
-        if dist_utils.is_main_process():
-            names = (f"{job_id}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))])
-            for name in names:
+        root = Path(self.run_cfg.get("output_dir", "output"))
+        if self.resumed is not None and self.run_cfg.get("resume") == "auto" and root in self.resumed.parents:
+            return self.resumed.parent
+
+        def make() -> Path:
+            for name in (f"{job_id}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))]):
+                folder = root / name
                 try:
-                    (root / name).mkdir(parents=True)
+                    folder.mkdir(parents=True)
+                    self.config.save(folder / "config.yaml")
+                    return folder
                 except FileExistsError:
                     continue
                 except OSError as error:
-                    raise UserError(f"run.output_dir: {root / name} cannot be made ({error}).") from error
-                folder = root / name
-                break
-            self.config.save(folder / "config.yaml")
-            self._log_line({"config": self.config.to_dict()}, folder)
-        folder = dist_utils.agree(folder)
-        logging.info("Writing to %s", folder)
+                    raise UserError(f"run.output_dir: {folder} cannot be made or written ({error}).") from error
+            raise UserError(f"run.output_dir: {root} holds 999 runs of the name {job_id}; give another folder.")
+
+        folder = dist_utils.on_main(make)
+        self._log_line({"config": self.config.to_dict()}, folder)
         return folder
 
     @dist_utils.main_process
@@ -128,23 +141,31 @@ class RunnerBase:
             file.write(json.dumps(content) + "\n")
 
     def train(self) -> None:
-        """Runs what the configuration asks for: all epochs, or with ``run.evaluate`` the validation alone."""
+        """Runs what the configuration asks for: all epochs, or with ``run.evaluate`` the validation alone.
+
+        SIGTERM or SIGINT ends it behind a step, with a checkpoint.
+        """
         start = time.time()
-        if self.run_cfg.get("resume_ckpt_path"):
-            self.load_checkpoint(self.run_cfg.resume_ckpt_path)
-        if self.run_cfg.get("evaluate", False):
+        logging.info("Writing to %s", self.output_dir)
+        loader = None if self.run_cfg.get("evaluate", False) else self._train_loader()
+        if self.resumed is not None:
+            self.load_checkpoint(self.resumed, loader)
+        if loader is None:
             self.evaluate()
             return
         if not self.trained:
             raise UserError("Nothing in this model is trained: all parameters are frozen.")
-        loader = self._train_loader()
         logging.info("Start training")
-        while self.state.epoch < self.max_epoch:
-            stats = self.train_epoch(loader)
-            stats |= self.evaluate()
-            self.state.epoch += 1
-            self.save_checkpoint(stats)
-            self._log_line({"epoch": self.state.epoch - 1, **stats})
+        with StopRequest() as stop:
+            while self.state.epoch < self.max_epoch:
+                stats = self.train_epoch(loader, stop)
+                if stats is None:
+                    logging.info("Stopped at step %d; run.resume: auto goes on from here.", self.state.step)
+                    return
+                stats |= self.evaluate()
+                self._log_line({"epoch": self.state.epoch, **stats})
+                self.state.epoch, self.state.iteration = self.state.epoch + 1, 0
+                self.save_checkpoint(f"checkpoint_{self.state.epoch - 1}.pth", loader, stats)
         logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
 
     def _train_loader(self) -> TrainLoader:
@@ -162,32 +183,37 @@ class RunnerBase:
             iters_per_epoch=self.iters_per_epoch,
             num_workers=int(self.run_cfg.get("num_workers", 0)),
             seed=int(self.run_cfg.get("seed", 42)),
-            pin_memory=self.device.type not in ("cpu", "mps"),
+            pin_memory=devices.pins_memory(self.device),
         )
 
-    def train_epoch(self, loader: TrainLoader) -> dict[str, float]:
-        """One epoch of ``iters_per_epoch`` iterations; returns its mean loss and rate.
+    def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
+        """What is left of an epoch of ``iters_per_epoch`` iterations; returns its mean loss and rate, None if stopped.
 
         Gradients of iterations that do not fill a group of ``accum_grad_iters`` carry into the next epoch's first
         update, as in the reference.
         """
         epoch, state = self.state.epoch, self.state
         self.wrapped_model.train()
-        log_freq = int(self.run_cfg.get("log_freq", 50))
-        progress = EpochProgress(epoch, self.iters_per_epoch, log_freq, self.device, self.tracker)
-        batches = loader.epoch(epoch)
+        log_freq, save_every = int(self.run_cfg.get("log_freq", 50)), self.run_cfg.get("save_every_iters")
         logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-        try:
-            for i in range(self.iters_per_epoch):
+        self.progress.begin(epoch, self.iters_per_epoch, log_freq, state.iteration)
+        batches = loader.epoch(epoch, state.iteration)
+        with self.progress:
+            for i in range(state.iteration, self.iters_per_epoch):
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
                 lr = self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
                 output = self.train_step(batch, is_update=(i + 1) % self.accum_grad_iters == 0)
                 state.step += 1
-                progress.add(i, state.step - 1, output, batch, lr, waited)
-        finally:
-            stats = progress.close() if state.step else {}
+                state.iteration += 1
+                self.progress.add(i, state.step - 1, output, batch, lr, waited)
+                is_stopped = stop is not None and stop.is_agreed()
+                if is_stopped or (save_every and state.step % save_every == 0):
+                    self.save_checkpoint(f"checkpoint_step_{state.step}.pth", loader)
+                if is_stopped:
+                    return None
+        stats = self.progress.finish()
         logging.info("Averaged stats: lr: %.6g  loss: %.4f", stats["train_lr"], stats["train_loss"])
         return stats
 
@@ -255,7 +281,7 @@ class RunnerBase:
                 raise UserError(f"No data set has a split '{split}'; give one build_info.{split}_storage.")
             stats[f"{split}_loss"] = self._split_loss(found)
             logging.info("%s loss: %.4f", split, stats[f"{split}_loss"])
-            self.tracker.log(self.state.step, {f"{split} loss": stats[f"{split}_loss"]})
+            self.tracker.log(self.state.step - 1, {f"{split} loss": stats[f"{split}_loss"]})
         return stats
 
     def _split_loss(self, datasets: dict[str, Any]) -> float:
@@ -268,7 +294,7 @@ class RunnerBase:
                 int(self.run_cfg.get("batch_size_eval", 1)),
                 int(self.run_cfg.get("num_workers", 0)),
                 int(self.run_cfg.get("seed", 42)),
-                pin_memory=self.device.type not in ("cpu", "mps"),
+                pin_memory=devices.pins_memory(self.device),
             )
             with devices.local_seed(int(self.run_cfg.get("seed", 42))):  # the same prompts every time
                 for batch in batches:
@@ -281,68 +307,82 @@ class RunnerBase:
             raise UserError(f"The validation split of {', '.join(datasets)} holds no usable sample.")
         return (sums[0] / sums[1]).item()
 
-    def save_checkpoint(self, stats: dict[str, float]) -> None:
-        """Writes checkpoint_{epoch}.pth and, where validation got better, checkpoint_best.pth.
+    def save_checkpoint(self, name: str, loader: TrainLoader, stats: dict[str, float] | None = None) -> None:
+        """Writes a checkpoint and, where the validation losses among ``stats`` got better, checkpoint_best.pth.
 
-        The trained parameters stand under the reference's keys, which it can load; ``state`` and ``random_states``
-        are for resuming here.
+        The trained parameters stand under the reference's keys, which it can load; the rest is for going on here:
+        counters, gradients that wait for an update, and each rank's random state, place in the data and running sums.
         """
-        epoch = self.state.epoch - 1
-        random_states = dist_utils.gather(devices.random_state(self.device))
-        valid_losses = [value for name, value in stats.items() if name.removesuffix("_loss") in self._valid_splits()]
+        valid_losses = [
+            value for key, value in (stats or {}).items() if key.removesuffix("_loss") in self._valid_splits()
+        ]
         is_best = bool(valid_losses) and sum(valid_losses) < self.state.best_loss
         self.state.best_loss = sum(valid_losses) if is_best else self.state.best_loss
+        rank_state = {
+            "random": devices.random_state(self.device),
+            "data": loader.state_dict(),
+            "progress": self.progress.state_dict(),
+        }
         content = {
-            "model": {name: value.cpu() for name, value in self.model.trainable_state_dict().items()},
+            "model": {key: value.cpu() for key, value in self.model.trainable_state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.to_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "epoch": epoch,
+            "epoch": self.state.epoch - 1,  # the last whole one, as in the reference
             "state": asdict(self.state),
-            "random_states": random_states,
-            "gradients": [None if p.grad is None else p.grad.cpu() for p in self.trained],
+            "ranks": dist_utils.gather(rank_state),
+            "gradients": self._waiting_gradients(),
+            "bad_losses": float(dist_utils.all_sum(torch.as_tensor(self._bad_losses, device=self.device) * 1.0)),
         }
-        for name in [f"checkpoint_{epoch}.pth", *(["checkpoint_best.pth"] if is_best else [])]:
-            self._write(content, self.output_dir / name)
+
+        def write() -> None:
+            for file in ["checkpoint_best.pth"] * is_best + [name]:
+                logging.info("Saving step %d to %s.", self.state.step, self.output_dir / file)
+                checkpoints.write(content, self.output_dir / file)
+            checkpoints.prune(self.output_dir, self.run_cfg.get("keep_last"))
+
+        dist_utils.on_main(write)
+
+    def _waiting_gradients(self) -> list[torch.Tensor | None]:
+        """Gradients of an unfinished accumulation group as their mean over the ranks, which is what an update takes."""
+        world = dist_utils.get_world_size()
+        return [None if p.grad is None else (dist_utils.all_sum(p.grad.clone()) / world).cpu() for p in self.trained]
 
     def _valid_splits(self) -> list[str]:
         return list(self.run_cfg.get("valid_splits") or [])
 
-    @dist_utils.main_process
-    def _write(self, content: dict[str, Any], path: Path) -> None:
-        logging.info("Saving checkpoint at epoch %d to %s.", content["epoch"], path)
-        unfinished = path.with_suffix(".tmp")
-        torch.save(content, unfinished)
-        unfinished.replace(path)  # a reader finds the whole file or none
-
-    def load_checkpoint(self, spec: str) -> None:
+    def load_checkpoint(self, path: Path, loader: TrainLoader | None = None) -> None:
         """Takes up a run where a checkpoint, ours or the reference's, left it.
 
         Raises:
-            UserError: the file is missing, damaged, of another model, or weights alone.
+            UserError: the file is damaged, of another model, or weights alone.
         """
-        key = "run.resume_ckpt_path"
-        path = weights.locate(spec, key)
-        content = weights.read_file(path, key)
+        content = weights.read_file(path, RESUME_KEY)
         if "optimizer" not in content or "epoch" not in content:
-            raise UserError(f"{key}: {path} holds weights alone; to start from them set model.ckpt instead.")
+            raise UserError(f"{RESUME_KEY}: {path} holds weights alone; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
-            raise UserError(f"{key}: the optimizer in {path} is of another model ({error}).") from error
+            raise UserError(f"{RESUME_KEY}: the optimizer in {path} is of another model ({error}).") from error
         if self.scaler and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
         epoch = content["epoch"] + 1
-        saved = content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch}
-        self.state = TrainState(**saved)
+        self.state = TrainState(**(content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch}))
         for parameter, gradient in zip(self.trained, content.get("gradients") or [], strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        random_states = content.get("random_states") or []
-        if len(random_states) == dist_utils.get_world_size():
-            devices.set_random_state(random_states[dist_utils.get_rank()], self.device)
+        self._bad_losses = content.get("bad_losses", 0) / dist_utils.get_world_size()
+        ranks = content.get("ranks") or []
+        if ranks:
+            self.progress.load_state_dict([rank["progress"] for rank in ranks])
+        if ranks and loader is not None:
+            loader.load_state_dict([rank["data"] for rank in ranks], self.state.epoch, self.state.iteration)
+        if len(ranks) == dist_utils.get_world_size():
+            devices.set_random_state(ranks[dist_utils.get_rank()]["random"], self.device)
         else:
             logging.warning(
                 "%s holds no random state for %d ranks; going on with fresh ones.", path, dist_utils.get_world_size()
             )
-        logging.info("Resuming from %s at epoch %d.", path, self.state.epoch)
+        if self.output_dir == path.parent:
+            dist_utils.on_main(lambda: checkpoints.take_back(path.parent, self.state.epoch, self.state.step))
+        logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from minigpt4.common import device as devices
+from minigpt4.common import dist_utils
 from minigpt4.common.registry import registry
 
 
@@ -27,9 +28,11 @@ class BaseTask:
         return datasets
 
     def build_model(self, cfg: Any) -> nn.Module:
-        """The model of ``cfg.model_cfg`` with its weights, on the CPU, in the precisions that fit the run's device."""
+        """The model of ``cfg.model_cfg`` with its weights, on the run's device and in the precisions that fit it."""
+        run_cfg = cfg.config.get("run") or {}
+        is_sharded = run_cfg.get("parallel") == "fsdp" and dist_utils.get_world_size() > 1
         model_class = registry.get_model_class(cfg.model_cfg.arch)
-        return model_class.from_config(cfg.model_cfg, device=devices.of_run(cfg.config.get("run")))
+        return model_class.from_config(cfg.model_cfg, device=devices.of_run(run_cfg), is_sharded=is_sharded)
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
         """A batch to the model's output, with ``loss`` among it."""

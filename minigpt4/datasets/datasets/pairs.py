@@ -69,14 +69,14 @@ class PairDataset:
         }
 
     def endless(self, place: Place) -> Iterator[Sample]:
-        """Samples for ever, each pair once a pass in a fresh order, from the place's first batch on.
+        """Samples for ever, each pair once a pass in a fresh order, from the place's first sample on.
 
-        What stands at a position of the run depends on the seed alone, not on the number of workers.
+        What stands at a position of the run depends on the seed alone, not on the number of workers or ranks.
         """
-        for batch in itertools.count(place.first_batch + place.worker, place.num_workers):
+        for batch in itertools.count(place.turn, place.num_workers):
             for row in range(place.batch_size):
                 position = (batch * place.world_size + place.rank) * place.batch_size + row
-                yield self._sample_at(position, place)
+                yield self._sample_at(place.first_sample + position, place)
 
     def _sample_at(self, position: int, place: Place) -> Sample:
         """The sample of a position; a pair that cannot be used gives way to another drawn one."""

@@ -23,7 +23,7 @@ class SkipSample(Exception):
 
 @dataclass
 class Place:
-    """Which part of the data one loader worker reads, and what it had to skip there.
+    """Which part of the data one loader worker reads, from where on, and what it had to skip there.
 
     Part ``index`` of ``count``: workers of all ranks together. A run is repeated by the same seed on the same parts.
     """
@@ -31,12 +31,20 @@ class Place:
     seed: int
     rank: int = 0
     world_size: int = 1
-    worker: int = 0
+    turn: int = 0  # of this worker in each round of batches
     num_workers: int = 1
-    epoch: int = 0
     batch_size: int = 1
-    first_batch: int = 0  # batches that this source gave to each rank before this epoch
+    first_sample: int = 0  # samples that this source gave to all ranks together before
+    first_batch: int = 0  # batches of this epoch that this source gave to each rank before
+    draw: int | str = 0  # names a fresh draw of shards: the epoch, or where within it other ranks went on
+    positions: dict[int, Any] = field(default_factory=dict)  # of streams to go on with, by worker
+    position: Any = None  # of this worker's stream, behind the sample that came last
     skipped: Counter = field(default_factory=Counter)
+
+    @property
+    def worker(self) -> int:
+        """Number of this worker's stream; rounds begin with the one whose turn it was when the run was left."""
+        return (self.turn + self.first_batch) % self.num_workers
 
     @property
     def index(self) -> int:

@@ -1,11 +1,13 @@
 """Shards of img2dataset in the webdataset form: laion and cc_sbu of stage 1."""
 
 import glob
+import itertools
 import json
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +57,33 @@ class ShardDataset:
         self.shuffle_buffer = shuffle_buffer
 
     def endless(self, place: Place) -> Iterator[Sample]:
-        """Samples for ever: shards drawn with replacement, shuffled in a buffer, anew each epoch.
+        """Samples for ever: shards drawn with replacement, shuffled in a buffer, anew for each ``place.draw``.
 
         Raises:
             UserError: the shards are empty, or hold nothing usable for a long stretch.
         """
-        rng = random.Random(place.sub_seed(self.name, place.epoch, place.rank, place.worker))
+        names = self.name, place.draw, place.rank, place.worker
+        stream = _Stream(self, random.Random(place.sub_seed(*names)), place.skipped)
+        if position := place.positions.get(place.worker):
+            stream.go_to(*position)
         num_bad = 0
-        for number, raw in enumerate(self._shuffled(self._drawn(rng, place), rng)):
+        for raw in stream:
+            place.position = stream.position
             try:
-                with local_seed(place.sub_seed(self.name, place.epoch, place.rank, place.worker, number)):
+                with local_seed(place.sub_seed(*names, stream.number - 1)):
                     sample = self.process(raw)
                 num_bad = 0
             except SkipSample as skip:
                 place.skipped[str(skip)] += 1
                 num_bad += 1
                 if num_bad == MAX_BAD_IN_A_ROW:
-                    raise UserError(self._nothing_usable(place.skipped)) from skip
+                    raise UserError(self.nothing_usable(place.skipped)) from skip
                 continue
             yield sample
 
     def once(self, place: Place) -> Iterator[Sample]:
         """This part's share of all samples, each once; what cannot be used is counted."""
-        for number, raw in enumerate(self._read(self.shards, place.skipped)):
+        for number, raw in enumerate(self.read(self.shards, place.skipped)):
             if number % place.count == place.index:
                 try:
                     yield self.process(raw)
@@ -96,29 +102,8 @@ class ShardDataset:
             "instruction": None,
         }
 
-    def _drawn(self, rng: random.Random, place: Place) -> Iterator[dict[str, Any]]:
-        num_empty = 0
-        while True:
-            is_empty = True
-            for raw in self._read([rng.choice(self.shards)], place.skipped):
-                is_empty = False
-                yield raw
-            num_empty = num_empty + 1 if is_empty else 0
-            if num_empty == MAX_EMPTY_SHARDS_IN_A_ROW:
-                raise UserError(self._nothing_usable(place.skipped))
-
-    def _shuffled(self, samples: Iterable[dict[str, Any]], rng: random.Random) -> Iterator[dict[str, Any]]:
-        # Filled to a tenth before the first sample goes out, then growing to its full size while samples flow.
-        buffer: list[dict[str, Any]] = []
-        for count, raw in enumerate(samples, 1):
-            buffer.append(raw)
-            is_growing = len(buffer) < self.shuffle_buffer and (len(buffer) < self.shuffle_buffer // 10 or count % 2)
-            if not is_growing:
-                i = rng.randrange(len(buffer))
-                buffer[i], buffer[-1] = buffer[-1], buffer[i]
-                yield buffer.pop()
-
-    def _read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
+    def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
+        """Undecoded samples of shards in their order; what cannot be read is counted."""
         return tarfile_samples(({"url": shard} for shard in shards), handler=self._counting(skipped))
 
     def _counting(self, skipped: Counter) -> Callable[[Exception], bool]:
@@ -131,12 +116,98 @@ class ShardDataset:
 
         return handler
 
-    def _nothing_usable(self, skipped: Counter) -> str:
+    def nothing_usable(self, skipped: Counter) -> str:
+        """A message for shards that hold no usable sample."""
         kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items()) or "the shards are empty"
         return (
             f"Data set {self.name} gives no usable sample ({kinds}) in {len(self.shards)} shards, as {self.shards[0]}. "
             "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md."
         )
+
+
+@dataclass
+class _Item:
+    """One undecoded sample: number ``index`` of shard draw number ``draw``; not read where it was given out before."""
+
+    draw: int
+    index: int
+    raw: dict[str, Any] | None
+
+
+class _Stream:
+    """One worker's undecoded samples: shards drawn with replacement, mixed in a buffer, from any position on.
+
+    What lies in the buffer at a position follows from the seed and from how many samples the shards drawn so far hold:
+    to go there, draws and swaps are repeated with those numbers alone, and what the buffer then lacks is read.
+    """
+
+    def __init__(self, dataset: ShardDataset, rng: random.Random, skipped: Counter) -> None:
+        self.number = 0  # samples given so far
+        self._dataset = dataset
+        self._rng = rng
+        self._skipped = skipped
+        self._drawn: list[str] = []
+        self._sizes: list[int] = []  # of the shards that were read to their ends
+        self._known: list[int] = []  # sizes that are known beforehand
+        self._buffer: list[_Item] = []
+        self._items = self._shuffled()
+
+    @property
+    def position(self) -> tuple[int, list[int]]:
+        """What ``go_to`` takes to go on behind the last sample."""
+        return self.number, list(self._sizes)
+
+    def go_to(self, number: int, sizes: list[int]) -> None:
+        """Goes to a position of an equal stream; UserError where the shards are not what they were."""
+        self._known = sizes
+        for _ in range(number):
+            next(self._items)
+        self.number = number
+        lacking = [item for item in self._buffer if item.raw is None]
+        for draw in {item.draw for item in lacking}:
+            items = {item.index: item for item in lacking if item.draw == draw}
+            raws = self._dataset.read([self._drawn[draw]], Counter())
+            for index, raw in zip(range(max(items) + 1), raws, strict=False):
+                if index in items:
+                    items[index].raw = raw
+        if len(self._sizes) != len(sizes) or any(item.raw is None for item in lacking):
+            shards = ", ".join(sorted(set(self._drawn)))
+            raise UserError(
+                f"Data set {self._dataset.name}: a shard no longer holds the samples that it held when the run was "
+                f"left, one of {shards}; put the old file back, or go on with another run.seed."
+            )
+        self._skipped.clear()  # told by the run that was left
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for item in self._items:
+            self.number += 1
+            yield item.raw
+
+    def _shuffled(self) -> Iterator[_Item]:
+        # Filled to a tenth before the first sample goes out, then growing to its full size while samples flow.
+        buffer, size = self._buffer, self._dataset.shuffle_buffer
+        for count, item in enumerate(self._read(), 1):
+            buffer.append(item)
+            is_growing = len(buffer) < size and (len(buffer) < size // 10 or count % 2)
+            if not is_growing:
+                i = self._rng.randrange(len(buffer))
+                buffer[i], buffer[-1] = buffer[-1], buffer[i]
+                yield buffer.pop()
+
+    def _read(self) -> Iterator[_Item]:
+        num_empty = 0
+        for draw in itertools.count():
+            shard = self._rng.choice(self._dataset.shards)
+            self._drawn.append(shard)
+            is_known = draw < len(self._known)
+            raws = [None] * self._known[draw] if is_known else self._dataset.read([shard], self._skipped)
+            index = -1
+            for index, raw in enumerate(raws):
+                yield _Item(draw, index, raw)
+            self._sizes.append(index + 1)
+            num_empty = num_empty + 1 if index < 0 else 0
+            if num_empty == MAX_EMPTY_SHARDS_IN_A_ROW:
+                raise UserError(self._dataset.nothing_usable(self._skipped))
 
 
 def _caption(raw: dict[str, Any]) -> Any:
