@@ -1,10 +1,11 @@
 """Processes under torchrun: who am I, how many are we, and what do we agree on."""
 
 import functools
+import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -59,8 +60,12 @@ def init_distributed_mode(run_cfg: Any) -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not is_dist_avail_and_initialized():
         timeout = timedelta(seconds=float(run_cfg.get("dist_timeout", 1800)))
         try:
+            store, rank, world_size = next(dist.rendezvous(run_cfg.get("dist_url", "env://"), timeout=timeout))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # After a restart, torchrun's own store still holds the addresses of the processes that are gone.
+                store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
             dist.init_process_group(
-                devices.backend(device), init_method=run_cfg.get("dist_url", "env://"), timeout=timeout
+                devices.backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout
             )
             agree(None)  # whoever cannot be reached shows here
         except (dist.DistError, RuntimeError, ValueError) as error:
@@ -139,6 +144,20 @@ def gather(value: Any) -> list[Any]:
     box: list[Any] = [None] * get_world_size()
     dist.all_gather_object(box, value)
     return box
+
+
+def in_step(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
+    """Lets all ranks take as many items as the one with the most, for work that they can only do together.
+
+    Yields:
+        (item, True) and, on a rank that has run out, (rank 0's first item, False) until all have.
+    """
+    spare = None
+    for item in itertools.chain(items, itertools.repeat(None)):
+        if not any(gather(item is not None)):
+            return
+        spare = agree(item) if spare is None else spare
+        yield (item, True) if item is not None else (spare, False)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,10 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps a model so that the gradients of its trained parameters, and nothing else, are averaged over the ranks."""
     if dist_utils.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
         return model
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    constants = [name for name, _ in model.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen + constants)
-    device_ids = None if device.type == "cpu" else [device.index]
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
+    ignored += [name for name, _ in model.named_buffers()]  # constants, all of them
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
 
 
 def shard_language_model(llama: nn.Module, device: torch.device) -> None:

@@ -53,22 +53,20 @@ def newest(output_dir: Path) -> Path | None:
     for path in sorted(output_dir.glob("*/checkpoint_*.pth")):
         if path.name != BEST:
             try:
-                found.append((_progress(weights.read_file(path, "run.resume")), path.stat().st_mtime_ns, path))
+                content = weights.read_file(path, "run.resume")
             except UserError as error:
                 logging.warning("Passing over a damaged checkpoint. %s", error)
+                continue
+            if "optimizer" in content and "state" in content:
+                found.append((content["state"]["step"], path.stat().st_mtime_ns, path))
+            else:
+                logging.warning("Passing over %s, which holds weights alone.", path)
     for _, _, path in sorted(found, reverse=True):
         with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             if archive.testzip() is None:  # torch reads bytes that were changed on the disk without a word
                 return path
         logging.warning("Passing over a damaged checkpoint: %s does not have the contents it was written with.", path)
     return None
-
-
-def _progress(content: dict[str, Any]) -> int:
-    state = content.get("state")
-    if not isinstance(state, dict) or "optimizer" not in content:
-        raise UserError("It holds weights alone.")
-    return state["step"]
 
 
 def prune(folder: Path, keep_last: int | None) -> None:

@@ -296,11 +296,13 @@ class RunnerBase:
                 int(self.run_cfg.get("seed", 42)),
                 pin_memory=devices.pins_memory(self.device),
             )
+            is_sharded = self.run_cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
+            counted = dist_utils.in_step(batches) if is_sharded else ((batch, True) for batch in batches)
             with devices.local_seed(int(self.run_cfg.get("seed", 42))):  # the same prompts every time
-                for batch in batches:
+                for batch, is_own in counted:
                     with devices.autocast(self.device, self.amp_dtype):
                         output = self.task.valid_step(self.model, self._to_device(batch))
-                    if output["num_targets"]:
+                    if is_own and output["num_targets"]:
                         sums += torch.tensor([output["loss"].item() * output["num_targets"], output["num_targets"]])
         sums = dist_utils.all_sum(sums.float().to(self.device)).cpu()
         if sums[1] == 0:

@@ -1,0 +1,244 @@
+"""Runs that are killed, stopped, damaged or out of room: what is resumed equals the run that nothing happened to."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+
+from minigpt4.common.errors import UserError
+from minigpt4.runners import checkpoints
+from quickstart import scenes
+
+STEPS = 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    scenes.write_shards(folder / "shards", num_shards=3, scenes_per_shard=30, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(world):
+    def options(output_dir, *more):
+        short = ["max_epoch=2", f"iters_per_epoch={STEPS // 2}", "batch_size_train=4", "log_freq=1", "resume=auto"]
+        short += ["warmup_steps=4", "save_every_iters=2", f"output_dir={output_dir}", "keep_last=2", *more]
+        shards = f"datasets.cc_sbu.build_info.storage={world}/shards/*.tar"
+        small_buffer = "datasets.cc_sbu.build_info.shuffle_buffer=20"
+        runs = [option if option.startswith(("model.", "datasets.")) else f"run.{option}" for option in short]
+        return ["--cfg-path", "train_configs/quickstart_stage1.yaml", "--options", shards, small_buffer, *runs]
+
+    return options
+
+
+def outcome(output_dir):
+    """What a finished run leaves: losses and rates by step, epoch means, and the last checkpoint's contents."""
+    (folder,) = (
+        path.parent for path in output_dir.glob("*/checkpoint_1.pth")
+    )  # others were killed before a checkpoint
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    content = torch.load(folder / "checkpoint_1.pth", weights_only=True)
+    files = {path.name for path in folder.iterdir()}
+    return {
+        "losses": [(row["step"], row["loss"], row["lr"]) for row in rows],
+        "epochs": [epoch for epoch in epochs if "epoch" in epoch],
+        "model": content["model"],
+        "moments": content["optimizer"]["state"],
+        "state": content["state"],
+        "files": files,
+    }
+
+
+def assert_same(left, right):
+    for name in ("losses", "epochs", "state", "files"):
+        assert left[name] == right[name], name
+    for name, value in right["model"].items():
+        assert torch.equal(left["model"][name], value)
+    for index, moments in right["moments"].items():
+        assert all(torch.equal(left["moments"][index][name], value) for name, value in moments.items())
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The uninterrupted run, with the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    begin = time.monotonic()
+    assert forked.wait(forked.start(command(folder / "out", "num_workers=1"), folder / "log")) == 0, (
+        folder / "log"
+    ).read_text()
+    result = outcome(folder / "out")
+    assert [step for step, *_ in result["losses"]] == list(range(STEPS))
+    assert result["files"] == {"config.yaml", "log.txt", "metrics.jsonl", "checkpoint_step_16.pth", "checkpoint_1.pth"}
+    return result, time.monotonic() - begin
+
+
+def test_killed_at_twenty_random_moments(command, whole, tmp_path):
+    expected, seconds = whole
+    rng, killed, round_number = random.Random(7), 0, 0
+    while killed < 20:
+        output_dir, round_number = tmp_path / f"out{round_number}", round_number + 1
+        while True:
+            pid = forked.start(command(output_dir, "num_workers=1"), tmp_path / "log")
+            status = forked.kill_after(pid, rng.uniform(0.1, 0.8) * seconds)
+            assert status in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+            if status == 0:
+                break
+            killed += 1
+        assert_same(outcome(output_dir), expected)
+
+
+def die_inside(moment):
+    """Lets this process kill itself in the middle of writing its fourth checkpoint."""
+    calls, real_save, real_replace = [], torch.save, Path.replace
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(content, path):
+        calls.append(path)
+        real_save(content, path)
+        if len(calls) == 4 and moment == "half written":
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+        if len(calls) == 4 and moment == "written":
+            die()
+
+    def replace(self, target):
+        is_it = len(calls) == 4 and self.suffix == ".tmp" and target.suffix == ".pth"
+        result = real_replace(self, target)
+        if is_it and moment == "renamed":
+            die()
+        return result
+
+    def prune(*_):
+        if len(calls) == 4:
+            die()
+
+    torch.save, Path.replace = save, replace
+    if moment == "before pruning":
+        checkpoints.prune = prune
+
+
+@pytest.mark.parametrize("moment", ["half written", "written", "renamed", "before pruning"])
+def test_killed_inside_a_checkpoint_write(command, whole, tmp_path, moment):
+    arguments = command(tmp_path / "out", "num_workers=1")
+    pid = forked.start(arguments, tmp_path / "log", lambda: die_inside(moment))
+    assert forked.wait(pid) == -signal.SIGKILL
+    assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert_same(outcome(tmp_path / "out"), whole[0])
+    resumed = re.findall(r"Resuming from .*checkpoint_(\w+)\.pth", (tmp_path / "log").read_text())
+    assert resumed == ["step_8" if moment in ("renamed", "before pruning") else "step_6"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(command, whole, tmp_path, number):
+    arguments = command(tmp_path / "out", "num_workers=1", "save_every_iters=null")
+
+    def signal_at_step_5():
+        from minigpt4.runners import RunnerBase
+
+        step = RunnerBase.train_step
+
+        def train_step(self, *arguments, **kwargs):
+            if self.state.step == 5:
+                os.kill(os.getpid(), number)
+            return step(self, *arguments, **kwargs)
+
+        RunnerBase.train_step = train_step
+
+    assert forked.wait(forked.start(arguments, tmp_path / "log", signal_at_step_5)) == 0
+    assert "Stopped at step 6" in (tmp_path / "log").read_text()
+    assert [file.name for file in (tmp_path / "out").glob("*/*.pth")] == ["checkpoint_step_6.pth"]
+    assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=1"), tmp_path / "log")) == 0
+    assert_same(outcome(tmp_path / "out"), whole[0])
+
+
+@pytest.fixture
+def left(command, tmp_path):
+    """The folder of a run that was left at step 8, and its command."""
+    arguments = command(tmp_path / "out", "num_workers=0", "max_epoch=1", "keep_last=null")
+    assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    (folder,) = (tmp_path / "out").iterdir()
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "bits", "text", "weights alone"])
+def test_damaged_checkpoints_are_passed_over_by_name(left, caplog, damage):
+    assert checkpoints.newest(left.parent).name in ("checkpoint_0.pth", "checkpoint_step_8.pth")
+    for name in ("checkpoint_0.pth", "checkpoint_step_8.pth"):
+        path, data = left / name, bytearray((left / name).read_bytes())
+        if damage == "cut":
+            path.write_bytes(data[: len(data) - 1000])
+        elif damage == "bits":
+            data[len(data) // 2] ^= 4
+            path.write_bytes(data)
+        elif damage == "text":
+            path.write_text("no weights")
+        else:
+            torch.save({"model": torch.load(path, weights_only=True)["model"]}, path)
+    assert checkpoints.newest(left.parent).name == "checkpoint_step_6.pth"
+    assert caplog.text.count("Passing over") == 2 and str(left / "checkpoint_0.pth") in caplog.text
+
+
+def test_a_finished_run_has_nothing_left_to_do(command, left, tmp_path):
+    before = (left / "metrics.jsonl").read_text()
+    arguments = command(tmp_path / "out", "num_workers=0", "max_epoch=1", "keep_last=null")
+    assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0
+    assert (left / "metrics.jsonl").read_text() == before and len(list(left.parent.iterdir())) == 1
+
+
+def test_no_room_for_a_checkpoint_keeps_the_old_ones(command, left, tmp_path):
+    """The limit on a file's size stands in for a full disk: both fail a write half way with an error of the system."""
+    files = {path: path.read_bytes() for path in left.glob("*.pth")}
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    log = tmp_path / "log2"
+    assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=0", "keep_last=1"), log, limit)) == 1
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("error: run.output_dir: ") and "cannot be written" in last and "keep_last" in last
+    assert "Traceback" not in log.read_text()
+    assert {path: path.read_bytes() for path in left.glob("*.pth")} == files and not list(left.glob("*.tmp"))
+
+
+def test_a_read_only_output_folder_is_named(command, tmp_path):
+    (tmp_path / "file").write_text("")  # a folder cannot be made below it, by root neither
+    assert forked.wait(forked.start(command(tmp_path / "file" / "out"), tmp_path / "log")) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith("error: run.output_dir: ") and "cannot be made or written" in last
+
+
+def test_an_unreadable_resume_file_is_named(command, tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"no checkpoint")
+    options = ("resume=null", f"resume_ckpt_path={tmp_path}/x.pth")
+    assert forked.wait(forked.start(command(tmp_path / "out", *options), tmp_path / "log")) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last.startswith(f"error: run.resume_ckpt_path: {tmp_path}/x.pth") and "cannot be read as weights" in last
+
+
+def test_pruning_keeps_the_last_and_the_best(tmp_path):
+    for i, name in enumerate(["checkpoint_best", "checkpoint_0", "checkpoint_step_3", "checkpoint_1"]):
+        (tmp_path / f"{name}.pth").touch()
+        os.utime(tmp_path / f"{name}.pth", (i, i))
+    checkpoints.prune(tmp_path, None)
+    assert len(list(tmp_path.iterdir())) == 4
+    checkpoints.prune(tmp_path, 2)
+    assert {file.stem for file in tmp_path.iterdir()} == {"checkpoint_best", "checkpoint_step_3", "checkpoint_1"}
+
+
+def test_a_write_that_fails_says_why(tmp_path):
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match=r"run\.output_dir: .*checkpoint_0\.pth cannot be written"):
+        checkpoints.write({"model": {}}, tmp_path / "checkpoint_0.pth")
