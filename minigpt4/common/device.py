@@ -117,6 +117,12 @@ def backend(device: torch.device) -> str:
     return f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}" if device.type in _BACKENDS else "gloo"
 
 
+def is_from_backend(error: Exception) -> bool:
+    """Whether an exception comes from the library that carries messages between processes."""
+    names = ("gloo", "ProcessGroup", *(name.upper() for name in _BACKENDS.values()))
+    return any(name in str(error) for name in names)
+
+
 def half_dtype(device: torch.device) -> torch.dtype:
     """The precision that frozen weights and autocast use by default: bf16, else fp16; float32 on a CPU."""
     if device.type == "cpu":

@@ -84,15 +84,12 @@ def _why_apart(error: Exception) -> str:
 
 def explain_lost_peer(error: Exception) -> str | None:
     """A sentence where an exception tells that another process of the group is gone, else None."""
-    told = str(error)
-    is_lost = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in told for word in ("gloo", "NCCL", "HCCL", "ProcessGroup"))
-    )
-    if get_world_size() == 1 or not is_lost:
+    if get_world_size() == 1 or not (isinstance(error, dist.DistError) or devices.is_from_backend(error)):
         return None
+    cause = str(error).strip().splitlines()[0][:160]
     return (
-        f"Rank {get_rank()} lost contact with another rank ({told.strip().splitlines()[0][:160]}); the message of the "
-        "rank that failed first says why. With run.resume: auto the same command goes on from the newest checkpoint."
+        f"Rank {get_rank()} lost contact with another rank ({cause}); the message of the rank that failed first says "
+        "why. With run.resume: auto the same command goes on from the newest checkpoint."
     )
 
 

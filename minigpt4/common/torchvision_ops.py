@@ -1,8 +1,8 @@
 """Lets torchvision be imported beside a PyTorch that its compiled operators were not built for.
 
-PyPI carries torchvision for CUDA builds only. Beside a CPU or NPU build of torch its library of operators
-does not load, and registering the fake kernels of ``nms`` and ``qnms`` then fails at import time, taking timm
-and transformers down with it. Declaring those two schemas first is enough: nothing here ever calls them.
+PyPI carries torchvision for one build of torch only. Beside any other its library of operators does not load, and
+registering the fake kernels of ``nms`` and ``qnms`` then fails at import time, taking timm and transformers down with
+it. Declaring those two schemas first is enough: nothing here ever calls them.
 """
 
 import importlib.util

@@ -1,0 +1,108 @@
+"""Host memory that several processes of one machine take together while each loads the same language model.
+
+python -m benchmarks.loading_memory --ranks 4 --gib 1
+
+Counted is the proportional set size: a page that four processes share counts a quarter in each. The peak over the
+whole loading, less what the processes held before, is set beside the size of the weights. Linux only.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import torch
+
+from minigpt4.models.llama import load_llama
+
+
+def write_folder(folder: Path, gib: float, dtype: torch.dtype, kind: str, num_files: int = 4) -> int:
+    """Writes a Llama folder of about that size, random weights in several files of a kind; returns its bytes."""
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, vocabulary = 1024, 8000
+    num_layers = max(1, round((gib * 2**30 / dtype.itemsize - 2 * width * vocabulary) / (16 * width * width)))
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": vocabulary}
+    config = LlamaConfig(**sizes, num_hidden_layers=num_layers, num_attention_heads=16)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[kind]
+    weight_map, total = {}, 0
+    for i in range(num_files):
+        file = f"{stem}-{i + 1:05}-of-{num_files:05}.{kind}"
+        part = {name: torch.empty(shapes[name], dtype=dtype) for name in list(shapes)[i::num_files]}
+        for value in part.values():
+            value.fill_(1) if value.ndim == 1 else value.uniform_(-0.02, 0.02)
+        save_file(part, folder / file, {"format": "pt"}) if kind == "safetensors" else torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+        total += sum(value.nbytes for value in part.values())
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    return total
+
+
+def _load(folder: Path, dtype: torch.dtype, barrier: Barrier) -> None:
+    barrier.wait()
+    barrier.wait()
+    model = load_llama(folder, dtype)
+    model.model.embed_tokens.weight.sum()
+    barrier.wait()  # everybody holds everything
+    barrier.wait()
+
+
+def _pss(pids: list[int]) -> int:
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+def measure(folder: Path, ranks: int, dtype: torch.dtype) -> int:
+    """The peak of all ranks' memory together while they load, less what they held before, in bytes."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (code is not measured)
+
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(ranks + 1)
+    processes = [context.Process(target=_load, args=(folder, dtype, barrier)) for _ in range(ranks)]
+    for process in processes:
+        process.start()
+    pids = [process.pid for process in processes]
+    barrier.wait()
+    before = peak = _pss(pids)
+    barrier.wait()
+    while barrier.n_waiting < ranks:
+        peak = max(peak, _pss(pids))
+        time.sleep(0.02)
+    peak = max(peak, _pss(pids))
+    barrier.wait()
+    barrier.wait()
+    for process in processes:
+        process.join()
+    return peak - before
+
+
+def main() -> None:
+    """Prints a row for each kind of loading."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--gib", type=float, default=1.0, help="size of the model")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # processes are forked
+    print("| files | precision | ranks | size | peak of all ranks together | ratio |\n|---|---|---|---|---|---|")
+    for kind, dtype in (("safetensors", torch.float32), ("safetensors", torch.bfloat16), ("bin", torch.bfloat16)):
+        with tempfile.TemporaryDirectory() as folder:
+            size = write_folder(Path(folder), args.gib, dtype, kind)
+            peak = measure(Path(folder), args.ranks, dtype)
+        row = (f".{kind}", str(dtype)[6:], args.ranks, f"{size / 2**20:.0f} MiB", f"{peak / 2**20:.0f} MiB")
+        print(f"| {' | '.join(map(str, row))} | {peak / size:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Devices: which is chosen, what is said where one is absent, and that one module alone knows vendors."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt4.common import device as devices
+from minigpt4.common import device_import
+from minigpt4.common.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ("train.py", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--options")
+TORCH = torch.__version__.split("+")[0]
+on_cpu = pytest.mark.skipif(devices.best() != "cpu", reason="this machine has an accelerator")
+
+
+def test_no_other_module_names_a_vendor():
+    vendors = re.compile(r"cuda|\b(npu|torch_npu|hccl|nccl|mps)\b|ascend|nvidia", re.IGNORECASE)
+    files = [*(ROOT / "minigpt4").rglob("*.py"), ROOT / "train.py", ROOT / "demo.py"]
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in files
+        if not file.name.startswith("device")
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+        if vendors.search(line)
+    ]
+    assert len(files) > 40 and not found
+
+
+@on_cpu
+def test_an_absent_device_falls_to_what_is_there_in_one_line(caplog):
+    devices._tell_once.cache_clear()
+    with caplog.at_level("INFO"):
+        assert [devices.pick("cuda").type for _ in range(2)] == ["cpu", "cpu"]
+        assert devices.pick("npu", index=1) == torch.device("cpu")
+    cuda, npu = caplog.messages
+    assert cuda.startswith("run.device asks for cuda, which is not available here") and cuda.endswith("Using cpu.")
+    assert "torch_npu is not installed: pip install -r requirements-npu.txt" in npu
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("kind", "why"), [("npu", "torch_npu is not installed"), ("cuda", "cuda|CUDA"), ("mps", "sees no mps device")]
+)
+def test_a_strict_wish_is_a_mistake_where_it_fails(kind, why):
+    with pytest.raises(UserError, match=rf"run\.device is {kind} and run\.strict_device is set, but .*({why})"):
+        devices.of_run({"device": kind, "strict_device": True})
+    assert devices.of_run({"device": "cpu", "strict_device": True}) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "npu:-1"])
+def test_unknown_devices(name):
+    with pytest.raises(UserError, match=rf"run\.device is '{name}'; expected auto, cuda, npu, mps or cpu"):
+        devices.pick(name)
+
+
+def test_backends():
+    assert devices.backend(torch.device("cpu")) == "gloo"
+    assert devices.backend(torch.device("cuda:1")) == "cpu:gloo,cuda:nccl"
+
+
+def test_mismatched_releases(monkeypatch):
+    installed = {"torch_npu": "2.9.0.post2", "torch": "2.13.0+cpu"}
+    monkeypatch.setattr(device_import, "version", installed.get)
+    assert "torch_npu 2.9.0.post2 is installed beside torch 2.13.0+cpu" in device_import.npu_mismatch()
+    installed["torch_npu"] = "2.13.0.post1"
+    assert device_import.npu_mismatch() is None
+
+
+def fake_torch_npu(folder, version, failure):
+    """A stand-in for torch_npu that enters torch as the real one does and fails as the real one was seen to fail."""
+    package, info = folder / "torch_npu", folder / f"torch_npu-{version}.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text(f"def _autoload(): pass\n{failure}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch_npu\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+NO_CANN = "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')"
+TWO = "raise RuntimeError('Two accelerators cannot be used at the same time in PyTorch: npu and cuda.')"
+
+
+@pytest.mark.parametrize(
+    ("version", "failure", "told"),
+    [
+        (TORCH, NO_CANN, ["libhccl.so", "CANN seems to be missing", "set_env.sh", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"]),
+        ("2.1.0.post8", NO_CANN, ["torch_npu 2.1.0.post8 is installed beside torch", "requirements-npu.txt"]),
+        (TORCH, TWO, ["Two accelerators cannot be used", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"]),
+    ],
+    ids=["no CANN", "mismatch", "two kinds"],
+)
+@pytest.mark.parametrize("script", ["train.py", "demo.py"])
+def test_a_broken_torch_npu_is_explained(tmp_path, version, failure, told, script):
+    """An emulated installation: the real torch_npu 2.13 without CANN ended in the same ImportError."""
+    environment = fake_torch_npu(tmp_path, version, failure)
+    command = [sys.executable, script, "--cfg-path", "train_configs/quickstart_stage1.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not [word for word in told if word not in done.stderr], done.stderr
