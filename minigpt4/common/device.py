@@ -166,6 +166,15 @@ def memory_mib(device: torch.device) -> float:
     return getattr(_module(device), "memory_allocated", lambda _: 0)(device) / 2**20
 
 
+def on_host(tree: Any) -> Any:
+    """Copies the tensors in dicts and lists to host memory, so that a file of them can be read without the device."""
+    if isinstance(tree, dict):
+        return {key: on_host(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(map(on_host, tree))
+    return tree.cpu() if isinstance(tree, torch.Tensor) else tree
+
+
 def pins_memory(device: torch.device) -> bool:
     """Whether copies to the device are faster from pinned host memory."""
     return device.type not in ("cpu", "mps")

@@ -326,7 +326,7 @@ class RunnerBase:
             "progress": self.progress.state_dict(),
         }
         content = {
-            "model": {key: value.cpu() for key, value in self.model.trainable_state_dict().items()},
+            "model": self.model.trainable_state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.to_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -340,7 +340,7 @@ class RunnerBase:
         def write() -> None:
             for file in ["checkpoint_best.pth"] * is_best + [name]:
                 logging.info("Saving step %d to %s.", self.state.step, self.output_dir / file)
-                checkpoints.write(content, self.output_dir / file)
+                checkpoints.write(devices.on_host(content), self.output_dir / file)
             checkpoints.prune(self.output_dir, self.run_cfg.get("keep_last"))
 
         dist_utils.on_main(write)
