@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
+from minigpt4.models import packed
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.parallel import local_slice
 
@@ -40,13 +41,17 @@ def load_llama(
     import transformers
 
     check_folder(folder)
+    packed.register()
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=packed.ATTENTION
+            )
     except Exception as error:  # whatever transformers makes of a strange config.json
         cause = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
+    packed.slim(model)
     model.requires_grad_(False)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if prepare is not None:

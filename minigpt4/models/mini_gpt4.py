@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
+from minigpt4.models import packed
 from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
@@ -92,6 +94,8 @@ class MiniGPT4(nn.Module):
         self.max_txt_len = max_txt_len
         self.end_sym = end_sym
         self.vit_dtype = vit_dtype
+        self.is_sharded = any(isinstance(p, DTensor) for p in llama_model.parameters())
+        self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # a few: one a prompt
         self.frozen_parts: list[nn.Module] = [llama_model]
         self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
         self.frozen_parts += [Qformer] if freeze_qformer else []
@@ -286,19 +290,38 @@ class MiniGPT4(nn.Module):
         """
         image_embeds, _ = self.encode_img(samples["image"])
         ids, mask, labels = self.pack(samples["text_input"], self.choose_prompts(samples))
-        device = image_embeds.device
-        hidden = self.llama_model.model(
-            inputs_embeds=self.embed(ids.to(device), image_embeds), attention_mask=mask.to(device), use_cache=False
-        ).last_hidden_state  # [B, T, L]
-        targets = labels[:, 1:].flatten()  # position t predicts token t + 1
-        where = (targets != IGNORED).nonzero().squeeze(1)
-        logits = self.llama_model.lm_head(hidden[:, :-1].flatten(0, 1)[where.to(device)]).float()  # targets only
-        return {
-            "loss": nn.functional.cross_entropy(logits, targets[where].to(device)),
-            "num_tokens": int(mask.sum()),
-            "num_padded_tokens": mask.numel(),
-            "num_targets": where.numel(),
-        }
+        counts = {"num_tokens": int(mask.sum()), "num_padded_tokens": mask.numel()}
+        prefix = self._common_prefix(ids)
+        ids, mask, labels = ids[:, prefix.length :], mask[:, prefix.length :].bool(), labels[:, prefix.length :]
+        number = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of a token among those of all rows
+        is_target = labels[:, 1:] != IGNORED  # position t predicts token t + 1
+        tokens = ids[mask]  # [N]
+        parts = tokens, (tokens == IMAGE_SLOT).nonzero().squeeze(1), number[:, :-1][is_target], labels[:, 1:][is_target]
+        # One copy to the device for all four; nothing in this step waits for the device.
+        on_device = torch.cat(parts).to(image_embeds.device, non_blocking=True).split([len(part) for part in parts])
+        tokens, slots, where, targets = on_device
+        embeds = self.llama_model.get_input_embeddings()(tokens.clamp(min=0))
+        embeds = embeds.index_copy(0, slots, image_embeds.flatten(0, 1).to(embeds.dtype))  # [N, L]
+        rows = packed.Rows(mask.sum(1).tolist(), prefix.keys_and_values, embeds.device)
+        hidden = packed.run(self.llama_model, embeds, rows)[where]  # [targets, L]
+        loss = packed.next_token_loss(hidden, self.llama_model.lm_head.weight, targets)
+        return {"loss": loss, **counts, "num_targets": len(targets)}
+
+    def _common_prefix(self, ids: Tensor) -> "_Prefix":
+        """What stands before the image in all rows alike: the frozen LM reads it once and for all."""
+        length = int((ids[0] == IMAGE_SLOT).nonzero()[0])
+        # Of a sharded LM every forward is the work of all ranks, and those may have drawn other prompts.
+        if self.is_sharded or not (ids[:, :length] == ids[:1, :length]).all():
+            return _Prefix(0, [])
+        key = tuple(ids[0, :length].tolist())
+        if key not in self._prefixes:
+            self._prefixes[key] = packed.keys_and_values(self.llama_model, list(key))
+        return _Prefix(length, self._prefixes[key])
+
+
+class _Prefix(NamedTuple):
+    length: int
+    keys_and_values: list[tuple[Tensor, Tensor]]  # of each layer
 
 
 def read_prompts(path: str | None, template: str) -> list[str]:
