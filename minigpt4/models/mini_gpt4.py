@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
@@ -94,8 +93,7 @@ class MiniGPT4(nn.Module):
         self.max_txt_len = max_txt_len
         self.end_sym = end_sym
         self.vit_dtype = vit_dtype
-        self.is_sharded = any(isinstance(p, DTensor) for p in llama_model.parameters())
-        self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # a few: one a prompt
+        self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
         self.frozen_parts: list[nn.Module] = [llama_model]
         self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
         self.frozen_parts += [Qformer] if freeze_qformer else []
@@ -308,15 +306,18 @@ class MiniGPT4(nn.Module):
         return {"loss": loss, **counts, "num_targets": len(targets)}
 
     def _common_prefix(self, ids: Tensor) -> "_Prefix":
-        """What stands before the image in all rows alike: the frozen LM reads it once and for all."""
-        length = int((ids[0] == IMAGE_SLOT).nonzero()[0])
-        # Of a sharded LM every forward is the work of all ranks, and those may have drawn other prompts.
-        if self.is_sharded or not (ids[:, :length] == ids[:1, :length]).all():
-            return _Prefix(0, [])
-        key = tuple(ids[0, :length].tolist())
-        if key not in self._prefixes:
-            self._prefixes[key] = packed.keys_and_values(self.llama_model, list(key))
-        return _Prefix(length, self._prefixes[key])
+        """What stands before the image in all rows alike, if the frozen LM has read it beforehand."""
+        if self._prefixes is None:
+            # All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts.
+            prompts = self.prompt_list or [IMAGE_MARK]
+            prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_MARK}")] * ("{}" in self.prompt_template)
+            slots = [[self.llama_tokenizer.bos_token_id, *self.slots(prompt)] for prompt in prompts]
+            keys = sorted({tuple(row[: row.index(IMAGE_SLOT)]) for row in slots})
+            self._prefixes = {key: packed.keys_and_values(self.llama_model, list(key)) for key in keys}
+        key = tuple(ids[0, : int((ids[0] == IMAGE_SLOT).nonzero()[0])].tolist())
+        if key in self._prefixes and (ids[:, : len(key)] == ids[:1, : len(key)]).all():
+            return _Prefix(len(key), self._prefixes[key])
+        return _Prefix(0, [])
 
 
 class _Prefix(NamedTuple):
