@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import platform
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -164,6 +165,22 @@ def memory_mib(device: torch.device) -> float:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     return getattr(_module(device), "memory_allocated", lambda _: 0)(device) / 2**20
+
+
+def describe(device: torch.device) -> tuple[str, int]:
+    """The name of a device's hardware, and the bytes of memory that it has."""
+    if device.type in ("cpu", "mps"):
+        return _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = _module(device).get_device_properties(device)
+    return properties.name, properties.total_memory
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def on_host(tree: Any) -> Any:
