@@ -161,17 +161,17 @@ def build_eva_vit(
 
 
 def round_vit_weights(vit: nn.Module, dtype: torch.dtype, keep_float32: bool = False) -> None:
-    """Brings the weights and biases of Linear and Conv layers to ``dtype``, as ``vit_precision`` asks.
+    """Brings the weights and biases of Linear and Conv layers to ``dtype``, as ``vit_precision`` asks, from any other.
 
-    Norms, positions, the class token and the separate q and v biases stay float32, as in the reference.
-    With ``keep_float32`` the rounded values are stored as float32, for devices that compute in float32.
+    Norms, positions, the class token and the separate q and v biases become float32, as in the reference.
+    With ``keep_float32`` the rounded values are stored as float32, for devices that compute in float32. What a file
+    holds in ``dtype`` already stays where it is.
     """
     for module in vit.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            for parameter in (module.weight, module.bias):
-                if parameter is not None:
-                    rounded = parameter.data.to(dtype)
-                    parameter.data = rounded.float() if keep_float32 else rounded
+        is_rounded = isinstance(module, nn.Linear | nn.Conv2d)
+        for parameter in module.parameters(recurse=False):
+            value = parameter.data.to(dtype) if is_rounded else parameter.data
+            parameter.data = value.float() if keep_float32 or not is_rounded else value
 
 
 def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int) -> Tensor:

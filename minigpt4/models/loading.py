@@ -16,7 +16,10 @@ from minigpt4.models.eva_vit import interpolate_pos_embed
 
 
 def load_vision(model: nn.Module, vit_file: Path, q_former_file: Path) -> None:
-    """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins."""
+    """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins.
+
+    The tower keeps the precision of its file until ``round_vit_weights``; the rest becomes float32.
+    """
     key = "model.vit_weights"
     state = weights.read_state_dict(vit_file, key)
     state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
@@ -28,7 +31,6 @@ def load_vision(model: nn.Module, vit_file: Path, q_former_file: Path) -> None:
     droppable += ["ln_vision.*", "Qformer.*", "query_tokens", "language_*"]  # a twin's file holds all parts
     hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
     weights.load_strictly(model.visual_encoder, state, vit_file, key, droppable, hint)
-    model.visual_encoder.float()
 
     key = "model.q_former_model"
     state = weights.published_names(weights.read_state_dict(q_former_file, key))
@@ -85,7 +87,7 @@ def load_trained_part(model: nn.Module, path: Path) -> None:
                 f"{key}: '{name}' {list(value.shape)} in {path} has no place in this model; "
                 "expected llama_proj and whatever parts were trained with it."
             )
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not weights.is_finite(value):
             raise UserError(f"{key}: '{name}' in {path} holds NaN or infinity; the run that wrote it had diverged.")
     if "llama_proj.bias" not in state:
         raise UserError(f"{key}: {path} holds llama_proj.weight but no llama_proj.bias; the file is incomplete.")

@@ -186,8 +186,7 @@ class MiniGPT4(nn.Module):
             vit_dtype=torch.float32 if computes_float32 or not freeze_vit else vit_dtype,
         )
         load_vision(model, vit_file, q_former_file)
-        if freeze_vit and vit_dtype != torch.float32:
-            round_vit_weights(vit, vit_dtype, keep_float32=computes_float32)
+        round_vit_weights(vit, vit_dtype if freeze_vit else torch.float32, keep_float32=computes_float32)
         if ckpt is not None:
             model.load_checkpoint(ckpt)
         log_summary(model)
