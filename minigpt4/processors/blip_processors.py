@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from math import ceil, sqrt
+from math import sqrt
 from typing import Any
 
 from PIL import Image
@@ -25,7 +25,7 @@ class _ImageProcessor:
     Args:
         image_size: S.
         mean, std: of each channel, from 0 to 1.
-        draft: JPEGs far larger than S are decoded at 1/2, 1/4 or 1/8 of their size: faster, with other pixels.
+        draft: JPEGs far larger than S are decoded at 1/2, 1/4 or 1/8 of their size: faster, other pixels and crops.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class _ImageProcessor:
         return Pictures.pack(images, self.image_size, self.mean, self.std)
 
     def draft_size(self, width: int, height: int) -> tuple[int, int]:
-        """The width and height below which no JPEG of this size may be decoded: no part of it need be enlarged then."""
+        """The width and height that a JPEG of this size must keep, so that no part of it has to be enlarged."""
         shrink = self.image_size / self.smallest_side(width, height) if self.draft else 1.0
-        return ceil(width * shrink), ceil(height * shrink)
+        return int(width * shrink), int(height * shrink)
 
     def _resize(self, image: Image.Image) -> Image.Image:
         return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
