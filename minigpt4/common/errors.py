@@ -3,9 +3,26 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 1500  # characters of a message; what is quoted in it may be of any length
+
 
 class UserError(ValueError):
-    """A mistake in a file, a key or a value, told in one message; entry scripts print it without a traceback."""
+    """A mistake in a file, a key or a value, told in one line; entry scripts print it without a traceback.
+
+    What a message quotes may come from anybody: line ends become spaces, control characters are written out, and the
+    middle of a very long one is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST - 500]} […] {message[-490:]}"
+        super().__init__("".join(map(_shown, message)))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
