@@ -4,6 +4,7 @@ import glob
 import itertools
 import json
 import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import braceexpand
-from webdataset.tariterators import tarfile_samples
+from webdataset.tariterators import group_by_keys
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import UserError
@@ -26,6 +27,7 @@ from minigpt4.datasets.datasets.sample import (
     check_caption,
     decode_image,
 )
+from minigpt4.datasets.datasets.tar import key_and_suffix, tar_files
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
@@ -104,7 +106,8 @@ class ShardDataset:
 
     def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
         """Undecoded samples of shards in their order; what cannot be read is counted."""
-        return tarfile_samples(({"url": shard} for shard in shards), handler=self._counting(skipped))
+        handler = self._counting(skipped)
+        return group_by_keys(tar_files(shards, skipped, handler), keys=key_and_suffix, handler=handler)
 
     def _counting(self, skipped: Counter) -> Callable[[Exception], bool]:
         def handler(error: Exception) -> bool:
@@ -230,16 +233,21 @@ def expand_shards(storage: str | list[str], key: str) -> list[str]:
         UserError: nothing is there; where only some are missing, a warning tells how many and the rest is used.
     """
     patterns = [storage] if isinstance(storage, str) else list(storage)
-    expanded = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
+    try:
+        expanded = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
+    except ValueError as error:
+        raise UserError(
+            f"{key}: '{storage}' is no pattern ({error}); expected one as in {{00000..00099}}.tar."
+        ) from error
     shards, missing = [], []
     for path in expanded:
         if "://" in path or path.startswith("pipe:"):
             shards.append(path)
         elif Path(path).is_dir():
-            shards += sorted(map(str, Path(path).glob("*.tar")))
+            shards += _found(f"{glob.escape(path)}/*.tar")
         elif Path(path).is_file():
             shards.append(path)
-        elif found := sorted(glob.glob(path)):
+        elif found := _found(path):
             shards += found
         else:
             missing.append(path)
@@ -252,3 +260,8 @@ def expand_shards(storage: str | list[str], key: str) -> list[str]:
             *(key, len(missing), len(expanded), missing[0]),
         )
     return shards
+
+
+def _found(pattern: str) -> list[str]:
+    # Absolute: a file may be named "pipe:COMMAND.tar", which at the beginning of a path would be run.
+    return sorted(os.path.abspath(path) for path in glob.glob(pattern) if os.path.isfile(path))
