@@ -2,11 +2,10 @@
 
 import asyncio
 import base64
-import binascii
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import unquote, urlsplit
 
 import httpx
@@ -21,11 +20,15 @@ class Limits:
     """What a client may ask for."""
 
     max_body_bytes: int = 32 * 2**20
+    max_characters: int = 200_000  # of all texts together, many times what the LM can read
     max_images: int = 16
     max_tokens: int = 1000
     seconds: float = 300.0  # from arrival to the last token
     allowed_hosts: list[str] = field(default_factory=list)  # of http(s) pictures
     allowed_folder: Path | None = None  # of file:// pictures
+
+
+MAX_PIECES = 1000  # messages, or pieces of one
 
 
 class ImageUrl(BaseModel):
@@ -46,7 +49,7 @@ class Message(BaseModel):
     """Who says what."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PIECES)]
 
 
 class StreamOptions(BaseModel):
@@ -55,11 +58,14 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+StopWord = Annotated[str, Field(max_length=200)]
+
+
 class Body(BaseModel):
     """A chat completion request; fields that this model has no use for are ignored."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_PIECES)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     max_tokens: int | None = Field(None, ge=1)
@@ -67,7 +73,7 @@ class Body(BaseModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(0.9, gt=0, le=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: StopWord | Annotated[list[StopWord], Field(max_length=16)] | None = None
     n: Literal[1] = 1
 
 
@@ -104,15 +110,18 @@ def parse(data: bytes) -> Body:
 
 
 async def load_picture(url: str, limits: Limits) -> bytes:
-    """A picture's file from a data URL, an allowed host or the allowed folder."""
-    parts = urlsplit(url)
+    """A picture's file from a data URL, an allowed host or the allowed folder; UserError for any other text."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"'{url[:80]}' is no URL ({error}); send a data URL.") from error
     if parts.scheme == "data":
         head, comma, data = url.partition(",")
         if not comma or not head.endswith(";base64"):
             raise UserError("A data URL looks like data:image/jpeg;base64,DATA; this one does not.")
         try:
             return base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise UserError(f"The data URL is not base64 ({error}).") from error
     if parts.scheme in ("http", "https"):
         if parts.hostname not in limits.allowed_hosts:
@@ -120,7 +129,8 @@ async def load_picture(url: str, limits: Limits) -> bytes:
         return await _download(url, limits.max_body_bytes)
     if parts.scheme == "file" and limits.allowed_folder is not None:
         folder = limits.allowed_folder.resolve()
-        path = (folder / unquote(parts.path).lstrip("/")).resolve()
+        name = unquote(parts.path).lstrip("/")
+        path = folder if "\0" in name else (folder / name).resolve()
         if not path.is_relative_to(folder) or not path.is_file():
             raise UserError("There is no such picture in the allowed folder (file:///NAME is taken below it).")
         return await asyncio.to_thread(path.read_bytes)
@@ -137,6 +147,6 @@ async def _download(url: str, most: int) -> bytes:
                 data += chunk
                 if len(data) > most:
                     raise UserError(f"The picture is larger than {most} bytes.")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(f"The picture cannot be fetched ({type(error).__name__}).") from error
     return bytes(data)
