@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,7 +119,7 @@ class Config:
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no configuration file {path} (seen from {Path.cwd()}); correct --cfg-path.")
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{path} has {size:,} bytes; expected a configuration of at most {MAX_BYTES:,}.")

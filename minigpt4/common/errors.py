@@ -14,9 +14,11 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        if len(message) > _LONGEST:
-            message = f"{message[: _LONGEST - 500]} […] {message[-490:]}"
-        super().__init__("".join(map(_shown, message)))
+        super().__init__(_shortened("".join(map(_shown, _shortened(message)))))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} […] {text[-490:]}"
 
 
 def _shown(character: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 def read_plain_file(path: Path) -> bytes:
     """The bytes of a picture's file; an OSError where it is none, as a pipe or device, which would have no end."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # also of names that no file can have
         raise FileNotFoundError(f"there is no file {path}")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise OSError(f"it has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")

@@ -6,6 +6,7 @@ Nothing is loaded half: every key and shape of a file is accounted for, or a Use
 import fnmatch
 import json
 import logging
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -39,8 +40,8 @@ def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Pat
     if not spec:
         raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
     spec = str(spec)
-    path = Path(spec).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(spec))
+    if os.path.exists(path):  # False, too, for names that no file can have
         return path
     if "path/to/" in spec:
         raise UserError(f"{key} is still the placeholder '{spec}'; set it to where the file really is.")

@@ -29,6 +29,7 @@ class Limits:
 
 
 MAX_PIECES = 1000  # messages, or pieces of one
+SECONDS_TO_FETCH = 60  # a picture, however slowly it trickles
 
 
 class ImageUrl(BaseModel):
@@ -81,6 +82,7 @@ class ApiError(Exception):
     """An error in OpenAI's form."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        message = str(UserError(message))  # in a line, whatever of the request it quotes
         super().__init__(message)
         self.status = status
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
@@ -113,6 +115,7 @@ async def load_picture(url: str, limits: Limits) -> bytes:
     """A picture's file from a data URL, an allowed host or the allowed folder; UserError for any other text."""
     try:
         parts = urlsplit(url)
+        _ = parts.port  # checked when it is looked at
     except ValueError as error:
         raise UserError(f"'{url[:80]}' is no URL ({error}); send a data URL.") from error
     if parts.scheme == "data":
@@ -129,9 +132,12 @@ async def load_picture(url: str, limits: Limits) -> bytes:
         return await _download(url, limits.max_body_bytes)
     if parts.scheme == "file" and limits.allowed_folder is not None:
         folder = limits.allowed_folder.resolve()
-        name = unquote(parts.path).lstrip("/")
-        path = folder if "\0" in name else (folder / name).resolve()
-        if not path.is_relative_to(folder) or not path.is_file():
+        try:
+            path = (folder / unquote(parts.path).lstrip("/")).resolve()
+            is_there = path.is_relative_to(folder) and path.is_file()
+        except (OSError, ValueError):  # no file can have such a name
+            is_there = False
+        if not is_there:
             raise UserError("There is no such picture in the allowed folder (file:///NAME is taken below it).")
         return await asyncio.to_thread(path.read_bytes)
     raise UserError(f"Pictures by '{parts.scheme or url[:20]}' are not allowed here; send a data URL.")
@@ -140,13 +146,14 @@ async def load_picture(url: str, limits: Limits) -> bytes:
 async def _download(url: str, most: int) -> bytes:
     data = bytearray()
     try:
-        async with httpx.AsyncClient(timeout=20, trust_env=False) as client, client.stream("GET", url) as response:
+        client = httpx.AsyncClient(timeout=20, trust_env=False)
+        async with asyncio.timeout(SECONDS_TO_FETCH), client, client.stream("GET", url) as response:
             if response.status_code != 200:  # redirections are not followed: they would lead past the allowed hosts
                 raise UserError(f"The picture's address answers with status {response.status_code}.")
             async for chunk in response.aiter_bytes():
                 data += chunk
                 if len(data) > most:
                     raise UserError(f"The picture is larger than {most} bytes.")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         raise UserError(f"The picture cannot be fetched ({type(error).__name__}).") from error
     return bytes(data)

@@ -59,8 +59,10 @@ class PairDataset:
         pair = self.pairs[index]
         try:
             data = read_plain_file(pair.image)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise SkipSample("missing image file") from error
+        except OSError as error:
+            raise SkipSample("unreadable image") from error
         return {
             "image": self.vis_processor(decode_image(data)),
             "text_input": self.text_processor(check_caption(pair.caption)),

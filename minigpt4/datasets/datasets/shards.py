@@ -243,9 +243,9 @@ def expand_shards(storage: str | list[str], key: str) -> list[str]:
     for path in expanded:
         if "://" in path or path.startswith("pipe:"):
             shards.append(path)
-        elif Path(path).is_dir():
+        elif os.path.isdir(path):
             shards += _found(f"{glob.escape(path)}/*.tar")
-        elif Path(path).is_file():
+        elif os.path.isfile(path):
             shards.append(path)
         elif found := _found(path):
             shards += found

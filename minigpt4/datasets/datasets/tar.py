@@ -52,6 +52,8 @@ def _members(stream: "_Counted", skipped: Counter) -> Iterator[tuple[str, bytes]
         for member in tar:
             tar.members = []  # the archive would remember all of them
             end = member.offset_data + member.size
+            if member.size < 0:
+                raise tarfile.ReadError(f"a header claims {member.size:,} bytes")
             if stream.is_packed and end > FREE_EXPANSION + MAX_EXPANSION * stream.num_bytes:
                 raise tarfile.ReadError(f"it unpacks to more than {MAX_EXPANSION} times its size")
             if not member.isreg():
