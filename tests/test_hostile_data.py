@@ -106,7 +106,9 @@ def test_what_is_no_shard(tmp_path, kind, storage):
 
 
 @pytest.mark.parametrize(
-    "storage", ["a{0..", "{", "}", "a\0b.tar", "", "~", "{a,b", "[", ["absent.tar", 5, None]], ids=repr
+    "storage",
+    ["a{0..", "{", "}", "a\0b.tar", "*\0b.tar", "\ud800/*.tar", "", "~", "{a,b", "[", ["absent.tar", 5, None]],
+    ids=repr,
 )
 def test_odd_storage(storage):
     told(lambda: expand_shards(storage, KEY), KEY)

@@ -1,4 +1,4 @@
-"""Weights, configurations and tokenizers that somebody prepared: refused in a line, nothing run, nothing half loaded."""
+"""Weights and tokenizers that somebody prepared: refused in a line, nothing run, nothing half loaded."""
 
 import collections
 import functools
@@ -348,6 +348,7 @@ FOLDERS = {
     "an index of an absolute name": (indexed({"weight_map": {"a": "/etc/passwd"}}), "'/etc/passwd'", "beside it"),
     "an index of the folder": (indexed({"weight_map": {"a": "."}}), "'.'"),
     "an index with an empty name": (indexed({"weight_map": {"a": ""}}), "index.json"),
+    "an index with a name of 5000 letters": (indexed({"weight_map": {"a": "a" * 5000}}), "lacks 1 of 1"),
     "an index with a zero byte": (indexed({"weight_map": {"a": "a\0b"}}), "lacks 1 of 1"),
     "NaN": (spoiled("lm_head.weight", lambda value: value * torch.nan), "lm_head.weight", "NaN"),
     "whole numbers": (spoiled("lm_head.weight", lambda value: value.to(torch.int64)), "lm_head.weight", "other shapes"),
@@ -470,6 +471,11 @@ TOKENIZERS = {
     "null as an id": (replaced("added_tokens.json", '{"[PAD]": null}'), "cannot be read"),
     "the id of an image slot": (replaced("added_tokens.json", '{"[PAD]": -1}'), "cannot be read", "-1"),
     "an added token of no letters": (replaced("added_tokens.json", '{"": 600}'), "cannot be read"),
+    "half a surrogate pair as a token": (replaced("added_tokens.json", '{"\\ud800": 600}'), "cannot be read"),
+    "a begin token of no letters": (
+        replaced("special_tokens_map.json", '{"bos_token": {"content": ""}}'),
+        "cannot be read",
+    ),
     "decoder of other ids": (
         replaced("tokenizer_config.json", '{"added_tokens_decoder": {"a": {}}}'),
         "cannot be read",

@@ -106,7 +106,7 @@ def shards(index: Path, key: str) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     if elsewhere := [name for name in names if Path(name).name != name]:
         raise UserError(f"{key}: {index} names '{elsewhere[0]}'; expected files beside it. Copy it again.")
-    if lacking := [name for name in names if not (index.parent / name).is_file()]:
+    if lacking := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise UserError(
             f"{key}: {index.parent} lacks {len(lacking)} of {len(names)} files that {index.name} names "
             f"(first: {lacking[0]}); finish the download."

@@ -62,8 +62,11 @@ class LlamaTokenizer:
                 self._strips[token] = strips
         for token in self._added:
             self._strips.setdefault(token, True)
+        for token in self._strips:
+            if not token.encode():  # which raises for half a surrogate pair
+                raise ValueError("a special token has no letters")
         for token, token_id in self._added.items():
-            if not token or type(token_id) is not int or token_id < 0:
+            if type(token_id) is not int or token_id < 0:
                 raise ValueError(f"the added token '{token}' has the id {token_id!r}")
         self._added_names = {token_id: token for token, token_id in self._added.items()}
         self._split = re.compile(

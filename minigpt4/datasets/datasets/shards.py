@@ -264,4 +264,7 @@ def expand_shards(storage: str | list[str], key: str) -> list[str]:
 
 def _found(pattern: str) -> list[str]:
     # Absolute: a file may be named "pipe:COMMAND.tar", which at the beginning of a path would be run.
-    return sorted(os.path.abspath(path) for path in glob.glob(pattern) if os.path.isfile(path))
+    try:
+        return sorted(os.path.abspath(path) for path in glob.glob(pattern) if os.path.isfile(path))
+    except ValueError:  # no file can have such a name
+        return []
