@@ -50,8 +50,7 @@ from minigpt4.conversation.templates import TEMPLATES
 from minigpt4.datasets.datasets import ShardDataset
 from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
 from minigpt4.datasets.datasets.sample import Place, SkipSample, check_caption, decode_image
-from minigpt4.datasets.datasets.shards import expand_shards
-from minigpt4.datasets.datasets.tar import key_and_suffix
+from minigpt4.datasets.datasets.tar_files import expand_shards, key_and_suffix
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_MARK, IMAGE_SLOT, MiniGPT4, read_prompts
 from minigpt4.processors import BlipCaptionProcessor
@@ -489,7 +488,7 @@ class Packer:
 
     tokens, slots, pack = MiniGPT4.tokens, MiniGPT4.slots, MiniGPT4.pack
     llama_tokenizer = load_tokenizer(LLAMA)
-    query_tokens = torch.zeros(1, 3, 2)
+    num_query_token = 3
 
     def __init__(self, max_txt_len: int, end_sym: str) -> None:
         self.max_txt_len, self.end_sym = max_txt_len, end_sym

@@ -23,6 +23,7 @@ from minigpt4.models.eva_vit import interpolate_pos_embed
 from minigpt4.models.llama import check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.mini_gpt4 import read_prompts
+from minigpt4.models.packed import ATTENTION
 from minigpt4.tools.apply_delta import WeightFolder
 
 pytestmark = pytest.mark.usefixtures("confined")
@@ -324,7 +325,8 @@ FOLDERS = {
     "code of its own": (configured(model_type="evil", auto_map=REMOTE), "cannot be loaded"),
     "a kernel of its own": (configured(attn_implementation="evil/kernel", model_type="evil"), "cannot be loaded"),
     "a billion layers": (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
-    "layers below zero": (configured(num_hidden_layers=-1), "llama"),
+    "layers below zero": (configured(num_hidden_layers=-1), "-1 layers"),
+    "no layers": (configured(num_hidden_layers=0), "0 layers"),
     "layers as a text": (configured(num_hidden_layers="two"), "cannot be loaded"),
     "no heads": (configured(num_attention_heads=0), "cannot be loaded"),
     "a width of a billion": (configured(hidden_size=10**9), "llama"),
@@ -382,7 +384,7 @@ def test_a_number_as_a_name_in_the_language_model(llama):
 
 def test_a_kernel_that_a_config_names_is_not_asked_for(llama):
     configured(attn_implementation="evil/kernel")(llama)
-    assert load_llama(llama, torch.float32).config._attn_implementation == "sdpa"
+    assert load_llama(llama, torch.float32).config._attn_implementation == ATTENTION
 
 
 @pytest.mark.parametrize(

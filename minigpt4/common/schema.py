@@ -43,6 +43,7 @@ MODEL: Schema = {
     "qformer_config": _Q_FORMER,
     "llama_model": str,
     "llm_dtype": _PRECISIONS,
+    "llm_precision": {"half", "int8"},
     "low_resource": bool,
     "conversation": str,
     "device_8bit": int,
@@ -69,6 +70,7 @@ RUN: Schema = {
     "batch_size_train": int,
     "batch_size_eval": int,
     "num_workers": int,
+    "resize_on_device": bool,
     "accum_grad_iters": int,
     "clip_grad_norm": NUMBER,
     "max_nonfinite": int,
@@ -78,6 +80,9 @@ RUN: Schema = {
     "amp_dtype": _PRECISIONS,
     "resume_ckpt_path": str,
     "resume": {"auto"},
+    "compile": bool,
+    "feature_cache": str,
+    "feature_crops": int,
     "save_every_iters": int,
     "keep_last": int,
     "parallel": {"ddp", "fsdp"},
@@ -95,7 +100,10 @@ RUN: Schema = {
     "distributed": bool,
 }
 _PROCESSORS = {
-    split: {"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER, "mean": list, "std": list}
+    split: {
+        **{"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER},
+        **{"mean": list, "std": list, "draft": bool},
+    }
     for split in ("train", "eval")
 }
 _TEXT_PROCESSORS = {split: {"name": str, "prompt": str, "max_words": int} for split in ("train", "eval")}

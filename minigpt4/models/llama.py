@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import parse_json
+from minigpt4.models import packed
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.parallel import local_slice
 
@@ -41,19 +42,22 @@ def load_llama(
     import transformers
 
     check_folder(folder)
+    packed.register()
     try:
-        # Neither code nor kernels that a config.json may name: transformers would ask on the terminal, and run them.
-        safe = {"local_files_only": True, "trust_remote_code": False, "attn_implementation": None}
-        config = transformers.AutoConfig.from_pretrained(str(folder), **safe)
-        if config.num_hidden_layers > MAX_LAYERS:
+        # No code that a config.json may name: transformers would ask on the terminal whether to run it.
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if not 0 < config.num_hidden_layers <= MAX_LAYERS:
             raise ValueError(f"config.json asks for {config.num_hidden_layers:,} layers")
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, attn_implementation=packed.ATTENTION
+            )
     except Exception as error:  # whatever transformers makes of a strange config.json
         cause = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
     if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "embed_tokens")):
         raise UserError(f"{KEY}: {folder} holds a '{config.model_type}'; expected a language model of Llama's family.")
+    packed.slim(model)
     model.requires_grad_(False)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     if prepare is not None:

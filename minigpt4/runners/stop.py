@@ -2,7 +2,9 @@
 
 import logging
 import signal
+import sys
 import threading
+import time
 from types import FrameType
 
 import torch
@@ -11,17 +13,18 @@ import torch.distributed as dist
 from minigpt4.common import dist_utils
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_SECONDS = 2.0  # a terminal or scheduler signals the ranks, and torchrun, signalled too, does so again
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT is remembered instead of obeyed; the second one ends the process.
+    """While entered, the first SIGTERM or SIGINT is remembered instead of obeyed; a later one ends the process.
 
     Launchers and schedulers signal the ranks one after the other, in the middle of different steps. Each step
     therefore starts a tiny sum over the ranks' flags on the host, which nobody waits for before the step after.
     """
 
     def __init__(self) -> None:
-        self._is_asked = False
+        self._asked_at: float | None = None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
         self._before: list[tuple[int, object]] = []
 
@@ -37,20 +40,21 @@ class StopRequest:
             self._vote[0].wait()
 
     def _remember(self, number: int, _: FrameType | None) -> None:
-        self._is_asked = True
-        for number, handler in self._before:
-            signal.signal(number, handler)
-        logging.warning("Stopping: this step is finished and saved first. Once more to leave at once.")
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            logging.warning("Stopping: this step is finished and saved first. Once more to leave at once.")
+        elif time.monotonic() - self._asked_at > _SAME_SECONDS:
+            sys.exit(128 + number)
 
     def is_agreed(self) -> bool:
         """Whether to stop now; called once a step by every rank, true on all of them at the same one."""
         if dist_utils.get_world_size() == 1:
-            return self._is_asked
+            return self._asked_at is not None
         is_agreed = False
         if self._vote is not None:
             work, votes = self._vote
             work.wait()
             is_agreed = votes.item() > 0
-        votes = torch.tensor([float(self._is_asked)])
+        votes = torch.tensor([float(self._asked_at is not None)])
         self._vote = dist.all_reduce(votes, async_op=True), votes
         return is_agreed

@@ -18,7 +18,7 @@ from minigpt4.datasets.datasets.sample import (
     SkipSample,
     TextProcessor,
     check_caption,
-    decode_image,
+    prepare_image,
 )
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
@@ -39,7 +39,7 @@ class PairDataset:
     Args:
         name: of the data set, for seeds and messages.
         pairs: all of them.
-        vis_processor: RGB image to tensor [3, S, S].
+        vis_processor: an image processor, or a function from RGB image to tensor [3, S, S].
         text_processor: caption to caption.
     """
 
@@ -57,6 +57,7 @@ class PairDataset:
     def __getitem__(self, index: int) -> Sample:
         """Reads and processes one pair; raises SkipSample where the file is missing or damaged."""
         pair = self.pairs[index]
+        caption = check_caption(pair.caption)
         try:
             data = read_plain_file(pair.image)
         except FileNotFoundError as error:
@@ -64,8 +65,8 @@ class PairDataset:
         except OSError as error:
             raise SkipSample("unreadable image") from error
         return {
-            "image": self.vis_processor(decode_image(data)),
-            "text_input": self.text_processor(check_caption(pair.caption)),
+            "image": prepare_image(data, self.vis_processor),
+            "text_input": self.text_processor(caption),
             "instruction": pair.instruction,
         }
 
