@@ -29,10 +29,6 @@ def load_vision(model: nn.Module, vit_file: Path, q_former_file: Path) -> None:
     hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
     weights.load_strictly(model.visual_encoder, state, vit_file, key, droppable, hint)
     model.visual_encoder.float()
-    for module in model.visual_encoder.modules():  # buffers that no file holds were left on the meta device
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
 
     key = "model.q_former_model"
     state = weights.published_names(weights.read_state_dict(q_former_file, key))
