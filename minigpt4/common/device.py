@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 import os
+import platform
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -131,6 +132,11 @@ def half_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether torch's fused AdamW, which can leave out an update without asking the host, is known to work there."""
+    return device.type in ("cpu", "cuda")
+
+
 def has_int8(device: torch.device) -> bool:
     """Whether 8-bit weights are known to work there."""
     return device.type in ("cpu", "cuda")
@@ -158,12 +164,33 @@ def max_memory_mib(device: torch.device) -> float:
     return measure(device) / 2**20
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets ``max_memory_mib`` count from now on; a CPU's peak is the process's and stays."""
+    getattr(_module(device), "reset_peak_memory_stats", lambda _: None)(device)
+
+
 def memory_mib(device: torch.device) -> float:
     """Memory in use now, in MiB: of the device, or on a CPU of the process (Linux)."""
     if device.type == "cpu":
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     return getattr(_module(device), "memory_allocated", lambda _: 0)(device) / 2**20
+
+
+def describe(device: torch.device) -> tuple[str, int]:
+    """The name of a device's hardware, and the bytes of memory that it has."""
+    if device.type in ("cpu", "mps"):
+        return _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    properties = _module(device).get_device_properties(device)
+    return properties.name, properties.total_memory
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def on_host(tree: Any) -> Any:

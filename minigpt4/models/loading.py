@@ -130,7 +130,7 @@ def trained_part(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
 def log_summary(model: nn.Module) -> None:
     """Logs what is frozen and what is trained, a line each."""
     parts = ("visual_encoder", "ln_vision", "Qformer", "query_tokens", "llama_proj", "llama_model")
-    for name in parts:
+    for name in filter(lambda name: hasattr(model, name), parts):
         part = getattr(model, name)
         parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         state = "trained" if any(p.requires_grad for p in parameters) else "frozen"

@@ -1,0 +1,107 @@
+"""What all benchmarks share: the machine's name and measured limits, timing in turns, a table with a line of JSON.
+
+python -m benchmarks.hardware
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt4.common import device as devices
+from minigpt4.common.device_import import version
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine and the versions, as plain values."""
+    name, num_bytes = devices.describe(device)
+    packages = {package: version(package) for package in ("torch", "transformers")}
+    return {
+        "device": name,
+        "kind": device.type,
+        "memory_gib": round(num_bytes / 2**30, 1),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    } | packages
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, the device's own work included and what it still did before left out."""
+    devices.synchronize(device)
+    begin = time.perf_counter()
+    function()
+    devices.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def interleaved(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 5, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of each function, called in turns, so that whatever else the machine does falls on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(warmup + repeats):
+        for name, function in functions.items():
+            taken = seconds(function, device)
+            if i >= warmup:
+                times[name].append(taken)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def measured_matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
+    """FLOP/s of one large square product."""
+    side = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / interleaved({"product": lambda: torch.mm(a, b, out=out)}, device, repeats, 3)["product"]
+
+
+def measured_bandwidth(device: torch.device, repeats: int = 10) -> float:
+    """Bytes/s between the device and its memory, far beyond caches: of a copy or of a reading sum, what is more.
+
+    A copy counts twice, as it reads and writes. On a CPU its writes may read first, so that reading alone is faster.
+    """
+    num_bytes = 2**29 if device.type == "cpu" else 2**31
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    ways = {"copy": lambda: target.copy_(source), "sum": source.sum}
+    taken = interleaved(ways, device, repeats, 3)
+    return max(2 * num_bytes / taken["copy"], num_bytes / taken["sum"])
+
+
+def report(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], file: Path | None = None) -> None:
+    """Prints rows of the same columns as a Markdown table, and all as one line of JSON, which also goes to ``file``."""
+    print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
+    columns = list(rows[0])
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(str(row[column]) for column in columns)} |")
+    line = json.dumps({**about, "rows": [dict(row) for row in rows]})
+    print(f"\n{line}", flush=True)
+    if file is not None:
+        file.write_text(line + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The limits of this machine."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
+    args = parser.parse_args()
+    device = devices.pick(args.device)
+    rows = [{"limit": "memory, GB/s", "measured": round(measured_bandwidth(device) / 1e9, 1)}]
+    for name, dtype in devices.DTYPES.items():
+        rate = measured_matrix_rate(device, dtype) / 1e12
+        rows.append({"limit": f"{name} product, TFLOP/s", "measured": round(rate, 3)})
+    report(rows, describe(device), args.json)
+
+
+if __name__ == "__main__":
+    main()
