@@ -64,6 +64,7 @@ RUN: Schema = {
     "batch_size_train": int,
     "batch_size_eval": int,
     "num_workers": int,
+    "resize_on_device": bool,
     "accum_grad_iters": int,
     "clip_grad_norm": NUMBER,
     "max_nonfinite": int,
@@ -93,7 +94,10 @@ RUN: Schema = {
     "distributed": bool,
 }
 _PROCESSORS = {
-    split: {"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER, "mean": list, "std": list}
+    split: {
+        **{"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER},
+        **{"mean": list, "std": list, "draft": bool},
+    }
     for split in ("train", "eval")
 }
 _TEXT_PROCESSORS = {split: {"name": str, "prompt": str, "max_words": int} for split in ("train", "eval")}

@@ -14,19 +14,23 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import Place, Sample
+from minigpt4.processors.pictures import Pictures
 
-# image [B, 3, S, S]; text_input, instruction: B each; source: name; position: (worker, of its stream); skipped: counts
+# image: Pictures; text_input, instruction: B each; source: name; position: (worker, of its stream); skipped: counts
 Batch = dict[str, Any]
 
 
 class _Batches(IterableDataset):
     """One source's batches, made in loader workers: batch k of an epoch comes from worker k modulo their number."""
 
-    def __init__(self, name: str, dataset: Any, place: Place, num_batches: int | None) -> None:
+    def __init__(
+        self, name: str, dataset: Any, place: Place, num_batches: int | None, resizes_later: bool = False
+    ) -> None:
         self.name = name
         self.dataset = dataset
         self.place = place
         self.num_batches = num_batches  # None: every sample once
+        self.resizes_later = resizes_later
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
@@ -59,13 +63,18 @@ class _Batches(IterableDataset):
     def _collate(self, rows: list[Sample], place: Place) -> Batch:
         skipped, place.skipped = place.skipped, Counter()
         return {
-            "image": torch.stack([row["image"] for row in rows]),
+            "image": self._pack([row["image"] for row in rows]),
             "text_input": [row["text_input"] for row in rows],
             "instruction": [row["instruction"] for row in rows],
             "source": self.name,
             "position": (place.worker, place.position),
             "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
         }
+
+    def _pack(self, images: list[Any]) -> Pictures | torch.Tensor:
+        if isinstance(images[0], torch.Tensor):  # of a processor of one's own: finished
+            return torch.stack(images)
+        return self.dataset.vis_processor.pack(images, self.resizes_later)
 
 
 def _outlive_signals(_: int) -> None:
@@ -101,6 +110,7 @@ class TrainLoader:
         num_workers: loader processes a source.
         seed: of order, draws and augmentation.
         pin_memory: for copies to an accelerator.
+        resizes_later: the device resizes, see ``Pictures``.
     """
 
     def __init__(
@@ -112,6 +122,7 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         pin_memory: bool = False,
+        resizes_later: bool = False,
     ) -> None:
         if not sources:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
@@ -124,6 +135,7 @@ class TrainLoader:
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
+        self.resizes_later = resizes_later
         self._given: Counter | None = None  # samples by source to all ranks together; None: follows from the count
         self._draw: int | str = 0
         self._positions: dict[str, dict[int, Any]] = {}
@@ -153,7 +165,7 @@ class TrainLoader:
                 draw=self._draw,
                 positions=self._positions.get(name, {}),
             )
-            batches = _Batches(name, self.sources[name], place, num_batches)
+            batches = _Batches(name, self.sources[name], place, num_batches, self.resizes_later)
             streams[name] = _loader(batches, self.num_workers, self.pin_memory)
         for name in order[first:]:
             batch = next(streams[name])
@@ -197,8 +209,14 @@ class TrainLoader:
 
 
 def validation_batches(
-    name: str, dataset: Any, batch_size: int, num_workers: int, seed: int, pin_memory: bool = False
+    name: str,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    pin_memory: bool = False,
+    resizes_later: bool = False,
 ) -> Iterator[Batch]:
     """Every sample of a data set once, shared out over the ranks."""
     place = Place(seed=seed, rank=dist_utils.get_rank(), world_size=dist_utils.get_world_size(), batch_size=batch_size)
-    return _loader(_Batches(name, dataset, place, None), num_workers, pin_memory)
+    return _loader(_Batches(name, dataset, place, None, resizes_later), num_workers, pin_memory)

@@ -20,6 +20,7 @@ from minigpt4.common.optims import parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader, validation_batches
 from minigpt4.models.parallel import replicate
+from minigpt4.processors.pictures import Pictures
 from minigpt4.runners import checkpoints
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.stop import StopRequest
@@ -189,6 +190,7 @@ class RunnerBase:
             num_workers=int(self.run_cfg.get("num_workers", 0)),
             seed=int(self.run_cfg.get("seed", 42)),
             pin_memory=devices.pins_memory(self.device),
+            resizes_later=self._resizes_on_device,
         )
 
     def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
@@ -274,10 +276,16 @@ class RunnerBase:
             )
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        def move(value: Any) -> Any:
+            if isinstance(value, Pictures):
+                return value.on(self.device)
+            return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        return {name: move(value) for name, value in batch.items()}
+
+    @property
+    def _resizes_on_device(self) -> bool:
+        return bool(self.run_cfg.get("resize_on_device", devices.resizes_pictures(self.device)))
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss per target token of every validation and test split, over all ranks."""
@@ -305,6 +313,7 @@ class RunnerBase:
                 int(self.run_cfg.get("num_workers", 0)),
                 int(self.run_cfg.get("seed", 42)),
                 pin_memory=devices.pins_memory(self.device),
+                resizes_later=self._resizes_on_device,
             )
             is_sharded = self.run_cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
             counted = dist_utils.in_step(batches) if is_sharded else ((batch, True) for batch in batches)

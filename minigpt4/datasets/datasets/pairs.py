@@ -19,7 +19,7 @@ from minigpt4.datasets.datasets.sample import (
     SkipSample,
     TextProcessor,
     check_caption,
-    decode_image,
+    prepare_image,
 )
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
@@ -40,7 +40,7 @@ class PairDataset:
     Args:
         name: of the data set, for seeds and messages.
         pairs: all of them.
-        vis_processor: RGB image to tensor [3, S, S].
+        vis_processor: an image processor, or a function from RGB image to tensor [3, S, S].
         text_processor: caption to caption.
     """
 
@@ -58,13 +58,14 @@ class PairDataset:
     def __getitem__(self, index: int) -> Sample:
         """Reads and processes one pair; raises SkipSample where the file is missing or damaged."""
         pair = self.pairs[index]
+        caption = check_caption(pair.caption)
         try:
             data = pair.image.read_bytes()
         except OSError as error:
             raise SkipSample("missing image file") from error
         return {
-            "image": self.vis_processor(decode_image(data)),
-            "text_input": self.text_processor(check_caption(pair.caption)),
+            "image": prepare_image(data, self.vis_processor),
+            "text_input": self.text_processor(caption),
             "instruction": pair.instruction,
         }
 
