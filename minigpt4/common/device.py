@@ -207,11 +207,6 @@ def pins_memory(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
 
 
-def resizes_pictures(device: torch.device) -> bool:
-    """Whether it resizes pictures better than the loader's workers do, whose cores and code are all that a CPU has."""
-    return device.type == "cuda"
-
-
 def synchronize(device: torch.device) -> None:
     """Waits for the device's work."""
     if device.type != "cpu":

@@ -16,7 +16,8 @@ from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import Place, Sample
 from minigpt4.processors.pictures import Pictures
 
-# image: Pictures; text_input, instruction: B each; source: name; position: (worker, of its stream); skipped: counts
+# image: Pictures, or features [B, Q, H] in its place; text_input, instruction: B each; source: name; position: (worker,
+# of its stream); skipped: counts
 Batch = dict[str, Any]
 
 
@@ -62,10 +63,11 @@ class _Batches(IterableDataset):
 
     def _collate(self, rows: list[Sample], place: Place) -> Batch:
         skipped, place.skipped = place.skipped, Counter()
-        return {
-            "image": self._pack([row["image"] for row in rows]),
-            "text_input": [row["text_input"] for row in rows],
-            "instruction": [row["instruction"] for row in rows],
+        batch = {name: [row[name] for row in rows] for name in rows[0]}
+        for name, join in (("image", self._pack), ("features", torch.stack)):
+            if name in batch:
+                batch[name] = join(batch[name])
+        return batch | {
             "source": self.name,
             "position": (place.worker, place.position),
             "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
@@ -216,7 +218,9 @@ def validation_batches(
     seed: int,
     pin_memory: bool = False,
     resizes_later: bool = False,
+    is_whole: bool = False,
 ) -> Iterator[Batch]:
-    """Every sample of a data set once, shared out over the ranks."""
-    place = Place(seed=seed, rank=dist_utils.get_rank(), world_size=dist_utils.get_world_size(), batch_size=batch_size)
+    """Every sample of a data set once, shared out over the ranks, or all of them on each that asks (``is_whole``)."""
+    rank, world = (0, 1) if is_whole else (dist_utils.get_rank(), dist_utils.get_world_size())
+    place = Place(seed=seed, rank=rank, world_size=world, batch_size=batch_size)
     return _loader(_Batches(name, dataset, place, None, resizes_later), num_workers, pin_memory)

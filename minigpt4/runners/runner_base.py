@@ -285,7 +285,7 @@ class RunnerBase:
 
     @property
     def _resizes_on_device(self) -> bool:
-        return bool(self.run_cfg.get("resize_on_device", devices.resizes_pictures(self.device)))
+        return bool(self.run_cfg.get("resize_on_device", False))
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss per target token of every validation and test split, over all ranks."""

@@ -2,8 +2,10 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from minigpt4.datasets.datasets.sample import (
     SkipSample,
     TextProcessor,
     check_caption,
+    file_identity,
     prepare_image,
 )
 
@@ -34,8 +37,58 @@ class Pair:
     instruction: str | None = None
 
 
-class PairDataset:
-    """Pairs that can be indexed.
+class ListedDataset:
+    """Samples that can be indexed; subclasses give ``__len__``, ``__getitem__`` and ``first_place``.
+
+    Args:
+        name: of the data set, for seeds and messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def endless(self, place: Place) -> Iterator[Sample]:
+        """Samples for ever, each once a pass in a fresh order, from the place's first sample on.
+
+        What stands at a position of the run depends on the seed alone, not on the number of workers or ranks.
+        """
+        for batch in itertools.count(place.turn, place.num_workers):
+            for row in range(place.batch_size):
+                position = (batch * place.world_size + place.rank) * place.batch_size + row
+                yield self._sample_at(place.first_sample + position, place)
+
+    def _sample_at(self, position: int, place: Place) -> Sample:
+        """The sample of a position; one that cannot be used gives way to another drawn one."""
+        passes, within = divmod(position, len(self))
+        index = int(self._order(passes, place)[within])
+        with local_seed(place.sub_seed(self.name, "sample", position)):
+            for _ in range(MAX_BAD_IN_A_ROW):
+                try:
+                    return self[index]
+                except SkipSample as skip:
+                    place.skipped[str(skip)] += 1
+                    index = int(torch.randint(len(self), ()))
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in place.skipped.items())
+        raise UserError(f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.first_place}.")
+
+    def _order(self, passes: int, place: Place) -> torch.Tensor:
+        if getattr(self, "_cached_pass", None) != (passes, place.seed):
+            generator = torch.Generator().manual_seed(place.sub_seed(self.name, "order", passes))
+            self._cached_order = torch.randperm(len(self), generator=generator)
+            self._cached_pass = (passes, place.seed)
+        return self._cached_order
+
+    def once(self, place: Place) -> Iterator[Sample]:
+        """This part's share of all samples, in order, each once; what cannot be used is counted."""
+        for index in range(place.index, len(self), place.count):
+            try:
+                yield self[index]
+            except SkipSample as skip:
+                place.skipped[str(skip)] += 1
+
+
+class PairDataset(ListedDataset):
+    """Image files and their captions.
 
     Args:
         name: of the data set, for seeds and messages.
@@ -44,10 +97,12 @@ class PairDataset:
         text_processor: caption to caption.
     """
 
+    PART = 1024  # pairs whose features stand in one file of a cache
+
     def __init__(
         self, name: str, pairs: Sequence[Pair], vis_processor: ImageProcessor, text_processor: TextProcessor = str
     ) -> None:
-        self.name = name
+        super().__init__(name)
         self.pairs = list(pairs)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -69,44 +124,24 @@ class PairDataset:
             "instruction": pair.instruction,
         }
 
-    def endless(self, place: Place) -> Iterator[Sample]:
-        """Samples for ever, each pair once a pass in a fresh order, from the place's first sample on.
+    @property
+    def first_place(self) -> str:
+        """Where the first sample is, for messages."""
+        return str(self.pairs[0].image)
 
-        What stands at a position of the run depends on the seed alone, not on the number of workers or ranks.
-        """
-        for batch in itertools.count(place.turn, place.num_workers):
-            for row in range(place.batch_size):
-                position = (batch * place.world_size + place.rank) * place.batch_size + row
-                yield self._sample_at(place.first_sample + position, place)
+    @property
+    def num_parts(self) -> int:
+        """Files of a feature cache."""
+        return -(-len(self) // self.PART)
 
-    def _sample_at(self, position: int, place: Place) -> Sample:
-        """The sample of a position; a pair that cannot be used gives way to another drawn one."""
-        passes, within = divmod(position, len(self))
-        index = self._order(passes, place)[within]
-        with local_seed(place.sub_seed(self.name, "sample", position)):
-            for _ in range(MAX_BAD_IN_A_ROW):
-                try:
-                    return self[index]
-                except SkipSample as skip:
-                    place.skipped[str(skip)] += 1
-                    index = int(torch.randint(len(self), ()))
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in place.skipped.items())
-        raise UserError(f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.pairs[0].image}.")
+    def samples_of(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
+        """Functions that read and process the samples of a part, one each."""
+        for index in range(part * self.PART, min(len(self), (part + 1) * self.PART)):
+            yield partial(self.__getitem__, index)
 
-    def _order(self, passes: int, place: Place) -> list[int]:
-        if getattr(self, "_cached_pass", None) != (passes, place.seed):
-            generator = torch.Generator().manual_seed(place.sub_seed(self.name, "order", passes))
-            self._cached_order = torch.randperm(len(self), generator=generator).tolist()
-            self._cached_pass = (passes, place.seed)
-        return self._cached_order
-
-    def once(self, place: Place) -> Iterator[Sample]:
-        """This part's share of all pairs, in order, each once; what cannot be used is counted."""
-        for index in range(place.index, len(self), place.count):
-            try:
-                yield self[index]
-            except SkipSample as skip:
-                place.skipped[str(skip)] += 1
+    def identity(self) -> list[Any]:
+        """What a cache of this data set holds on to: files with their sizes and times, and texts."""
+        return [[*file_identity(pair.image), pair.caption, pair.instruction] for pair in self.pairs]
 
 
 def read_align_folder(folder: Path, key: str) -> list[Pair]:

@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -90,6 +91,15 @@ def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] 
         raise SkipSample("image too large") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise SkipSample("unreadable image") from error
+
+
+def file_identity(path: Path | str) -> list[Any]:
+    """Name, size and time of a file, as far as it is one here."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def check_caption(caption: Any) -> str:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from webdataset.tariterators import group_by_keys
@@ -21,6 +22,7 @@ from minigpt4.datasets.datasets.sample import (
     SkipSample,
     TextProcessor,
     check_caption,
+    file_identity,
     prepare_image,
 )
 from minigpt4.datasets.datasets.tar_files import read_files
@@ -99,6 +101,20 @@ class ShardDataset:
             "text_input": self.text_processor(caption),
             "instruction": None,
         }
+
+    @property
+    def num_parts(self) -> int:
+        """Files of a feature cache, one a shard."""
+        return len(self.shards)
+
+    def samples_of(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
+        """Functions that process the samples of a shard, one each."""
+        for raw in self.read([self.shards[part]], skipped):
+            yield partial(self.process, raw)
+
+    def identity(self) -> list[Any]:
+        """What a cache of this data set holds on to: the shards with their sizes and times."""
+        return [file_identity(shard) for shard in self.shards]
 
     def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
         """Undecoded samples of shards in their order; what cannot be read is counted."""
