@@ -1,24 +1,25 @@
 """All checks of the doctor, in the order in which a run would meet what they look at."""
 
+import copy
 import importlib.metadata
-import logging
 import math
 import shutil
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from minigpt4.common import device as devices
 from minigpt4.common.config import Config
-from minigpt4.common.device_import import npu_mismatch
+from minigpt4.common.device_import import PACKAGES, npu_mismatch
 from minigpt4.common.errors import UserError, see
 from minigpt4.doctor import data, language, memory
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, collect, refused, size
@@ -28,7 +29,6 @@ from minigpt4.models.llama import load_llama
 SMALL_LM = 10**9  # bytes; the loss of an LM up to this size is computed without being asked for
 TINY_LM = 10**8  # bytes; up to here threads wait for each other longer than they work
 CHAT_TOKENS = 2000  # of a full chat, Chat.answer's max_length
-_PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch_npu")
 
 
 def examine(args: Any) -> list[Finding]:
@@ -50,7 +50,7 @@ def examine(args: Any) -> list[Finding]:
     findings += files.examine()
     drawn, more = data.draw(cfg, args.samples)
     findings += _vitality(files, args.deep, [caption for part in drawn for caption in part.captions])
-    findings += collect("precision", _precision, cfg, device)
+    findings += collect("precision", _precision, cfg, device, files.llm_dtype)
     findings += more
     for part in drawn:
         settings = files.tokenizer, cfg.model_cfg.get("max_txt_len", 32), cfg.model_cfg.get("end_sym", "\n")
@@ -60,11 +60,10 @@ def examine(args: Any) -> list[Finding]:
     if is_training:
         findings += collect("disk", _disk, cfg, files, drawn)
     if files.tensors and files.tokenizer is not None:
-        model = files.build()
         if is_training:
             texts = max((part.captions for part in drawn), key=len, default=[])
-            findings += collect("memory, training", _training_memory, cfg, model, device, texts)
-        findings += collect("memory, chat", _chat_memory, cfg, model, device, is_training)
+            findings += collect("memory, training", _training_memory, cfg, files, device, texts)
+        findings += collect("memory, chat", _chat_memory, cfg, files, device, is_training)
     if is_training and args.steps:
         findings += collect("time", _timed_steps, args, cfg, files, device)
     return findings
@@ -72,14 +71,14 @@ def examine(args: Any) -> list[Finding]:
 
 def _versions() -> Finding:
     versions = {}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
     told = ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {found}" for name, found in versions.items())])
     if mismatch := npu_mismatch():
-        return Finding("versions", MISTAKE, f"{told}: {mismatch}", "pip install -r requirements-npu.txt")
+        return Finding("versions", MISTAKE, f"{told}: {mismatch}", "Install the two together.")
     if wrong := list(_unmet_requirements()):
         return Finding("versions", WARNING, f"{told}; {', '.join(wrong)}", "pip install -r requirements.txt")
     return Finding("versions", OK, told, numbers=versions)
@@ -91,14 +90,14 @@ def _unmet_requirements() -> Iterator[str]:
     file = Path(__file__).parents[2] / "requirements.txt"
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         requirement = Requirement(line.partition("#")[0])
-        if requirement.name in _PACKAGES:
+        if requirement.name in PACKAGES:
             found = importlib.metadata.version(requirement.name)
             if not requirement.specifier.contains(found, prereleases=True):
                 yield f"{requirement.name} {found} is not {requirement.specifier}"
 
 
 def _device(run_cfg: Mapping[str, Any], device: torch.device) -> Finding:
-    total, free = memory.capacity(device)
+    total, free = devices.memory_left(device)
     half = str(devices.half_dtype(device)).removeprefix("torch.")
     told = f"{device}, {size(total)} of memory, {size(free)} free, computes in {half}"
     wanted = str(run_cfg.get("device", "auto")).partition(":")[0]
@@ -108,7 +107,7 @@ def _device(run_cfg: Mapping[str, Any], device: torch.device) -> Finding:
     return Finding("run.device", OK, told, numbers={"total": total, "free": free})
 
 
-def _precision(cfg: Any, device: torch.device) -> Finding:
+def _precision(cfg: Any, device: torch.device, llm_dtype: torch.dtype) -> Finding:
     run_cfg, half = cfg.config.get("run") or {}, devices.half_dtype(device)
     fp16 = [
         key
@@ -122,8 +121,8 @@ def _precision(cfg: Any, device: torch.device) -> Finding:
         other = "bf16" if half == torch.bfloat16 else "fp32"
         told = f"{' and '.join(fp16)} is fp16, which ends at 65504; this device has {other}, which does not overflow"
         return Finding("precision", WARNING, told, f"Set {fp16[0]}: {other}." + see("nan"))
-    amp = str(memory.amp_dtype(run_cfg, device)).removeprefix("torch.")
-    return Finding("precision", OK, f"steps in {amp}, language model in {cfg.model_cfg.get('llm_dtype') or half}")
+    amp, lm = (str(dtype).removeprefix("torch.") for dtype in (memory.amp_dtype(run_cfg, device), llm_dtype))
+    return Finding("precision", OK, f"steps in {amp}, language model in {lm}")
 
 
 def _vitality(files: ModelFiles, is_deep: bool, captions: list[str]) -> list[Finding]:
@@ -159,12 +158,15 @@ def _disk(cfg: Any, files: ModelFiles, drawn: list[data.Drawn]) -> list[Finding]
     every = run_cfg.get("save_every_iters")
     number = epochs + (epochs * per_epoch // int(every) if every else 0)
     number = min(number, int(run_cfg.get("keep_last") or number)) + bool(run_cfg.get("valid_splits"))
-    findings = [_room("disk, checkpoints", run_cfg.get("output_dir", "output"), one * number, f"{number} of {size(one)}")]
+    findings = [
+        _room("disk, checkpoints", run_cfg.get("output_dir", "output"), one * number, f"{number} of {size(one)}")
+    ]
     if cache := run_cfg.get("feature_cache"):
         samples = sum(part.num_samples for part in drawn)
-        row = model.query_tokens.shape[1] * model.query_tokens.shape[2] * 2
-        told = f"features of about {samples:,.0f} samples, {size(row)} each"
-        findings.append(_room("disk, feature cache", cache, row * samples, told))
+        row = model.query_tokens.shape[1] * model.query_tokens.shape[2] * 2 * int(run_cfg.get("feature_crops", 1))
+        told = f"features of about {samples:,.0f} samples, {size(row)} each, less what is there"
+        there = sum(file.stat().st_size for file in Path(cache).rglob("*.safetensors"))
+        findings.append(_room("disk, feature cache", cache, max(0, row * samples - there), told))
     return findings
 
 
@@ -186,12 +188,13 @@ def _told(parts: Mapping[str, int], capacity: int) -> tuple[str, int]:
     return f"{size(total)} predicted of {size(capacity)}: {listed}", total
 
 
-def _training_memory(cfg: Any, model: nn.Module, device: torch.device, captions: list[str]) -> Finding:
+def _training_memory(cfg: Any, files: ModelFiles, device: torch.device, captions: list[str]) -> Finding:
     rows = int(cfg.run_cfg.get("batch_size_train", 1))
     words = " ".join(captions) or "a picture of something"
-    longest = (words + " ") * (model.max_txt_len // max(1, len(words) // 8) + 1)
+    longest = (words + " ") * (int(files.cfg.get("max_txt_len", 32)) // max(1, len(words) // 8) + 1)
+    model = files.build(has_vision=not cfg.run_cfg.get("feature_cache"))
     parts = predicted(cfg, model, device, {"text_input": [longest] * rows})
-    capacity, _ = memory.capacity(device)
+    capacity, _ = devices.memory_left(device)
     evidence, total = _told(parts, capacity)
     evidence += f" ({rows} rows of the longest texts)"
     if total > capacity:
@@ -199,7 +202,9 @@ def _training_memory(cfg: Any, model: nn.Module, device: torch.device, captions:
         fits = int((capacity - fixed) / (parts["activations"] / rows))
         remedy = f"run.batch_size_train: {fits} would fit, with run.accum_grad_iters for the rest."
         if fits < 1:
-            remedy = "Not even one row fits: a half precision, model.low_resource, run.parallel: fsdp, or a larger card."
+            remedy = (
+                "Not even one row fits: a half precision, model.low_resource, run.parallel: fsdp, or a larger card."
+            )
         return Finding("memory, training", MISTAKE, evidence, remedy + see("out-of-memory"), parts)
     verdict = WARNING if total > 0.9 * capacity else OK
     return Finding("memory, training", verdict, evidence, see("out-of-memory").strip() * (verdict != OK), parts)
@@ -211,9 +216,9 @@ def predicted(cfg: Any, model: nn.Module, device: torch.device, samples: Mapping
     return memory.training(model, device, amp, side, samples)
 
 
-def _chat_memory(cfg: Any, model: nn.Module, device: torch.device, is_training: bool) -> Finding:
-    parts = memory.chat(model, device, int(cfg.model_cfg.get("image_size", 224)), CHAT_TOKENS)
-    capacity, _ = memory.capacity(device)
+def _chat_memory(cfg: Any, files: ModelFiles, device: torch.device, is_training: bool) -> Finding:
+    parts = memory.chat(files.build(), device, int(cfg.model_cfg.get("image_size", 224)), CHAT_TOKENS)
+    capacity, _ = devices.memory_left(device)
     evidence, total = _told(parts, capacity)
     evidence += f" (a chat of {CHAT_TOKENS} tokens; each further one that is kept {size(parts['keys and values'])})"
     if total <= capacity:
@@ -228,28 +233,32 @@ def _timed_steps(args: Any, cfg: Any, files: ModelFiles, device: torch.device) -
     from minigpt4.tasks import setup_task
 
     with tempfile.TemporaryDirectory() as folder:
-        options = [*(args.options or []), f"run.output_dir={folder}", "run.resume=null", "run.tracker=null"]
-        if args.options and "=" not in args.options[0]:
-            options = [f"{k}={v}" for k, v in zip(args.options[::2], args.options[1::2], strict=True)] + options[-3:]
-        short = Config(SimpleNamespace(cfg_path=args.cfg_path, options=options)).check()
+        changes = {"output_dir": folder, "resume": None, "resume_ckpt_path": None, "tracker": None}
+        short = copy.copy(cfg)
+        short.config = OmegaConf.merge(cfg.config, {"run": {**changes, "feature_cache": None}})
         task = setup_task(short)
-        runner = RunnerBase(
-            cfg=short, job_id="doctor", task=task, model=task.build_model(short), datasets=task.build_datasets(short)
-        )
+        model, datasets = task.build_model(short), task.build_datasets(short)
+        runner = RunnerBase(cfg=short, job_id="doctor", task=task, model=model, datasets=datasets)
         runner.wrapped_model.train()
-        seconds, batches = [], []
-        for _, batch in zip(range(args.steps), runner._train_loader().epoch(0), strict=False):
+        seconds, waited, batches = [], [], []
+        loader = runner._train_loader().epoch(0)
+        for _ in range(min(args.steps, runner.iters_per_epoch)):
             start = time.perf_counter()
+            batch = next(loader)
+            waited.append(time.perf_counter() - start)
             output = runner.train_step(batch, is_update=True)
             devices.synchronize(device)
             seconds.append(time.perf_counter() - start)
             batches.append({"text_input": batch["text_input"], "instruction": batch["instruction"]})
-        logging.shutdown()
-    step = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]  # the first one makes caches
+    step, wait = statistics.median(seconds[1:] or seconds), statistics.median(waited[1:] or waited)
     left = runner.max_epoch * runner.iters_per_epoch
-    told = f"{step:.3g} s a step, the first {seconds[0]:.3g} s, without the data's: {left:,} steps take "
-    numbers = {"step": step, "steps": left, "loss": output["loss"].item()}
-    findings = [Finding("time", OK, told + f"{timedelta(seconds=round(step * left))}", numbers=numbers)]
+    cached = "; run.feature_cache would save the vision part of it" * bool(cfg.run_cfg.get("feature_cache"))
+    told = (
+        f"{step:.3g} s a step ({wait:.2g} s of it waiting for data), the first {seconds[0]:.3g} s: {left:,} steps "
+        f"take {timedelta(seconds=round(step * left))}{cached}"
+    )
+    numbers = {"step": step, "data": wait, "steps": left, "loss": output["loss"].item()}
+    findings = [Finding("time", OK, told, numbers=numbers)]
     if not math.isfinite(numbers["loss"]):
         findings.append(Finding("loss", MISTAKE, f"after {args.steps} steps it is not finite", see("nan").strip()))
     if device.type != "cpu":  # there it is the process's memory, its code and the mapped files included

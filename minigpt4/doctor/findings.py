@@ -35,7 +35,7 @@ class Finding:
 
 
 def refused(check: str, error: UserError) -> Finding:
-    """The library's own refusal as a finding; its messages say what is wrong and then, behind a semicolon, what to do."""
+    """The library's own refusal as a finding; it says what is wrong and then, behind a semicolon, what to do."""
     text, _, link = str(error).partition(_SEE)
     evidence, semicolon, remedy = text.rpartition("; ")
     if not semicolon:

@@ -6,19 +6,16 @@ What is counted are the bytes of tensors. Not counted is what a device keeps bes
 its libraries, some hundred MB on a card, and what an allocator reserves and does not use.
 """
 
-import contextlib
-import os
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,6 +75,8 @@ class Ledger(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type == self.device.type:
                 self._count(value)
+                if func is torch.ops.aten._safe_softmax.default:  # which marks rows without any weight inside itself
+                    self.peak = max(self.peak, self.now + value.numel())
         return result
 
     def _is_of_device(self, value: Any) -> bool:
@@ -152,10 +151,14 @@ def training(
     parts = weight_bytes(model)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     ledger.peak = before = ledger.now
-    image = ledger.empty((len(samples["text_input"]), 3, image_size, image_size))
+    num_rows, shape = len(samples["text_input"]), (model.num_query_token, model.llama_proj.in_features)
+    if hasattr(model, "visual_encoder"):
+        seen = {"image": ledger.empty((num_rows, 3, image_size, image_size))}
+    else:
+        seen = {"features": ledger.empty((num_rows, *shape), torch.bfloat16)}
     with ledger, ledger.attention:
         with devices.autocast(device, amp):
-            loss = model({"image": image, **samples})["loss"]
+            loss = model({**seen, **samples})["loss"]
         loss.backward()
     parts["gradients"] = trained
     parts["optimizer"] = 2 * trained  # AdamW's two means
@@ -179,23 +182,8 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
             hidden = model.llama_model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0]
             logits = model.llama_model.lm_head(hidden[:, -1]).float()
     del images, logits
-    parts["keys and values"] = sum(t.numel() * t.element_size() for l in cache.layers for t in (l.keys, l.values))
+    parts["keys and values"] = sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
     parts["activations"] = max(0, ledger.peak - before - parts["keys and values"])
     return parts
-
-
-def capacity(device: torch.device) -> tuple[int, int]:
-    """Bytes that a device has, and how many of them are free now; on a CPU within the limit of the control group."""
-    if device.type not in ("cpu", "mps"):
-        free, total = torch.get_device_module(device).mem_get_info(device)
-        return total, free
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = total
-    with contextlib.suppress(OSError, StopIteration, ValueError):  # Linux
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        total, free = min(total, limit), min(free, limit - used)
-    return total, free

@@ -18,7 +18,7 @@ from minigpt4.models.llama import build_llama, check_folder, check_weights
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import bridge_weights, tower_weights, trained_part
 from minigpt4.models.mini_gpt4 import MiniGPT4, read_prompts
-from minigpt4.models.vision import Q_FORMER_URL, VIT_URL, build_vision, vision_settings
+from minigpt4.models.vision import Q_FORMER_URL, VIT_URL, build_vision, q_former_config, vision_settings
 
 LM_KEY = "model.llama_model"
 
@@ -74,22 +74,23 @@ class ModelFiles:
             self._kept = self._joined(llama)
         return self._kept
 
-    def build(self) -> nn.Module:
-        """A fresh model on the meta device, in the precisions of the run."""
+    def build(self, has_vision: bool = True) -> nn.Module:
+        """A fresh model on the meta device, in the precisions of the run; without vision as a feature cache allows."""
         llama = build_llama(self.folder, self.llm_dtype)
-        if self.cfg.get("low_resource") and devices.has_int8(self.device):
+        is_int8 = self.cfg.get("low_resource") or self.cfg.get("llm_precision") == "int8"
+        if is_int8 and devices.has_int8(self.device):
             to_int8(llama)
-        model = self._joined(llama)
+        model = self._joined(llama, has_vision)
         dtype = devices.DTYPES[self.cfg.get("vit_precision", "fp16")]
-        if self.cfg.get("freeze_vit", True) and dtype != torch.float32:
+        if has_vision and self.cfg.get("freeze_vit", True) and dtype != torch.float32:
             keeps_float32 = devices.half_dtype(self.device) == torch.float32
             round_vit_weights(model.visual_encoder, dtype, keep_float32=keeps_float32)
         return model
 
-    def _joined(self, llama: nn.Module) -> nn.Module:
+    def _joined(self, llama: nn.Module, has_vision: bool = True) -> nn.Module:
         with torch.device("meta"):
             return MiniGPT4(
-                *build_vision(self.cfg),
+                *(build_vision(self.cfg) if has_vision else (None, q_former_config(self.cfg))),
                 llama,
                 self.tokenizer,
                 prompts=self.prompts,
