@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware
@@ -262,6 +263,10 @@ def main() -> None:
     rate = hardware.measured_matrix_rate(device, devices.half_dtype(device))
     bandwidth = hardware.measured_bandwidth(device)
     times = hardware.interleaved(steps, device, args.repeats, 2)
+    num_graphs = counters["stats"]["unique_graphs"]
+    for _ in batches:  # other lengths again: nothing may be compiled any more
+        steps["ours"]()
+    num_recompiled = counters["stats"]["unique_graphs"] - num_graphs
     rows = []
     for name, model in models.items():
         weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) / 2**20
@@ -284,7 +289,7 @@ def main() -> None:
         "dtype": str(devices.half_dtype(device)).removeprefix("torch."),
         "feature_cache": args.feature_cache,
         "llm_precision": args.llm_precision or "half",
-        "compile": args.compile,
+        "compile": args.compile and f"{num_graphs} graphs, {num_recompiled} of them in steady state",
         "mean_tokens_a_row": round(num_tokens / args.batch, 1),
         "padded_length": round(num_padded / args.batch, 1),
         "gflop_by_formula": round(flops / 1e9, 1),

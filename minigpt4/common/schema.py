@@ -38,6 +38,7 @@ MODEL: Schema = {
     "llama_model": str,
     "llm_dtype": _PRECISIONS,
     "llm_precision": {"half", "int8"},
+    "llm_grad_checkpoint": bool,
     "low_resource": bool,
     "conversation": str,
     "device_8bit": int,

@@ -126,6 +126,8 @@ class MiniGPT4(Vision):
         tokenizer = load_tokenizer(llama_folder)
         llama = load_llama(llama_folder, llm_dtype, device, _preparation(cfg, device, is_sharded))
         check_vocabulary(llama, tokenizer, llama_folder)
+        if cfg.get("llm_grad_checkpoint"):
+            packed.recompute_layers(llama)
         model = cls(
             *(build_vision(cfg) if has_vision else (None, q_former_config(cfg))),
             llama,

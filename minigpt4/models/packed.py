@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION = "rows"  # the name under which transformers finds ``_attention``
 
@@ -223,3 +224,9 @@ def slim(llama: nn.Module) -> None:
     last = llama.model.layers[-1]
     if type(last).__name__ == "LlamaDecoderLayer":
         last.forward = partial(_last_layer, last)
+
+
+def recompute_layers(llama: nn.Module) -> None:
+    """Lets every layer keep its input alone for the backward pass and compute the rest again: less memory, slower."""
+    for layer in llama.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
