@@ -80,8 +80,10 @@ def _draw_shards(name: str, dataset: Any, num_samples: int) -> Drawn:
             image = next((raw[key] for key in IMAGE_KEYS if key in raw), b"")
             _take(drawn, lambda raw=raw: dataset.process(raw), lambda image=image: image)
         if drawn.pictures and not drawn.num_samples:
-            sample_bytes = sum(len(value) for raw in raws for value in raw.values() if isinstance(value, bytes))
-            drawn.num_samples = sum(Path(s).stat().st_size for s in local) / max(1, sample_bytes / len(raws) + 1536)
+            # A file of a tar has a header of 512 bytes and is filled up to a multiple of that.
+            files = [value for raw in raws for value in raw.values() if isinstance(value, bytes)]
+            sample_bytes = sum(512 + -(-len(value) // 512) * 512 for value in files) / len(raws)
+            drawn.num_samples = sum(Path(shard).stat().st_size for shard in local) / sample_bytes
     return drawn
 
 
@@ -128,7 +130,7 @@ def _suspicion(drawn: Drawn, tokenizer: Any, max_txt_len: int, end_sym: str) -> 
     if num >= 4 and len(set(drawn.captions)) <= num / 2:
         told = f"{len(set(drawn.captions))} different captions among {num}: '{_cut(drawn.captions[0])}' comes again"
         return told, "Look at the captions: are they those of the pictures?"
-    if flat := sum(picture.std() < 0.02 for picture in drawn.pictures):
+    if flat := sum(picture.flatten(1).std(1).max().item() < 0.02 for picture in drawn.pictures):
         return f"{flat} of {num} pictures are of a single colour", "Look at the sheet; take such pictures out."
     if num >= 4 and len({tuple(picture.flatten()[::97].tolist()) for picture in drawn.pictures}) <= num / 2:
         return "many pictures are one and the same", "Look at the sheet: are they placeholders of a failed download?"

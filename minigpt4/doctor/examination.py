@@ -203,8 +203,10 @@ def _training_memory(cfg: Any, files: ModelFiles, device: torch.device, captions
         remedy = f"run.batch_size_train: {fits} would fit, with run.accum_grad_iters for the rest."
         if fits < 1:
             remedy = (
-                "Not even one row fits: a half precision, model.low_resource, run.parallel: fsdp, or a larger card."
+                "Not even one row fits: take a half precision, model.low_resource, run.parallel: fsdp, a larger card."
             )
+        elif not files.cfg.get("llm_grad_checkpoint"):
+            remedy = f"{remedy[:-1]}; or model.llm_grad_checkpoint: True."
         return Finding("memory, training", MISTAKE, evidence, remedy + see("out-of-memory"), parts)
     verdict = WARNING if total > 0.9 * capacity else OK
     return Finding("memory, training", verdict, evidence, see("out-of-memory").strip() * (verdict != OK), parts)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -68,8 +69,8 @@ def as_json(findings: Sequence[Finding], **rest: Any) -> str:
 
 
 def as_table(findings: Sequence[Finding], width: int | None = None) -> str:
-    """All findings as a table, long cells broken over lines."""
-    width = width or shutil.get_terminal_size((150, 24)).columns
+    """All findings as a table: on a terminal long cells are broken over lines, elsewhere each finding is one line."""
+    width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000)
     names, verdicts = max(len(f.check) for f in findings), len(MISTAKE)
     room = max(40, width - names - verdicts - 4)
     lines = []

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def vitality(llama: nn.Module, tokenizer: Any, captions: Sequence[str] = ()) -> 
     best, entropy = min(losses.values())
     if best < 0.9 * guess:
         return Finding("LM vitality", OK, evidence, numbers=numbers)
+    if entropy <= 0.9 * guess and not captions:
+        told = f"{evidence}: it is sure and wrong, but may know other texts than these; no captions could be drawn"
+        return Finding("LM vitality", WARNING, told, "First mend the data sets.", numbers)
     if entropy > 0.9 * guess:
         cause = "it predicts nothing at all: a dead LM, untrained weights or a raw delta"
     else:
@@ -69,18 +73,23 @@ def _nonfinite(llama: nn.Module, tokenizer: Any, evidence: str) -> tuple[str, st
     return f"{evidence}, in float32 as well: the weights are damaged", "Copy the LM's files again." + see("nan")
 
 
-def sampled_vitality(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows: int = 64) -> Finding:
-    """What all norms and a few rows of each large weight tell, of mapped files whose bulk stays unread."""
-    norms = [value.float() for name, value in tensors.items() if value.ndim == 1 and "norm" in name]
-    rows = {name: _rows(value, num_rows) for name, value in tensors.items() if value.ndim == 2}
-    largest = max((value.abs().max().item() for value in (*norms, *rows.values())), default=0.0)
-    mean = norms[-1].abs().mean().item() if norms else 0.0
+def sampled_vitality(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows: int = 16) -> Finding:
+    """What all norms, and a few rows of embeddings, output and three layers, tell of files whose bulk stays unread."""
+    norms = {name: value.float() for name, value in tensors.items() if value.ndim == 1 and "norm" in name}
+    few = _few_layers(tensors)
+    rows = {
+        name: value[:: max(1, len(value) // num_rows)].float()
+        for name, value in tensors.items()
+        if value.ndim == 2 and _layer(name) in few
+    }
+    largest = max(value.abs().max().item() for value in (*norms.values(), *rows.values()))
+    mean = norms["model.norm.weight"].abs().mean().item()
     evidence = f"mean of the final norm {mean:.3g}, largest of the sampled weights {largest:.3g}"
-    end = f" (sampled: {num_rows} rows a weight, the loss was not computed; --deep reads all)"
+    end = f" (some {num_rows} rows of {len(rows)} weights were read; --deep reads all and computes the loss)"
     remedy = "Take the LM's folder anew (PrepareVicuna.md)."
     if not math.isfinite(largest):
         return Finding("LM vitality", MISTAKE, f"weights are NaN or infinite{end}", remedy + see("nan"))
-    if norms and all((norm == 1).all() for norm in norms):
+    if all((norm == 1).all() for norm in norms.values()):
         told = f"every norm is exactly 1: these weights were never trained{end}"
         return Finding("LM vitality", MISTAKE, told, remedy + see("a-dead-language-model"))
     if dead := [name for name, value in rows.items() if not value.any()]:
@@ -92,9 +101,15 @@ def sampled_vitality(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows
     return Finding("LM vitality", OK, evidence + end)
 
 
-def _rows(value: Tensor, num_rows: int) -> Tensor:
-    step = max(1, len(value) // num_rows)
-    return value[::step].float()
+def _layer(name: str) -> int | None:
+    found = re.search(r"layers\.(\d+)\.", name)
+    return int(found.group(1)) if found else None
+
+
+def _few_layers(names: Iterable[str]) -> set[int | None]:
+    """The first, a middle and the last layer, and None for what is in no layer."""
+    numbers = sorted({_layer(name) for name in names} - {None})
+    return {None, *numbers[:1], *numbers[-1:], *numbers[len(numbers) // 2 :][:1]}
 
 
 def tokens(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> Finding:
@@ -113,6 +128,9 @@ def tokens(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> Finding:
         evidence += f"; generation_config.json says {other}, as published: the tokenizer's count"
     if max(own.values()) >= rows:
         return Finding("tokenizer", MISTAKE, evidence + ": an id without embedding", "Take both from one version.")
+    if len(tokenizer) < 0.9 * rows:  # a little less is usual: vocabularies are filled up to round numbers
+        told, remedy = f"{evidence}: it knows far fewer than the LM has", "Is it the tokenizer of the same model?"
+        return Finding("tokenizer", WARNING, told, remedy + see("the-wrong-vicuna-version"))
     return Finding("tokenizer", OK, evidence)
 
 

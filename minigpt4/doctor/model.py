@@ -12,6 +12,7 @@ from minigpt4.common import weights
 from minigpt4.common.fingerprints import identify, kind_of
 from minigpt4.doctor import language
 from minigpt4.doctor.findings import OK, WARNING, Finding, collect, size
+from minigpt4.models import packed
 from minigpt4.models.eva_vit import round_vit_weights
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import build_llama, check_folder, check_weights
@@ -80,6 +81,8 @@ class ModelFiles:
         is_int8 = self.cfg.get("low_resource") or self.cfg.get("llm_precision") == "int8"
         if is_int8 and devices.has_int8(self.device):
             to_int8(llama)
+        if self.cfg.get("llm_grad_checkpoint"):
+            packed.recompute_layers(llama)
         model = self._joined(llama, has_vision)
         dtype = devices.DTYPES[self.cfg.get("vit_precision", "fp16")]
         if has_vision and self.cfg.get("freeze_vit", True) and dtype != torch.float32:
