@@ -11,6 +11,7 @@ samples and run one worker; while one is measured, the others' workers wait with
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -98,8 +99,8 @@ class PlainShards(IterableDataset):
                     yield {"image": self.transform(image), "text_input": text}
 
 
-def ways(shards: list[str], batch_size: int, names: list[str], draft: bool) -> dict[str, Iterator[dict[str, Any]]]:
-    """Endless batches by the name of the way."""
+def ways(shards: list[str], batch_size: int, names: list[str], draft: bool) -> dict[str, Callable[[], Iterator[Any]]]:
+    """What starts endless batches, by the name of the way."""
 
     def ours(resizes_later: bool) -> Iterator[dict[str, Any]]:
         processor = Blip2ImageTrainProcessor(IMAGE_SIZE, draft=draft)
@@ -109,19 +110,42 @@ def ways(shards: list[str], batch_size: int, names: list[str], draft: bool) -> d
 
     found = {"device resizes": lambda: ours(True), "worker resizes": lambda: ours(False)}
     found["plain"] = lambda: iter(DataLoader(PlainShards(shards), batch_size, num_workers=1))
-    return {name: found[name]() for name in names}
+    return {name: found[name] for name in names}
 
 
-def rate(batches: Iterator[dict[str, Any]], num_batches: int, batch_size: int) -> float:
-    """Samples a second from a worker that is kept busy; afterwards it has filled its queue again and rests."""
-    for _ in range(IN_QUEUE + 1):
-        next(batches)
-    begin = time.perf_counter()
-    for _ in range(num_batches):
-        next(batches)
-    elapsed = time.perf_counter() - begin
-    time.sleep((IN_QUEUE + 1) * elapsed / num_batches)
-    return num_batches * batch_size / elapsed
+class Worker:
+    """A way's loader with its one worker, which rests with a full queue while no batch is taken."""
+
+    def __init__(self, start: Callable[[], Iterator[dict[str, Any]]], batch_size: int) -> None:
+        others = set(multiprocessing.active_children())
+        self.batches, self.batch_size = start(), batch_size
+        next(self.batches)
+        (self.process,) = set(multiprocessing.active_children()) - others
+        self.rest()
+
+    def cpu_seconds(self) -> float:
+        """What the worker has computed so far (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text("ascii").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def rest(self) -> None:
+        """Waits until the queue is full again."""
+        before = -1.0
+        while before != (before := self.cpu_seconds()):
+            time.sleep(0.3)
+
+    def measure(self, num_batches: int) -> tuple[float, float]:
+        """Samples a second of a busy worker: by the clock, and by its own processor time from rest to rest."""
+        begin_cpu = self.cpu_seconds()
+        for _ in range(IN_QUEUE + 1):
+            next(self.batches)
+        begin = time.perf_counter()
+        for _ in range(num_batches):
+            next(self.batches)
+        elapsed = time.perf_counter() - begin
+        self.rest()
+        made = self.batch_size * (num_batches + IN_QUEUE + 1)
+        return self.batch_size * num_batches / elapsed, made / max(self.cpu_seconds() - begin_cpu, 1e-9)
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> Tensor:
@@ -179,7 +203,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="side of the drawn pictures")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=6, help="measured a repeat")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--draft", action="store_true", help="ours decodes large JPEGs at a reduced scale")
     parser.add_argument("--compare", choices=["plain"], help="measure the plain way beside ours")
     args = parser.parse_args()
@@ -188,19 +212,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards = expand_shards(args.shards, "--shards") if args.shards else write_shards(Path(folder), args.side)
         names = ["device resizes", "worker resizes"] + ["plain"] * (args.compare is not None)
-        streams = ways(shards, args.batch_size, names, args.draft)
-        rates: dict[str, list[float]] = {name: [] for name in names}
-        moves: dict[str, list[float]] = {name: [] for name in names}
-        for repeat in range(args.repeats + 1):  # the first is a warm-up
-            for name, batches in streams.items():
-                found = rate(batches, args.batches, args.batch_size)
-                batch = next(batches)
+        starts = ways(shards, args.batch_size, names, args.draft)
+        workers = {name: Worker(start, args.batch_size) for name, start in starts.items()}
+        rates, cpu_rates, moves = ({name: [] for name in names} for _ in range(3))
+        for repeat in range(args.repeats + 1):
+            for name, worker in workers.items():
+                found = worker.measure(args.batches)
+                batch = next(worker.batches)
                 begin = time.perf_counter()
                 on_device(batch, device)
                 moved = 1000 * (time.perf_counter() - begin)
-                if repeat:
-                    rates[name].append(found)
-                    moves[name].append(moved)
+                worker.rest()
+                if repeat:  # the first is a warm-up
+                    for numbers, number in ((rates, found[0]), (cpu_rates, found[1]), (moves, moved)):
+                        numbers[name].append(number)
         result: dict[str, Any] = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, device {device}",
             "versions": {
@@ -214,22 +239,28 @@ def main() -> None:
                 "draft": args.draft,
             },
             "samples/s a worker": {name: round(statistics.median(values), 1) for name, values in rates.items()},
+            "samples/s of its processor time": {n: round(statistics.median(v), 1) for n, v in cpu_rates.items()},
             "spread": {name: [round(min(values), 1), round(max(values), 1)] for name, values in rates.items()},
             "to the device, ms a batch": {name: round(statistics.median(v), 2) for name, v in moves.items()},
             "steps, us a sample": steps(shards, args.batch_size, args.repeats),
         }
     if args.compare:
-        plain = rates[args.compare]
-        result["times plain"] = {
-            name: round(statistics.median(a / b for a, b in zip(rates[name], plain, strict=True)), 2) for name in names
-        }
+        for key, numbers in (("times plain", rates), ("times plain, processor time", cpu_rates)):
+            plain = numbers[args.compare]
+            result[key] = {
+                name: round(statistics.median(a / b for a, b in zip(numbers[name], plain, strict=True)), 2)
+                for name in names
+            }
     print(f"{result['machine']}; {result['versions']}; batches of {args.batch_size}, medians of {args.repeats}\n")
-    print("| way | samples/s a worker | from, to | times plain | ms a batch on the device |\n|---|---|---|---|---|")
+    columns = {
+        **{"samples/s a worker": "samples/s a worker", "from, to": "spread", "times plain": "times plain"},
+        "samples/s of processor time": "samples/s of its processor time",
+        "times plain ": "times plain, processor time",
+        "ms a batch on the device": "to the device, ms a batch",
+    }
+    print(f"| way | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for name in names:
-        low, high = result["spread"][name]
-        times = result.get("times plain", {}).get(name, "")
-        moved = result["to the device, ms a batch"][name]
-        print(f"| {name} | {result['samples/s a worker'][name]} | {low}, {high} | {times} | {moved} |")
+        print(f"| {name} | {' | '.join(str(result.get(key, {}).get(name, '')) for key in columns.values())} |")
     print("\n| step | us a sample |\n|---|---|")
     for name, value in result["steps, us a sample"].items():
         print(f"| {name} | {value} |")

@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 from collections import Counter
@@ -573,6 +575,20 @@ def test_error_in_a_worker_arrives_as_it_is(tmp_path, num_workers):
     dataset = PairDataset("mine", [Pair(tmp_path / "no.jpg", "c")], EVAL)
     with pytest.raises(UserError, match=r"^Data set mine gives no usable sample"):
         list(make_loader({"mine": dataset}, num_workers=num_workers).epoch(0))
+
+
+def test_an_exception_ends_the_process_and_its_workers(shards):
+    program = (
+        "from minigpt4.datasets.datasets import ShardDataset\n"
+        "from minigpt4.datasets.loader import TrainLoader\n"
+        "from minigpt4.processors import Blip2ImageEvalProcessor\n"
+        f"dataset = ShardDataset('x', {shards}, Blip2ImageEvalProcessor(8))\n"
+        "batches = TrainLoader({'x': dataset}, {}, 2, iters_per_epoch=99, num_workers=1, seed=0).epoch(0)\n"
+        "next(batches)\n"
+        "raise RuntimeError('something else')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.rstrip().endswith("RuntimeError: something else")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -58,6 +58,8 @@ def kind_of_bytes(path: Path) -> str | None:
 
 def identify(path: Path) -> str:
     """``kind_of`` for a file on the disk, whatever it is; its tensors stay unread."""
+    if not path.is_file():
+        return "no plain file"
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

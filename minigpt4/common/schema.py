@@ -1,5 +1,6 @@
 """Every key that a YAML file may hold, with its type. What is not here is a typing error, and gets told so."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,11 @@ Schema = dict[str, Any]  # key -> type, tuple of types, set of allowed values, o
 NUMBER = (int, float)
 PATHS = (str, list)
 FREE = object  # anything, for parts that check themselves
+COUNTS = (  # of which there has to be one
+    *("image_size", "patch_size", "embed_dim", "depth", "num_heads", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_query_token", "max_txt_len", "batch_size_train", "batch_size_eval"),
+    *("iters_per_epoch", "accum_grad_iters", "max_words"),
+)
 
 _VIT = {"patch_size": int, "embed_dim": int, "depth": int, "num_heads": int, "mlp_ratio": NUMBER}
 _Q_FORMER = {
@@ -123,8 +129,10 @@ def check(section: Mapping[str, Any], schema: Schema, where: str, source: str) -
         source: the YAML file, for messages.
 
     Raises:
-        UserError: an unknown key (with its nearest known neighbour) or a value of another type.
+        UserError: an unknown key (with its nearest known neighbour), a value of another type, or a number below 0.
     """
+    if not isinstance(section, Mapping):
+        raise UserError(f"{source}: {where} is {section!r}; expected a section with {', '.join(schema)}.")
     for name, value in section.items():
         key = f"{where}.{name}"
         if name not in schema:
@@ -133,14 +141,15 @@ def check(section: Mapping[str, Any], schema: Schema, where: str, source: str) -
         if value is None or expected is FREE:
             continue
         if isinstance(expected, dict):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {key} is {value!r}; expected a section with {', '.join(expected)}.")
             check(value, expected, key, source)
         elif isinstance(expected, set):
-            if value not in expected:
+            if value not in list(expected):  # in a set, a list or a section would not even be looked up
                 raise UserError(f"{source}: {key} is {value!r}; expected one of {', '.join(sorted(expected))}.")
         else:
             types = expected if isinstance(expected, tuple) else (expected,)
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 names = " or ".join(t.__name__ for t in types)
                 raise UserError(f"{source}: {key} is {value!r} ({type(value).__name__}); expected {names}.")
+            least = 1 if name in COUNTS else 0
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                raise UserError(f"{source}: {key} is {value!r}; expected {least} or more.")

@@ -6,20 +6,26 @@ Nothing is loaded half: every key and shape of a file is accounted for, or a Use
 import fnmatch
 import json
 import logging
+import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.fingerprints import kind_of, kind_of_bytes
+from minigpt4.common.utils import parse_json
 
 _URL = re.compile(r"^https?://")
 _PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FILE_TYPES = (".pth", ".pt", ".bin", ".safetensors")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OTHERS = (torch.int64, torch.int32, torch.bool)  # buffers that were saved along
 
 
 def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Path:
@@ -50,8 +56,8 @@ def whereabouts(spec: str | None, key: str) -> Path | None:
     if not spec:
         raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
     spec = str(spec)
-    path = Path(spec).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(spec))
+    if os.path.exists(path):  # False, too, for names that no file can have
         return path
     if _PLACEHOLDER.search(spec):
         placeholder = f"{key} is still the placeholder '{spec}'; set it to where the file really is."
@@ -109,12 +115,35 @@ def _shards_of(index: Path, patterns: list[str]) -> set[str]:
     return {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
 
 
+def shards(index: Path, key: str) -> list[Path]:
+    """The files that a Hugging Face index names, all of them beside it.
+
+    Raises:
+        UserError: the index is damaged, names a file elsewhere, or one that is not there.
+    """
+    content = parse_json(index.read_bytes(), f"{key}: {index}")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{key}: {index} has no weight_map; copy it again.")
+    names = sorted(set(map(str, weight_map.values())))
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{key}: {index} names '{elsewhere[0]}'; expected files beside it. Copy it again.")
+    if lacking := [name for name in names if not os.path.isfile(index.parent / name)]:
+        raise UserError(
+            f"{key}: {index.parent} lacks {len(lacking)} of {len(names)} files that {index.name} names "
+            f"(first: {lacking[0]}); finish the download."
+        )
+    return [index.parent / name for name in names]
+
+
 def read_file(path: Path, key: str) -> dict:
     """Reads one .pth, .pt, .bin or .safetensors file, memory-mapped, to the CPU; pickles may hold tensors only.
 
     Raises:
         UserError: the file is damaged, of another type, or a pickle that would run code.
     """
+    if not path.is_file():
+        raise UserError(f"{key}: {path} is no file; expected one of {', '.join(_FILE_TYPES)}.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -122,6 +151,10 @@ def read_file(path: Path, key: str) -> dict:
             return load_file(path)
         if path.suffix not in _FILE_TYPES:
             raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(_FILE_TYPES)}.")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch compresses nothing
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it unpacks to more than it holds")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -156,12 +189,30 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
         parts = [read_file(path, key)]
     parts = [part["model"] if isinstance(part.get("model"), Mapping) else part for part in parts]
     state = {name: value for part in parts for name, value in part.items()}
-    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise UserError(
-            f"{key}: {path} holds '{strangers[0]}', which is no tensor; expected a dict of parameter names to tensors."
-        )
+    check_tensors(state, path, key)
     return state
+
+
+def check_tensors(state: Mapping[str, Any], path: Path, key: str) -> None:
+    """Raises UserError where something in ``state`` is no plain tensor with a name."""
+    for name, value in state.items():
+        if not isinstance(name, str) or not is_plain(value):
+            kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"{key}: {path} holds '{name}', which is no tensor of plain numbers ({kind}); "
+                "expected a dict of parameter names to tensors."
+            )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a dense tensor of usual numbers that are all there; a file may also describe others."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in _FLOATS + _OTHERS
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def load_strictly(
@@ -208,6 +259,11 @@ def fitting(
         for name, value in expected.items()
         if name in found and found[name].shape != value.shape
     ]
+    problems += [
+        f"'{name}' is {found[name].dtype} in the file and {value.dtype} in the model"
+        for name, value in expected.items()
+        if name in found and found[name].is_floating_point() != value.is_floating_point()
+    ]
     if missing := [name for name in expected if name not in found]:
         problems.append(f"{len(missing)} of {len(expected)} expected keys are missing ({_some(missing)})")
     if unknown := [name for name in found if name not in expected]:
@@ -249,7 +305,8 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name, count = re.subn(pattern, replacement, name)
             if count:
                 break
-        if name.endswith("attn.qkv.bias"):  # (q, 0, v): the key bias is zero by design
+        if name.endswith("attn.qkv.bias") and value.ndim == 1 and len(value) % 3 == 0 and len(value):
+            # (q, 0, v): the key bias is zero by design
             q_bias, _, v_bias = value.chunk(3)
             block = name.removesuffix("qkv.bias")
             renamed |= {f"{block}q_bias": q_bias, f"{block}v_bias": v_bias}

@@ -1,8 +1,10 @@
 """Batches for training, mixed from several sources, and for validation. What a run sees follows from its seed."""
 
+import atexit
 import logging
 import random
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -86,7 +88,23 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
+_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Lets go of what an exception has left running: Python would send its workers one SIGTERM and wait for ever."""
+    for batches in list(_running):
+        batches.close()
+
+
 def _loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    running = _run_loader(batches, num_workers, pin_memory)
+    _running.add(running)
+    return running
+
+
+def _run_loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     loader = DataLoader(
         batches,
         batch_size=None,

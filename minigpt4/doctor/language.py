@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt4.common.errors import UserError, see
+from minigpt4.common.errors import see
 from minigpt4.common.fingerprints import VOCABULARIES
 from minigpt4.conversation.templates import TEMPLATES, choose_template, usual_template
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding
@@ -115,11 +115,6 @@ def _few_layers(names: Iterable[str]) -> set[int | None]:
 def tokens(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> Finding:
     """Sizes and special ids: of the tokenizer, whose count, beside config.json and generation_config.json."""
     rows, own = config.get("vocab_size", 0), {r: getattr(tokenizer, f"{r}_token_id") for r in ("bos", "eos")}
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{KEY}: the tokenizer in {folder} has {len(tokenizer)} tokens, config.json says vocab_size {rows}; take "
-            "both from the same version." + see("the-wrong-vicuna-version")
-        )
     evidence = f"{len(tokenizer)} tokens for {rows} embeddings, begin {own['bos']}, end {own['eos']}"
     file = folder / "generation_config.json"
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

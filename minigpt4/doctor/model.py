@@ -15,7 +15,7 @@ from minigpt4.doctor.findings import OK, WARNING, Finding, collect, size
 from minigpt4.models import packed
 from minigpt4.models.eva_vit import round_vit_weights
 from minigpt4.models.int8 import to_int8
-from minigpt4.models.llama import build_llama, check_folder, check_weights
+from minigpt4.models.llama import build_llama, check_folder, check_vocabulary, check_weights
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import bridge_weights, tower_weights, trained_part
 from minigpt4.models.mini_gpt4 import MiniGPT4, read_prompts
@@ -117,7 +117,10 @@ class ModelFiles:
         return Finding(LM_KEY, OK, told, numbers=numbers)
 
     def _tokenizer(self) -> Finding:
-        self.tokenizer = load_tokenizer(self.folder)
+        tokenizer = load_tokenizer(self.folder)
+        if self._llama is not None:
+            check_vocabulary(self._llama, tokenizer, self.folder)
+        self.tokenizer = tokenizer
         return language.tokens(self.folder, self.tokenizer, self.config)
 
     def _vision(self, name: str, default: str, arguments: Callable) -> Finding:

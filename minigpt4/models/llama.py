@@ -1,6 +1,5 @@
 """The frozen language model: a Llama-family folder, streamed to its device and checked before it is believed."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ from torch.distributed.tensor import DTensor
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.fingerprints import identify
+from minigpt4.common.utils import parse_json
 from minigpt4.models import packed
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.parallel import local_slice
 
 KEY = "model.llama_model"
+MAX_LAYERS = 1000  # that a config.json may ask for; building them takes time whatever the files hold
 
 
 def load_llama(
@@ -61,14 +62,19 @@ def build_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
     check_folder(folder)
     packed.register()
     try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        # No code that a config.json may name: transformers would ask on the terminal whether to run it.
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if not 0 < config.num_hidden_layers <= MAX_LAYERS:
+            raise ValueError(f"config.json asks for {config.num_hidden_layers:,} layers")
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=packed.ATTENTION
+                config, dtype=dtype, trust_remote_code=False, attn_implementation=packed.ATTENTION
             )
     except Exception as error:  # whatever transformers makes of a strange config.json
         cause = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
+    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "embed_tokens")):
+        raise UserError(f"{KEY}: {folder} holds a '{config.model_type}'; expected a language model of Llama's family.")
     packed.slim(model)
     model.requires_grad_(False)
     return model
@@ -85,12 +91,13 @@ def check_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     found = {name: value for file in weight_files(folder) for name, value in weights.read_file(file, KEY).items()}
     # Old files carry the rotary frequencies, which are computed today.
-    found = {name: value for name, value in found.items() if not name.endswith("rotary_emb.inv_freq")}
-    unknown = sorted(found.keys() - shapes.keys())
+    found = {name: value for name, value in found.items() if not str(name).endswith("rotary_emb.inv_freq")}
+    unknown = sorted(map(str, found.keys() - shapes.keys()))
     misshapen = [
         f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}"
         for name, value in found.items()
-        if name in shapes and (not isinstance(value, Tensor) or value.shape != shapes[name])
+        if name in shapes
+        and not (weights.is_plain(value) and value.is_floating_point() and value.shape == shapes[name])
     ]
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight  # then a folder may leave out the output layer
     missing = sorted(shapes.keys() - found.keys() - ({"lm_head.weight"} if is_tied else set()))
@@ -143,17 +150,16 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted({folder / file for file in weight_map.values()})
+            return weights.shards(index, KEY)
     raise UserError(f"{KEY}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Raises UserError where the tokenizer knows ids for which the model has no embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if (needed := max([len(tokenizer), *(i + 1 for i in tokenizer.all_special_ids)])) > rows:
         raise UserError(
-            f"{KEY}: the tokenizer in {folder} has {len(tokenizer)} tokens, the model {rows} embeddings "
+            f"{KEY}: the tokenizer in {folder} has {needed} tokens, the model {rows} embeddings "
             "(Vicuna v0 has 32001, v1.1 and later 32000); take both from the same version."
             + see("the-wrong-vicuna-version")
         )
@@ -168,16 +174,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{KEY}: {folder} has no config.json; expected a Hugging Face model folder.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for index in folder.glob("*.index.json"):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
-                raise UserError(
-                    f"{KEY}: {folder} lacks {len(lacking)} of {len(shards)} files that {index.name} names "
-                    f"(first: {lacking[0]}); finish the download."
-                )
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{KEY}: a JSON file in {folder} is damaged ({error}); copy it again.") from error
+    config = parse_json((folder / "config.json").read_bytes(), f"{KEY}: {folder / 'config.json'}")
+    if not isinstance(config, dict):
+        raise UserError(f"{KEY}: {folder / 'config.json'} is no JSON object; copy it again.")
+    for index in folder.glob("*.index.json"):
+        weights.shards(index, KEY)
     weight_files(folder)
     return config

@@ -43,7 +43,7 @@ def tower_weights(model: nn.Module, vit_file: Path) -> Arguments:
     state = weights.read_state_dict(vit_file, key)
     state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
     state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
-    if "pos_embed" in state and state["pos_embed"].ndim == 3:
+    if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.visual_encoder.pos_embed.shape[1])
     depth = len(model.visual_encoder.blocks)
     droppable = [f"blocks.{depth}.*", "norm.*", "fc_norm.*", "head.*"]  # the published file has one block more
@@ -117,9 +117,10 @@ def trained_part(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
         )
     own = {n: v for n, v in model.state_dict().items() if not n.startswith("llama_model.")}
     for name, value in state.items():
-        if name not in own or value.shape != own[name].shape:
+        fits = name in own and value.shape == own[name].shape
+        if not fits or value.is_floating_point() != own[name].is_floating_point():
             raise UserError(
-                f"{key}: '{name}' {list(value.shape)} in {path} has no place in this model; "
+                f"{key}: '{name}' {list(value.shape)} {value.dtype} in {path} has no place in this model; "
                 "expected llama_proj and whatever parts were trained with it."
             )
     if "llama_proj.bias" not in state:

@@ -17,6 +17,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
+from minigpt4.common.utils import IMAGE_MARK
 from minigpt4.models import packed
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
@@ -26,7 +27,6 @@ from minigpt4.models.parallel import shard_language_model
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 from minigpt4.models.vision import Vision, build_vision, load, locate_vision, q_former_config, vision_settings
 
-IMAGE_MARK = "<ImageHere>"
 IMAGE_SLOT = -1  # stands in a list of token ids where one image embedding goes
 IGNORED = -100  # label of a position that is no target
 
@@ -175,7 +175,8 @@ class MiniGPT4(Vision):
         return self.llama_proj(features.to(self.llama_proj.weight.dtype))
 
     def tokens(self, text: str) -> list[int]:
-        """Ids of a text without begin token."""
+        """Ids of a text without begin token; halves of surrogate pairs, which JSON may hold alone, are read as "?"."""
+        text = text.encode(errors="replace").decode()
         return self.llama_tokenizer(text, add_special_tokens=False).input_ids
 
     def slots(self, text: str) -> list[int]:
@@ -299,14 +300,22 @@ def read_prompts(path: str | None, template: str) -> list[str]:
     Raises:
         UserError: the file is missing, no line has the mark, or the template has no ``{}``.
     """
+    try:
+        is_template = not template or template.format("\0").count("\0") == 1
+    except (ValueError, LookupError, AttributeError):
+        is_template = False
+    if not is_template or (path and not template):
+        raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
     if not path:
         return []
     file = weights.locate(path, "model.prompt_path")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if IMAGE_MARK in line]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.prompt_path: {file} cannot be read as UTF-8 text ({error}).") from error
+    lines = [line for line in text.splitlines() if IMAGE_MARK in line]
     if not lines:
         raise UserError(f"model.prompt_path: no line of {file} contains {IMAGE_MARK}; each prompt needs it once.")
     if twice := [line for line in lines if line.count(IMAGE_MARK) > 1]:
         raise UserError(f"model.prompt_path: a line of {file} has {IMAGE_MARK} more than once: '{twice[0][:80]}'.")
-    if template.count("{}") != 1:
-        raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
     return [template.format(line) for line in lines]

@@ -70,7 +70,7 @@ class Pictures:
         else:
             pixels = _resize(data, self.sizes, self.side)
         mean, std = torch.tensor([self.mean, self.std]).to(device, non_blocking=True)[..., None, None]
-        # The divisor stands on the device: CUDA takes the reciprocal of a plain number, which rounds differently.
+        # The divisor stands on the device: some kinds take the reciprocal of a plain number, which rounds differently.
         return pixels.float().div_(torch.full((), 255.0, device=device)).sub_(mean).div_(std)
 
 

@@ -57,8 +57,9 @@ def newest(output_dir: Path) -> Path | None:
             except UserError as error:
                 logging.warning("Passing over a damaged checkpoint. %s", error)
                 continue
-            if "optimizer" in content and "state" in content:
-                found.append((content["state"]["step"], path.stat().st_mtime_ns, path))
+            state = content.get("state")
+            if "optimizer" in content and isinstance(state, dict) and isinstance(state.get("step"), int):
+                found.append((state["step"], path.stat().st_mtime_ns, path))
             else:
                 logging.warning("Passing over %s, which holds weights alone.", path)
     for _, _, path in sorted(found, reverse=True):

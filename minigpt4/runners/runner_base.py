@@ -379,6 +379,17 @@ class RunnerBase:
         Raises:
             UserError: the file is damaged, of another model, or weights alone.
         """
+        try:
+            self._take_up(path, loader)
+        except UserError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{RESUME_KEY}: {path} cannot be gone on from ({type(error).__name__}: {error}); it is damaged or of "
+                "another version. To start from its weights set model.ckpt instead."
+            ) from error
+
+    def _take_up(self, path: Path, loader: TrainLoader | None) -> None:
         content = weights.read_file(path, RESUME_KEY)
         if "optimizer" not in content or "epoch" not in content:
             raise UserError(f"{RESUME_KEY}: {path} holds weights alone; to start from them set model.ckpt instead.")

@@ -126,6 +126,10 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
             system += map(str, parts)
         else:
             messages.append((message.role, parts))
+    texts = [*system, *(part for _, parts in messages for part in parts if isinstance(part, str))]
+    if (length := sum(map(len, texts))) > limits.max_characters:
+        text = f"The messages have {length} characters; at most {limits.max_characters} are read."
+        raise ApiError(400, text, "too_long", "messages")
     if not any(isinstance(part, str) and part.strip() for part in messages[-1][1]):
         raise ApiError(400, "The question is empty; write what you want to know.", "bad_request", "messages")
     wanted = body.max_completion_tokens or body.max_tokens or min(300, limits.max_tokens)

@@ -1,7 +1,6 @@
 """Image files and their texts, listed beforehand: cc_sbu_align and one's own pictures."""
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.utils import IMAGE_MARK, parse_json, read_plain_file
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -116,9 +116,11 @@ class PairDataset(ListedDataset):
         pair = self.pairs[index]
         caption = check_caption(pair.caption)
         try:
-            data = pair.image.read_bytes()
-        except OSError as error:
+            data = read_plain_file(pair.image)
+        except FileNotFoundError as error:
             raise SkipSample("missing image file") from error
+        except OSError as error:
+            raise SkipSample("unreadable image") from error
         return {
             "image": prepare_image(data, self.vis_processor),
             "text_input": self.text_processor(caption),
@@ -156,7 +158,7 @@ def read_align_folder(folder: Path, key: str) -> list[Pair]:
         raise UserError(
             f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ with ID.jpg files."
         )
-    content = _parse(file.read_bytes(), f"{key}: {file}")
+    content = parse_json(file.read_bytes(), f"{key}: {file}")
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not annotations:
         raise UserError(
@@ -206,24 +208,20 @@ def _read_jsonl(file: Path, key: str) -> list[Pair]:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        row = _parse(line, f"{key}: line {number} of {file}")
+        row = parse_json(line, f"{key}: line {number} of {file}")
         texts = [row.get(name) for name in ("image", "caption")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{key}: line {number} of {file} is {str(row)[:80]}; expected image and caption as texts.")
         instruction = row.get("instruction")
-        if instruction is not None and not isinstance(instruction, str):
-            raise UserError(f"{key}: instruction in line {number} of {file} is {instruction!r}; expected a text.")
+        if instruction is not None and (not isinstance(instruction, str) or IMAGE_MARK in instruction):
+            text = str(instruction)[:80]
+            raise UserError(
+                f"{key}: instruction in line {number} of {file} is '{text}'; expected a text without {IMAGE_MARK}."
+            )
         pairs.append(Pair(file.parent / texts[0], texts[1], instruction))
     if not pairs:
         raise UserError(f"{key}: {file} is empty; expected a row an image.")
     return pairs
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{where} is no valid JSON ({error}).") from error
 
 
 def _refuse_outside(name: str, where: str) -> None:

@@ -1,6 +1,5 @@
 """What both kinds of data set share: the place of a reader, one sample, and why a sample is skipped."""
 
-import io
 import warnings
 import zlib
 from collections import Counter
@@ -11,10 +10,13 @@ from typing import Any
 
 from PIL import Image
 
+from minigpt4.common.utils import open_picture
+
 ImageProcessor = Callable[[Image.Image], Any]
 TextProcessor = Callable[[str], str]
 Sample = dict[str, Any]  # image: what prepare_image gives; text_input: str; instruction: str or None
 
+MAX_CAPTION = 100_000  # characters; all but max_txt_len tokens are cut off, but only after all were made
 MAX_BAD_IN_A_ROW = 1000  # a source without a single usable sample among so many is a mistake, not bad luck
 
 
@@ -82,14 +84,14 @@ def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = open_picture(data)
             if draft_size and (size := draft_size(*image.size)) != image.size:
                 image.draft("RGB", size)
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy what is RGB
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SkipSample("image too large") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # each of Pillow's decoders has exceptions of its own
         raise SkipSample("unreadable image") from error
 
 
@@ -106,4 +108,6 @@ def check_caption(caption: Any) -> str:
     """Returns a caption that is text; raises SkipSample for anything else."""
     if not isinstance(caption, str) or not caption.strip():
         raise SkipSample("no caption")
+    if len(caption) > MAX_CAPTION:
+        raise SkipSample("caption too long")
     return caption

@@ -25,7 +25,7 @@ from minigpt4.datasets.datasets.sample import (
     file_identity,
     prepare_image,
 )
-from minigpt4.datasets.datasets.tar_files import read_files
+from minigpt4.datasets.datasets.tar_files import key_and_suffix, read_files
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
@@ -119,7 +119,7 @@ class ShardDataset:
     def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
         """Undecoded samples of shards in their order; what cannot be read is counted."""
         handler = self._counting(skipped)
-        return group_by_keys(read_files(shards, handler), handler=handler)
+        return group_by_keys(read_files(shards, handler, skipped), keys=key_and_suffix, handler=handler)
 
     def _counting(self, skipped: Counter) -> Callable[[Exception], bool]:
         def handler(error: Exception) -> bool:
