@@ -27,6 +27,11 @@ def _shown(character: str) -> str:
     return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 
+def see(anchor: str) -> str:
+    """Returns `` See docs/TROUBLESHOOTING.md#anchor.``, the end of messages about what users meet most."""
+    return f" See docs/TROUBLESHOOTING.md#{anchor}."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1)

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.fingerprints import kind_of, kind_of_bytes
 from minigpt4.common.utils import parse_json
 
 _URL = re.compile(r"^https?://")
+_PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FILE_TYPES = (".pth", ".pt", ".bin", ".safetensors")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -37,27 +39,45 @@ def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Pat
     Raises:
         UserError: nothing is there, or it cannot be fetched.
     """
+    path = whereabouts(spec, key)
+    if path is not None:
+        return path
+    if _URL.match(str(spec)):
+        return _download(str(spec), key)
+    return _fetch_from_hub(str(spec), key, list(hub_files))
+
+
+def whereabouts(spec: str | None, key: str) -> Path | None:
+    """The local file or folder that a YAML value names, None where ``locate`` would fetch it; fetches nothing.
+
+    Raises:
+        UserError: nothing is there, and the value is neither a URL nor a Hugging Face id.
+    """
     if not spec:
         raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
     spec = str(spec)
     path = Path(os.path.expanduser(spec))
     if os.path.exists(path):  # False, too, for names that no file can have
         return path
-    if "path/to/" in spec:
-        raise UserError(f"{key} is still the placeholder '{spec}'; set it to where the file really is.")
+    if _PLACEHOLDER.search(spec):
+        placeholder = f"{key} is still the placeholder '{spec}'; set it to where the file really is."
+        raise UserError(placeholder + see("placeholder-paths"))
     if _URL.match(spec):
-        return _download(spec, key)
+        return _downloaded(spec) if _downloaded(spec).exists() else None
     if _HUB_ID.match(spec) and not spec.endswith(_FILE_TYPES):
-        return _fetch_from_hub(spec, key, list(hub_files))
+        return None
     raise UserError(f"{key}: '{spec}' does not exist (seen from {Path.cwd()}); correct the path.")
+
+
+def _downloaded(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
 def _download(url: str, key: str) -> Path:
     from filelock import FileLock  # comes with torch
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / url.rsplit("/", 1)[-1]
+    target = _downloaded(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the ranks of a node share one download
         if not target.exists():
             logging.info("Downloading %s to %s", url, target)
@@ -66,6 +86,7 @@ def _download(url: str, key: str) -> Path:
             except OSError as error:
                 raise UserError(
                     f"{key}: {url} could not be downloaded ({error}); fetch it elsewhere and set {key} to the file."
+                    + see("no-network")
                 ) from error
     return target
 
@@ -85,6 +106,7 @@ def _fetch_from_hub(repo: str, key: str, patterns: list[str]) -> Path:
         raise UserError(
             f"{key}: '{repo}' is neither a local path nor could it be fetched from the Hugging Face hub "
             f"({type(error).__name__}); download it where there is network and set {key} to the local path."
+            + see("placeholder-paths")
         ) from error
 
 
@@ -142,10 +164,11 @@ def read_file(path: Path, key: str) -> dict:
     except UserError:
         raise
     except Exception as error:  # zip, pickle and safetensors readers each have exceptions of their own
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = kind_of_bytes(path) or str(error).strip().split("\n")[0][:160]
         raise UserError(
             f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); "
             "it is damaged, cut short, or not a plain file of tensors. Copy or download it again."
+            + see("damaged-files")
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path} holds a {type(content).__name__}; expected a dict of tensors.")
@@ -195,10 +218,26 @@ def is_plain(value: Any) -> bool:
 def load_strictly(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
 ) -> None:
-    """Puts a state dict into a module, all of it or not at all.
+    """Puts a state dict into a module, all of it or not at all; arguments and errors as for ``fitting``.
+
+    The module takes the tensors themselves (``assign``), so one built on the meta device costs no copy.
+    """
+    module.load_state_dict(fitting(module, state, path, key, droppable, hint), assign=True)
+    for name, parameter in module.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(
+                f"{key}: '{name}' in {path} holds NaN or infinity; the file is damaged or comes from a diverged run."
+                + see("nan")
+            )
+
+
+def fitting(
+    module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of a state dict that a module needs, every key and shape of both accounted for; reads no values.
 
     Args:
-        module: takes the tensors themselves (``assign``), so a module built on the meta device costs no copy.
+        module: may be on the meta device.
         state: names to tensors.
         path: the file, for messages.
         key: the YAML key that named the file, for messages.
@@ -232,14 +271,11 @@ def load_strictly(
     if problems:
         more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
         raise UserError(
-            f"{key}: {path} does not fit the model: {'; '.join(problems[:3])}{more}." + (f" {hint}" if hint else "")
+            f"{key}: {path} does not fit the model: {'; '.join(problems[:3])}{more}. It looks like {kind_of(state)}."
+            + (f" {hint}" if hint else "")
+            + see("weights-that-do-not-fit")
         )
-    module.load_state_dict(found, assign=True)
-    for name, parameter in module.named_parameters():
-        if not parameter.isfinite().all():
-            raise UserError(
-                f"{key}: '{name}' in {path} holds NaN or infinity; the file is damaged or comes from a diverged run."
-            )
+    return found
 
 
 def _some(names: list[str]) -> str:

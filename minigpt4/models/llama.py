@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.fingerprints import identify
 from minigpt4.common.utils import parse_json
 from minigpt4.models import packed
 from minigpt4.models.int8 import Int8Linear
@@ -41,6 +42,23 @@ def load_llama(
     Raises:
         UserError: files are missing or damaged, keys do not fit, or the folder holds a raw delta.
     """
+    model = build_llama(folder, dtype)
+    check_weights(model, folder)
+    if prepare is not None:
+        prepare(model)
+    _fill(model, folder, dtype, torch.device(device))
+    for module in model.modules():  # rotary frequencies are in no file: they follow from the configuration
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            fresh = type(module)(model.config).to(device)
+            for name, buffer in fresh.named_buffers(recurse=False):
+                module.register_buffer(name, buffer, persistent=False)
+    model.eval()
+    model.config.use_cache = True
+    return model
+
+
+def build_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that a folder's config.json describes, frozen, on the meta device; reads no weights."""
     import transformers
 
     check_folder(folder)
@@ -61,57 +79,58 @@ def load_llama(
         raise UserError(f"{KEY}: {folder} holds a '{config.model_type}'; expected a language model of Llama's family.")
     packed.slim(model)
     model.requires_grad_(False)
+    return model
+
+
+def check_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Every name and shape in a folder against a built model, and the final norm's values; returns the mapped tensors.
+
+    Nothing else is read, so a wrong folder is told before its gigabytes are.
+
+    Raises:
+        UserError: names or shapes differ, or the folder holds a raw delta.
+    """
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    if prepare is not None:
-        prepare(model)
-    _fill(model, folder, shapes, dtype, torch.device(device))
-    for module in model.modules():  # rotary frequencies are in no file: they follow from the configuration
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            fresh = type(module)(config).to(device)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                module.register_buffer(name, buffer, persistent=False)
-    norm = _whole(model.model.norm.weight).float().abs().mean().item()
+    found = {name: value for file in weight_files(folder) for name, value in weights.read_file(file, KEY).items()}
+    # Old files carry the rotary frequencies, which are computed today.
+    found = {name: value for name, value in found.items() if not str(name).endswith("rotary_emb.inv_freq")}
+    unknown = sorted(map(str, found.keys() - shapes.keys()))
+    misshapen = [
+        f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}"
+        for name, value in found.items()
+        if name in shapes
+        and not (weights.is_plain(value) and value.is_floating_point() and value.shape == shapes[name])
+    ]
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight  # then a folder may leave out the output layer
+    missing = sorted(shapes.keys() - found.keys() - ({"lm_head.weight"} if is_tied else set()))
+    if missing or unknown or misshapen:
+        raise UserError(
+            f"{KEY}: the files in {folder} do not fit its config.json: missing {missing[:3]}, "
+            f"unknown {unknown[:3]}, other shapes {sorted(misshapen)[:3]}; "
+            "the folder mixes two models or lacks a shard." + see("weights-that-do-not-fit")
+        )
+    norm = found["model.norm.weight"].float().abs().mean().item()
     if norm < 0.05:  # in any trained Llama the final norm scales by about 1 or more; a difference of two is near 0
         raise UserError(
             f"{KEY}: {folder} looks like a raw delta (mean of the final norm is {norm:.4f}, in a real model near 1 or "
             "above); add it to its base model first: python -m minigpt4.tools.apply_delta, see PrepareVicuna.md."
+            + see("a-dead-language-model")
         )
-    model.eval()
-    model.config.use_cache = True
-    return model
+    return found
 
 
-def _fill(
-    model: nn.Module, folder: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, device: torch.device
-) -> None:
-    found, unknown, misshapen = set(), [], []
-    num_threads = torch.get_num_threads()
+def _fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    names, num_threads = model.state_dict().keys(), torch.get_num_threads()
     # Each worker takes whole tensors: mapped pages are read, checked and copied by several at once, and none waits for
     # another at the end of each tensor, as the threads of one operation would.
     with ThreadPoolExecutor(min(8, num_threads), initializer=_begin_worker, initargs=(device,)) as workers:
         for file in weight_files(folder):
-            puts = []
-            for name, value in weights.read_file(file, KEY).items():
-                if name not in shapes:
-                    # Old files carry the rotary frequencies, which are computed today.
-                    unknown += [] if str(name).endswith("rotary_emb.inv_freq") else [str(name)]
-                elif not weights.is_plain(value) or not value.is_floating_point() or value.shape != shapes[name]:
-                    misshapen.append(f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}")
-                else:
-                    found.add(name)
-                    puts.append(workers.submit(_put, model, name, value, dtype, device, folder))
+            content = weights.read_file(file, KEY).items()
+            puts = [workers.submit(_put, model, *item, dtype, device, folder) for item in content if item[0] in names]
             for put in puts:
                 put.result()
     torch.set_num_threads(num_threads)  # of threads to come, as the autograd engine's
-    model.tie_weights()  # a folder may leave out an output layer that is the embeddings
-    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    missing = [name for name in shapes if name not in found and not (name == "lm_head.weight" and is_tied)]
-    if missing or unknown or misshapen:
-        raise UserError(
-            f"{KEY}: the files in {folder} do not fit its config.json: missing {sorted(missing)[:3]}, "
-            f"unknown {sorted(unknown)[:3]}, other shapes {sorted(misshapen)[:3]}; "
-            "the folder mixes two models or lacks a shard."
-        )
+    model.tie_weights()
 
 
 def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
@@ -121,7 +140,7 @@ def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device:
     value = local_slice(value, parameter, device) if isinstance(parameter, DTensor) else value.to(device)
     local = value.to_local() if isinstance(value, DTensor) else value
     if local.sum().isnan():  # one pass, no copy; finite values never add up to NaN
-        raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again.")
+        raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again." + see("nan"))
     value = value.to(dtype)
     if isinstance(module, Int8Linear) and leaf == "weight":
         module.take(value)
@@ -134,10 +153,6 @@ def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device:
 def _begin_worker(device: torch.device) -> None:
     torch.set_num_threads(1)
     devices.use(device)
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -158,13 +173,17 @@ def check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         raise UserError(
             f"{KEY}: the tokenizer in {folder} has {needed} tokens, the model {rows} embeddings "
             "(Vicuna v0 has 32001, v1.1 and later 32000); take both from the same version."
+            + see("the-wrong-vicuna-version")
         )
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """Returns config.json of a model folder; raises UserError where the folder cannot be one, reading no weights."""
     if not folder.is_dir():
-        raise UserError(f"{KEY}: {folder} is a file; expected the folder with config.json and the weight files.")
+        raise UserError(
+            f"{KEY}: {folder} is a file ({identify(folder)}); expected the folder with config.json and the weight "
+            "files of the language model." + see("weights-that-do-not-fit")
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{KEY}: {folder} has no config.json; expected a Hugging Face model folder.")
     config = parse_json((folder / "config.json").read_bytes(), f"{KEY}: {folder / 'config.json'}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minigpt4.common import weights
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 
 BEST = "checkpoint_best.pth"
 _UNFINISHED = ".tmp"
@@ -40,7 +40,7 @@ def write(content: dict[str, Any], path: Path) -> None:
         cause = str(error.__cause__ or error).strip().split("\n")[0][:160]
         raise UserError(
             f"run.output_dir: {path} cannot be written ({cause}); earlier checkpoints are as they were. Make room, or "
-            "set run.keep_last, then go on with run.resume: auto."
+            "set run.keep_last, then go on with run.resume: auto." + see("disk-full")
         ) from error
 
 

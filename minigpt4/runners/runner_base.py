@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils, weights
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 from minigpt4.common.optims import parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader, validation_batches
@@ -272,7 +272,7 @@ class RunnerBase:
             raise UserError(
                 f"The loss was not finite {in_a_row} updates in a row (run.max_nonfinite is {limit}), the last at step "
                 f"{state.step}. Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision "
-                "also does this."
+                "also does this." + see("nan")
             )
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import IMAGE_MARK, parse_json, read_plain_file
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
@@ -69,7 +69,8 @@ class ListedDataset:
                     place.skipped[str(skip)] += 1
                     index = int(torch.randint(len(self), ()))
         kinds = ", ".join(f"{count} × {kind}" for kind, count in place.skipped.items())
-        raise UserError(f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.first_place}.")
+        told = f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.first_place}."
+        raise UserError(told + see("silent-data-failure"))
 
     def _order(self, passes: int, place: Place) -> torch.Tensor:
         if getattr(self, "_cached_pass", None) != (passes, place.seed):

@@ -13,7 +13,7 @@ from typing import Any
 from webdataset.tariterators import group_by_keys
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -137,6 +137,7 @@ class ShardDataset:
         return (
             f"Data set {self.name} gives no usable sample ({kinds}) in {len(self.shards)} shards, as {self.shards[0]}. "
             "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md."
+            + see("silent-data-failure")
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import braceexpand
 from webdataset.gopen import gopen
 
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import MAX_FILE_BYTES
 
 MAX_HEADER_BYTES = 2**14  # of a long name or of extended attributes
@@ -218,7 +218,8 @@ def expand_shards(storage: str | list[str], key: str) -> list[str]:
             missing.append(path)
     if not shards:
         hint = "it is still the placeholder" if "path/to/" in str(storage) else f"seen from {Path.cwd()}"
-        raise UserError(f"{key}: no shard is at '{storage}' ({hint}); set it to the tar files of img2dataset.")
+        told = f"{key}: no shard is at '{storage}' ({hint}); set it to the tar files of img2dataset."
+        raise UserError(told + see("placeholder-paths"))
     if missing:
         logging.warning(
             "%s: %d of %d shards are missing (first: %s); going on with the others.",
