@@ -56,10 +56,12 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.common.registry import registry
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.templates import choose_template
+    from minigpt4.doctor import look_ahead
 
     cfg = Config(args).check()
     run_cfg = cfg.config.get("run") or {}
     device = devices.pick(run_cfg.get("device", "auto"), args.gpu_id, bool(run_cfg.get("strict_device", False)))
+    look_ahead(cfg, device)
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     vocab_size = model.llama_model.get_input_embeddings().num_embeddings
@@ -166,6 +168,12 @@ def main() -> None:
         way(args, build_chat(args))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        from minigpt4.common.device import explain_out_of_memory
+
+        if lacking := explain_out_of_memory(error, "--batch-size"):
+            sys.exit(f"error: {lacking}")
+        raise
     except KeyboardInterrupt:
         sys.exit(130)
 

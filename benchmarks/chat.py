@@ -116,7 +116,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.cfg_path:
         chat = demo.build_chat(argparse.Namespace(**vars(args), gpu_id=0, seed=0))
-        size = chat.vis_processor.transform.transforms[0].size[0]
+        size = chat.vis_processor.image_size
     else:
         chat, size = middling_chat(devices.pick()), 224
     device = chat.device

@@ -7,14 +7,17 @@ model to transformers' ``from_pretrained`` and copies the vision side's weights 
 """
 
 import argparse
+import functools
 import importlib
 import os
+import resource
 import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,45 @@ def plain_load(folder: str, precision: str) -> float:
     )
 
 
+def our_vision(folder: str, depth: str) -> float:
+    """Seconds from a file of the vision tower to the tower in the host's precision, imports apart."""
+    our_imports()
+    import torch
+
+    from minigpt4.common import weights
+    from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
+
+    begin, file = time.perf_counter(), Path(folder) / "vit.pth"
+    with torch.device("meta"):
+        vit = build_eva_vit(vit_config={"depth": int(depth)})
+    weights.load_strictly(vit, weights.read_state_dict(file, "file"), file, "file")
+    round_vit_weights(vit, torch.float16)
+    return time.perf_counter() - begin
+
+
+def plain_vision(folder: str, depth: str) -> float:
+    """The same as the reference does it."""
+    plain_imports()
+    import torch
+
+    begin = time.perf_counter()
+    vit = _timm_eva(img_size=224, patch_size=14, embed_dim=1408, depth=int(depth), num_heads=16, mlp_ratio=4.3637)
+    vit.load_state_dict(torch.load(Path(folder) / "vit.pth", map_location="cpu"))
+    for module in vit.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.half()
+    return time.perf_counter() - begin
+
+
+def _timm_eva(**sizes: Any) -> Any:
+    import timm.models.eva
+    from torch import nn
+
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    fixed = {"num_classes": 0, "global_pool": "", "use_post_transformer_norm": False, "use_fc_norm": False}
+    return timm.models.eva.Eva(**fixed, norm_layer=norm, **sizes)
+
+
 def _seconds_to_first_token(load: Any) -> float:
     import torch
 
@@ -75,18 +117,14 @@ def our_step(folder: str) -> None:
     sys.argv = ["train.py", "--cfg-path", STAGE_1, "--options", f"run.output_dir={folder}"]
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    register_optimizer_step_post_hook(lambda *_: _end())
+    register_optimizer_step_post_hook(lambda *_: os._exit(0))
     runpy.run_path("train.py", run_name="__main__")
 
 
-def plain_step(_: str) -> None:
+def plain_step() -> None:
     """The same model and data, put together from libraries."""
     plain_imports()
-    import json
-    from functools import partial
-
     import omegaconf
-    import timm.models.eva
     import torch
     import torchvision.transforms as transforms
     import webdataset
@@ -104,15 +142,7 @@ def plain_step(_: str) -> None:
     tokenizer = LlamaTokenizer(section.llama_model)
     tokenizer.pad_token = tokenizer.eos_token
     llama = AutoModelForCausalLM.from_pretrained(section.llama_model, dtype=torch.float32)
-    vit = timm.models.eva.Eva(
-        img_size=section.image_size,
-        num_classes=0,
-        global_pool="",
-        use_post_transformer_norm=False,
-        use_fc_norm=False,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **section.vit_config,
-    )
+    vit = _timm_eva(img_size=section.image_size, **section.vit_config)
     parts = nn.ModuleDict({
         "ln_vision": nn.LayerNorm(vit.embed_dim),
         "Qformer": QFormer(QFormerConfig(**section.qformer_config, encoder_width=vit.embed_dim)),
@@ -154,22 +184,17 @@ def plain_step(_: str) -> None:
     loss.backward()
     nn.utils.clip_grad_norm_(projection.parameters(), 1.0)
     optimizer.step()
-    json.dumps({"loss": loss.item()})
-    _end()
-
-
-def _end() -> None:
-    print(f"\nended {time.time()}", flush=True)
     os._exit(0)
 
 
-def in_fresh_process(*command: str) -> tuple[float, float]:
-    """Seconds from start to end of a process, and those that it measured itself, else the same."""
-    begin = time.time()
+def in_fresh_process(*command: str) -> tuple[float, float, float]:
+    """Seconds from start to end of a process, of CPU time in it, and those that it measured itself, else 0."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
-    last = (done.stdout.split("\n") + [""])[-2].split() if done.stdout else [""]
-    whole = (float(last[1]) if last[0] == "ended" else time.time()) - begin
-    return whole, float(last[1]) if last[0] == "took" else whole
+    whole, after = time.time() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = done.stdout.split()[-2:]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return whole, cpu, float(words[1]) if words and words[0] == "took" else 0.0
 
 
 def child(name: str, *arguments: str) -> tuple[str, ...]:
@@ -177,59 +202,92 @@ def child(name: str, *arguments: str) -> tuple[str, ...]:
     return "-m", "benchmarks.startup", "--child", name, *arguments
 
 
+def write_tower(file: Path, gib: float) -> int:
+    """Writes a vision tower of ViT-g's width and about that size in fp16; returns its depth."""
+    import torch
+
+    from minigpt4.models.eva_vit import build_eva_vit
+
+    depth = max(1, round(gib * 2**30 / 2 / 25.2e6))
+    with torch.device("meta"):
+        shapes = build_eva_vit(vit_config={"depth": depth}).state_dict()
+    torch.save({name: torch.full(value.shape, 0.01, dtype=torch.float16) for name, value in shapes.items()}, file)
+    return depth
+
+
+def prepared(folder: Path, gib: float, only: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """(name, [our command, and the plain one where there is one]) of each row; writes what the commands read."""
+    import torch
+
+    from benchmarks.loading_memory import write_folder
+    from quickstart import scenes
+
+    yield "train.py --help", [("train.py", "--help")]
+    yield "demo.py --help", [("demo.py", "--help")]
+    yield "what training imports", [child("our_imports"), child("plain_imports")]
+    shards = ROOT / "output/quickstart/shards"
+    if not shards.exists():
+        scenes.write_shards(shards, num_shards=8, scenes_per_shard=1000, seed=1)
+    yield "the first trained step of the small world", [child("our_step", str(folder)), child("plain_step")]
+    for kind, stored, wanted in (
+        ("safetensors", "fp32", "fp32"),
+        ("safetensors", "fp16", "bf16"),
+        ("bin", "bf16", "bf16"),
+    ):
+        name, path = f"LM of {gib:g} GiB, .{kind}, {stored} to {wanted}", folder / f"{kind}-{stored}"
+        if only in name:
+            write_folder(path, gib, getattr(torch, DTYPE[stored]), kind)
+            yield name, [child("our_load", str(path), wanted), child("plain_load", str(path), wanted)]
+    name = f"vision tower of {gib:g} GiB"
+    if only in name:
+        depth = str(write_tower(folder / "vit.pth", gib))
+        yield name, [child("our_vision", str(folder), depth), child("plain_vision", str(folder), depth)]
+
+
 def main() -> None:
     """A row for each thing to wait for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, default=2.0, help="size of the language model's folder")
+    parser.add_argument("--gib", type=float, default=2.0, help="size of the language model's folder, and of the tower")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="only rows whose name holds this")
     parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         name, *arguments = args.child
-        print(f"\ntook {globals()[name](*arguments)}" if "load" in name else globals()[name](*arguments))
+        taken = globals()[name](*arguments)
+        print(f"took {taken}" if taken else "")
         return
     import torch
 
     from benchmarks import hardware
-    from benchmarks.loading_memory import write_folder
-    from quickstart import scenes
 
-    with tempfile.TemporaryDirectory() as folder:
-        kinds = [("safetensors", "fp32", "fp32"), ("safetensors", "fp16", "bf16"), ("bin", "fp16", "fp16")]
-        cases: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
-            "train.py --help": (("train.py", "--help"), None),
-            "demo.py --help": (("demo.py", "--help"), None),
-            "imports of training": (child("our_imports"), child("plain_imports")),
-        }
-        if not (ROOT / "output/quickstart/shards").exists():
-            scenes.write_shards(ROOT / "output/quickstart/shards", num_shards=8, scenes_per_shard=1000, seed=1)
-        cases["first trained step"] = child("our_step", folder), child("plain_step", folder)
-        for kind, stored, wanted in kinds:
-            path = Path(folder) / f"{kind}-{stored}"
-            write_folder(path, args.gib, getattr(torch, DTYPE[stored]), kind)
-            name = f"LM of {args.gib:g} GiB, .{kind}, {stored} to {wanted}"
-            cases[name] = child("our_load", str(path), wanted), child("plain_load", str(path), wanted)
-        times: dict[tuple[str, bool], list[tuple[float, float]]] = {}
-        for i in range(1 + args.repeats):  # the first round fills the page cache
-            for name, commands in cases.items():
-                for is_plain, command in enumerate(commands):
-                    if command is not None:
-                        taken = in_fresh_process(*command)
-                        times.setdefault((name, bool(is_plain)), []).extend([taken] if i else [])
     rows = []
-    for name in cases:
-        for what, column in [("from a cold process", 0), ("imports apart", 1)][: 2 if name.startswith("LM") else 1]:
-            ours, plain = (
-                statistics.median(pair[column] for pair in times[name, is_plain]) if (name, is_plain) in times else None
-                for is_plain in (False, True)
-            )
-            rows.append({
-                "until": f"{name}, {what}" if name.startswith("LM") else name,
-                "ours, s": round(ours, 2),
-                "plain, s": "" if plain is None else round(plain, 2),
-                "ratio": "" if plain is None else round(ours / plain, 2),
-            })  # fmt: skip
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        cases = [case for case in prepared(folder, args.gib, args.only) if args.only in case[0]]
+        for name, commands in cases:
+            times: list[list[tuple[float, float, float]]] = [[] for _ in commands]
+            for i in range(1 + args.repeats):  # the first round does not count
+                for side in range(len(commands))[:: 1 if i % 2 else -1]:  # whoever comes second finds more in caches
+                    for file in folder.rglob("*.*"):
+                        with file.open("rb") as content:
+                            while content.read(2**24):
+                                pass
+                    taken = in_fresh_process(*commands[side])
+                    times[side].extend([taken] if i else [])
+            medians = [tuple(map(statistics.median, zip(*each, strict=True))) for each in times]
+            columns = ("cold process", "CPU of it", "imports apart")[: 3 if "GiB" in name else 2]
+            for number, column in enumerate(columns):
+                ours, plain = medians[0][number], medians[1][number] if len(medians) > 1 else None
+                rows.append({
+                    "until": name,
+                    "seconds of": column,
+                    "ours": round(ours, 2),
+                    "plain": "" if plain is None else round(plain, 2),
+                    "ratio": "" if plain is None else round(ours / plain, 2),
+                })  # fmt: skip
+                print(rows[-1], file=sys.stderr, flush=True)
     hardware.report(rows, hardware.describe(torch.device("cpu")), args.json)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from confined import confined  # noqa: F401  (a fixture)
 from golden_data import TINY
 
 from minigpt4.models import MiniGPT4

@@ -4,12 +4,19 @@ import copy
 import io
 import itertools
 import json
+import shutil
+import subprocess
+import sys
 import tarfile
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from webdataset.tariterators import tar_file_expander, url_opener
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
@@ -17,9 +24,10 @@ from minigpt4.datasets import builders  # noqa: F401  (registers them)
 from minigpt4.datasets.datasets import PairDataset, ShardDataset
 from minigpt4.datasets.datasets.pairs import Pair, read_align_folder, read_pairs
 from minigpt4.datasets.datasets.sample import Place
-from minigpt4.datasets.datasets.shards import expand_shards
+from minigpt4.datasets.datasets.tar_files import expand_shards, read_files
 from minigpt4.datasets.loader import TrainLoader, validation_batches
 from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
+from minigpt4.processors.pictures import Pictures
 
 KEY = "datasets.x.build_info.storage"
 EVAL = Blip2ImageEvalProcessor(8)
@@ -83,10 +91,15 @@ def everything(number=24):
     return sorted(f"c{n}" for n in range(number))
 
 
+def pixels(image):
+    """What the model would get of a sample's or a batch's image."""
+    return (image if isinstance(image, Pictures) else EVAL.pack([image])).on("cpu")
+
+
 def same(first, second):
     """Whether two lists of samples or batches are equal, pixels included."""
     return len(first) == len(second) and all(
-        a["text_input"] == b["text_input"] and torch.equal(a["image"], b["image"])
+        a["text_input"] == b["text_input"] and torch.equal(pixels(a["image"]), pixels(b["image"]))
         for a, b in zip(first, second, strict=True)
     )
 
@@ -131,7 +144,7 @@ def test_kinds_of_samples(tmp_path, kind, suffix, text):
     place = Place(seed=0)
     (sample,) = ShardDataset("x", [path], EVAL).once(place)
     assert sample["text_input"] == "a dog" and sample["instruction"] is None
-    assert sample["image"].shape == (3, 8, 8) and not place.skipped
+    assert pixels(sample["image"]).shape == (1, 3, 8, 8) and not place.skipped
 
 
 def test_text_stands_in_for_a_json_without_caption(tmp_path):
@@ -143,7 +156,150 @@ def test_processors_are_applied(shards):
     samples = list(ShardDataset("x", shards[:1], EVAL, str.upper).once(Place(seed=0)))
     assert captions(samples) == [f"C{n}" for n in range(8)]
     expected = EVAL(Image.open(io.BytesIO(picture(7))))
-    assert torch.equal(samples[1]["image"], expected)
+    assert torch.equal(pixels(samples[1]["image"])[0], expected)
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_forms_of_tar_files(tmp_path, form, mode):
+    """Long and foreign names, folders, links, webdataset's own records: what tarfile itself would give."""
+    long = "a" * 90 + "/" + "b" * 60
+    with tarfile.open(tmp_path / "0.tar", mode, format=form) as tar:
+        for name, data in [(f"{long}.jpg", picture(1)), (f"{long}.txt", b"x"), ("图/1.txt", b"y"), ("__meta__", b"z")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in (("folder", tarfile.DIRTYPE), ("link.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+
+    def fail(error):
+        raise error
+
+    path = str(tmp_path / "0.tar")
+    found = list(read_files([path], fail))
+    assert [file.get("fname") for file in found] == [f"{long}.jpg", f"{long}.txt", "图/1.txt", None]
+    assert found == list(tar_file_expander(url_opener([{"url": path}], handler=fail), handler=fail))
+
+
+def test_a_damaged_header_ends_a_shard(tmp_path, shards):
+    data = bytearray(Path(shards[0]).read_bytes())
+    start = data.index(b"00004.jpg")
+    data[start + 124] ^= 1  # of the size, so that the sum no longer fits
+    (tmp_path / "0.tar").write_bytes(data)
+    place = Place(seed=0)
+    found = captions(ShardDataset("x", [str(tmp_path / "0.tar"), shards[1]], EVAL).once(place))
+    assert found[:4] == ["c0", "c1", "c2", "c3"] and found[-8:] == [f"c{n}" for n in range(8, 16)]
+    assert len(found) == 12
+
+
+# shards over the network
+
+
+needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+@pytest.fixture
+def serve():
+    """Starts a server on this machine from a request handler's do_GET; gives its address."""
+    servers = []
+
+    def start(do_get):
+        handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": do_get, "log_message": lambda *_: None})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def from_folder(folder):
+    def do_get(self):
+        file = folder / self.path[1:]
+        self.send_response(200 if file.is_file() else 404)
+        self.end_headers()
+        self.wfile.write(file.read_bytes() if file.is_file() else b"not here")
+
+    return do_get
+
+
+@needs_curl
+def test_shards_over_http(tmp_path, shards, serve, caplog):
+    address = serve(from_folder(tmp_path))
+    urls = expand_shards(address + "/{00000..00003}.tar", KEY)
+    place = Place(seed=0)
+    assert captions(ShardDataset("x", urls, EVAL).once(place)) == [f"c{n}" for n in range(24)]
+    assert place.skipped == {"unreadable shard": 1} and "00003.tar: the program" in caplog.text
+    local, remote = (
+        list(itertools.islice(ShardDataset("x", paths, EVAL, shuffle_buffer=5).endless(Place(seed=2)), 30))
+        for paths in (shards, urls[:3])
+    )
+    assert same(local, remote)
+
+
+@needs_curl
+def test_a_remote_shard_is_used_while_it_comes(shards, serve):
+    data, go_on = Path(shards[0]).read_bytes(), threading.Event()
+
+    def do_get(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2])
+        self.wfile.flush()
+        go_on.wait(30)
+        self.wfile.write(data[len(data) // 2 :])
+
+    samples = ShardDataset("x", [serve(do_get) + "/0.tar"], EVAL).once(Place(seed=0))
+    assert next(samples)["text_input"] == "c0" and not go_on.is_set()
+    go_on.set()
+    assert captions(samples) == [f"c{n}" for n in range(1, 8)]
+
+
+@needs_curl
+def test_a_remote_shard_may_be_left_halfway(tmp_path, shards, serve):
+    big = shard(tmp_path / "big.tar", [("0.jpg", picture(1)), ("0.txt", b"c"), ("1.txt", bytes(10**6)), *good(2)])
+    for url in (serve(from_folder(tmp_path)) + "/big.tar", f"pipe:cat {big}"):
+        place = Place(seed=0)
+        samples = ShardDataset("x", [url], EVAL).once(place)
+        next(samples)
+        samples.close()
+        assert not place.skipped
+
+
+@pytest.mark.parametrize(("scheme", "client"), [("s3", "aws"), ("gs", "gsutil")])
+def test_object_stores_by_their_clients(tmp_path, shards, scheme, client, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(UserError, match=rf"^{KEY}: '{scheme}://b/.*' is read by the program {client}, which is not"):
+        expand_shards(f"{scheme}://b/{{00000..00001}}.tar", KEY)
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / client
+    script.write_text(
+        '#!/bin/sh\nfor word in "$@"; do case "$word" in\n'
+        f'    {scheme}://b/*) /bin/cat "{tmp_path}/${{word#{scheme}://b/}}";;\nesac; done\n'
+    )
+    script.chmod(0o755)
+    urls = expand_shards(f"{scheme}://b/{{00000..00001}}.tar", KEY)
+    assert captions(ShardDataset("x", urls, EVAL).once(Place(seed=0))) == [f"c{n}" for n in range(16)]
+
+
+def test_urls_that_nothing_reads():
+    with pytest.raises(
+        UserError, match=rf"^{KEY}: nothing here reads 'ipfs://x/0.tar'; known are http, https, .*pipe:"
+    ):
+        expand_shards("ipfs://x/{0..1}.tar", KEY)
+
+
+def test_a_failing_client_is_counted_and_named(shards, caplog):
+    place = Place(seed=0)
+    found = captions(ShardDataset("x", ["pipe:cat " + shards[0] + "; exit 3", shards[1]], EVAL).once(place))
+    assert found == [f"c{n}" for n in range(16)] and place.skipped == {"unreadable shard": 1}
+    assert "ended with status 3" in caplog.text
 
 
 EMPTY_JSON = [("b5.jpg", picture(1)), ("b5.json", b"{}")]
@@ -268,7 +424,7 @@ def test_align_folder(tmp_path):
     dataset = registry.get_builder_class("cc_sbu_align")(config, "cc_sbu_align").build_datasets()["train"]
     sample = dataset[0]
     assert sample["text_input"] == "A dog. It sits!"  # as it is: no caption processor here
-    assert sample["image"].shape == (3, 8, 8)
+    assert pixels(sample["image"]).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +498,7 @@ def test_shard_builder_and_splits(shards, tmp_path):
     assert set(splits) == {"train", "val"} and splits["train"].shards == shards[:2]
     assert isinstance(splits["train"].vis_processor, Blip2ImageTrainProcessor)
     assert isinstance(splits["val"].vis_processor, Blip2ImageEvalProcessor)
-    assert next(iter(splits["val"].once(Place(seed=0))))["image"].shape == (3, 8, 8)
+    assert pixels(next(iter(splits["val"].once(Place(seed=0))))["image"]).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["laion", "cc_sbu", "cc_sbu_align", "image_text"])
@@ -367,7 +523,7 @@ def test_workers_do_not_change_what_pairs_give(pairs):
     dataset = PairDataset("x", pairs, Blip2ImageTrainProcessor(8))
     none, two = (list(make_loader({"x": dataset}, num_workers=number).epoch(0)) for number in (0, 2))
     assert same(none, two) and len(none) == 8
-    assert none[0]["image"].shape == (2, 3, 8, 8) and none[0]["source"] == "x"
+    assert pixels(none[0]["image"]).shape == (2, 3, 8, 8) and none[0]["source"] == "x"
 
 
 def test_same_seed_same_batches(pairs, shards):
@@ -419,6 +575,20 @@ def test_error_in_a_worker_arrives_as_it_is(tmp_path, num_workers):
     dataset = PairDataset("mine", [Pair(tmp_path / "no.jpg", "c")], EVAL)
     with pytest.raises(UserError, match=r"^Data set mine gives no usable sample"):
         list(make_loader({"mine": dataset}, num_workers=num_workers).epoch(0))
+
+
+def test_an_exception_ends_the_process_and_its_workers(shards):
+    program = (
+        "from minigpt4.datasets.datasets import ShardDataset\n"
+        "from minigpt4.datasets.loader import TrainLoader\n"
+        "from minigpt4.processors import Blip2ImageEvalProcessor\n"
+        f"dataset = ShardDataset('x', {shards}, Blip2ImageEvalProcessor(8))\n"
+        "batches = TrainLoader({'x': dataset}, {}, 2, iters_per_epoch=99, num_workers=1, seed=0).epoch(0)\n"
+        "next(batches)\n"
+        "raise RuntimeError('something else')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.rstrip().endswith("RuntimeError: something else")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

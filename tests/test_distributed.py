@@ -236,7 +236,7 @@ def test_data_that_one_rank_cannot_use_ends_all(command, tmp_path):
         from minigpt4.datasets.datasets import pairs
 
         if rank == 1:
-            pairs.decode_image = lambda data: (_ for _ in ()).throw(pairs.SkipSample("unreadable image"))
+            pairs.prepare_image = lambda *_: (_ for _ in ()).throw(pairs.SkipSample("unreadable image"))
 
     statuses, logs = run_ranks(2, command(tmp_path / "out"), tmp_path / "log", before=spoil)
     assert statuses == [1, 1]

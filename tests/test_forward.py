@@ -1,10 +1,13 @@
 """Training rows, logits, losses and gradients of both stages."""
 
+import random
+
 import pytest
 import torch
 from golden_data import close, read_json, read_tensors
 
 from minigpt4.common.errors import UserError
+from minigpt4.models import packed as packed_rows
 from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_MARK, IMAGE_SLOT, read_prompts
 
 FORWARD = read_json("forward.json")
@@ -165,3 +168,52 @@ def test_bad_prompt_file(tmp_path, content, template, words):
     with pytest.raises(UserError) as error:
         read_prompts(str(file), template)
     assert all(word in str(error.value) for word in words)
+
+
+def test_layers_that_are_computed_again_give_the_same_numbers(build):
+    samples = {"image": IMAGES, "text_input": ["a dog", "a cat on a mat", "x"]}
+    results = []
+    for changes in ({}, {"llm_grad_checkpoint": True}):
+        model = build(**changes)
+        loss = model(samples)["loss"]
+        loss.backward()
+        results.append((loss.item(), model.llama_proj.weight.grad))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_rows_of_other_lengths_do_not_touch_each_other(model):
+    """A row's loss is the same alone and beside longer and shorter ones, whose tokens stand in the same sequence."""
+    image, texts = IMAGES, ["a dog", "a very long caption of many words indeed", "x y"]
+    alone = [model({"image": image[i : i + 1], "text_input": [text]}) for i, text in enumerate(texts)]
+    together = model({"image": image, "text_input": texts})
+    total = sum(output["loss"] * output["num_targets"] for output in alone)
+    assert together["num_targets"] == sum(output["num_targets"] for output in alone)
+    assert (total / together["num_targets"]).item() == pytest.approx(together["loss"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [["<Img><ImageHere></Img> one", "Look: <ImageHere> two"], []])
+def test_beginnings_that_differ_within_a_batch_are_read_with_their_rows(build, prompts):
+    model = build(prompt_template="###Human: {} ###Assistant: ")
+    model.prompt_list = [model.prompt_template.format(prompt) for prompt in prompts]
+    samples = {"image": IMAGES[:2], "text_input": ["a dog", "a cat"], "instruction": ["What?", None]}
+    if not prompts:
+        samples["instruction"] = ["What?", "Where?"]
+    mixed = model(samples)
+    model._prefixes = {}  # nothing is read beforehand
+    random.seed(0)
+    first = model(samples)["loss"].item()
+    model._prefixes = None
+    random.seed(0)
+    assert model(samples)["loss"].item() == pytest.approx(first, abs=1e-5) and mixed["num_targets"] > 0
+
+
+def test_a_loss_in_chunks_is_the_plain_one():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(11, 6, requires_grad=True), torch.randn(20, 6), torch.randint(20, (11,))
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
+    (expected,) = torch.autograd.grad(plain, hidden)
+    loss = packed_rows.next_token_loss(hidden, weight, targets, chunk=4)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(gradient, expected)
+    assert packed_rows.next_token_loss(hidden[:0], weight, targets[:0]).isnan()

@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
 
 SECTIONS = ("run", "model", "preprocess", "datasets")
+MAX_BYTES = 2**20  # of a YAML file; the parser takes seconds for a megabyte
 
 
 class Config:
@@ -38,15 +41,16 @@ class Config:
                 f"Known: {', '.join(SECTIONS)}."
             )
         model_section = OmegaConf.merge({"model": file.get("model") or {}}, {"model": options.get("model") or {}})
-        self.config = OmegaConf.merge(
-            {"run": file.get("run") or {}},
-            self._model_defaults(model_section.model),
-            {"model": file.get("model") or {}},
-            {"preprocess": file.preprocess} if file.get("preprocess") else {},
-            self._dataset_defaults(file.get("datasets") or {}),
-            {"datasets": file.get("datasets") or {}},
-            options,
-        )
+        with _explained(self._source):
+            self.config = OmegaConf.merge(
+                {"run": file.get("run") or {}},
+                self._model_defaults(model_section.model),
+                {"model": file.get("model") or {}},
+                {"preprocess": file.preprocess} if file.get("preprocess") else {},
+                self._dataset_defaults(file.get("datasets") or {}),
+                {"datasets": file.get("datasets") or {}},
+                options,
+            )
 
     def _model_defaults(self, model: DictConfig) -> DictConfig:
         arch, model_type = model.get("arch"), model.get("model_type")
@@ -55,13 +59,15 @@ class Config:
                 f"{self._source}: model.{'model_type' if arch else 'arch'} is not set; "
                 "expected arch: mini_gpt4 and model_type: pretrain_vicuna."
             )
-        return _read_yaml(Path(registry.get_model_class(arch).default_config_path(model_type)))
+        return _read_yaml(Path(registry.get_model_class(arch).default_config_path(str(model_type))))
 
     def _dataset_defaults(self, datasets: DictConfig) -> DictConfig:
         merged = OmegaConf.create({"datasets": {}})
         for name, section in datasets.items():
             builder = registry.get_builder_class(name)
-            path = builder.default_config_path((section or {}).get("type", "default"))
+            if section is not None and not isinstance(section, DictConfig):
+                raise UserError(f"{self._source}: datasets.{name} is {section!r}; expected keys and values under it.")
+            path = builder.default_config_path(str((section or {}).get("type", "default")))
             if path is not None:
                 merged = OmegaConf.merge(merged, _read_yaml(Path(path)))
         return merged
@@ -70,9 +76,11 @@ class Config:
         """Holds every key against the schema and returns self; models of other archs check their own.
 
         Raises:
-            UserError: an unknown key, with its nearest known neighbour, or a value of the wrong type.
+            UserError: an unknown key, with its nearest known neighbour, a value of the wrong type, or one that refers
+                to what is not there.
         """
-        plain = self.to_dict()
+        with _explained(self._source):
+            plain = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
         schema.check(plain.get("run") or {}, schema.RUN, "run", self._source)
         if plain["model"].get("arch") == "mini_gpt4":
             schema.check(plain["model"], schema.MODEL, "model", self._source)
@@ -111,12 +119,12 @@ class Config:
 
 
 def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"There is no configuration file {path} (seen from {Path.cwd()}); correct --cfg-path.")
-    try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; expected a configuration of at most {MAX_BYTES:,}.")
+    with _explained(str(path)):
+        content = OmegaConf.load(path)  # refuses tags, cycles, and aliases that unfold to more than 10,000 nodes
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} holds no sections; expected {', '.join(SECTIONS)}.")
     for name, section in content.items_ex(resolve=False):
@@ -135,7 +143,16 @@ def _parse_options(options: Sequence[str] | None) -> DictConfig:
         key = option.partition("=")[0]
         if "=" not in option or "." not in key:
             raise UserError(f"--options: '{option}' is not of the form section.key=value, as in run.max_epoch=2.")
-    try:
+    with _explained(f"--options: {' '.join(options)[:200]}"):
         return OmegaConf.from_dotlist(options)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"--options: {' '.join(options)} cannot be read ({' '.join(str(error).split())}).") from error
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Tells in a sentence whatever YAML and OmegaConf make of a strange text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{source} is no valid YAML configuration: {' '.join(str(error).split())}") from error

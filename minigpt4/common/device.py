@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from minigpt4.common.device_import import npu_mismatch, version
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 
 _BACKENDS = {"npu": "hccl", "cuda": "nccl"}
 _VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -132,6 +132,11 @@ def half_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+def has_fused_optimizer(device: torch.device) -> bool:
+    """Whether torch's fused AdamW, which can leave out an update without asking the host, is known to work there."""
+    return device.type in ("cpu", "cuda")
+
+
 def has_int8(device: torch.device) -> bool:
     """Whether 8-bit weights are known to work there."""
     return device.type in ("cpu", "cuda")
@@ -159,6 +164,11 @@ def max_memory_mib(device: torch.device) -> float:
     return measure(device) / 2**20
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Lets ``max_memory_mib`` count from now on; a CPU's peak is the process's and stays."""
+    getattr(_module(device), "reset_peak_memory_stats", lambda _: None)(device)
+
+
 def memory_mib(device: torch.device) -> float:
     """Memory in use now, in MiB: of the device, or on a CPU of the process (Linux)."""
     if device.type == "cpu":
@@ -175,12 +185,40 @@ def describe(device: torch.device) -> tuple[str, int]:
     return properties.name, properties.total_memory
 
 
+def memory_left(device: torch.device) -> tuple[int, int]:
+    """Bytes that a device has, and how many are free now; on a CPU within the limit of the control group (Linux)."""
+    if device.type not in ("cpu", "mps"):
+        free, total = _module(device).mem_get_info(device)
+        return total, free
+    total = free = describe(device)[1]
+    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
+        free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # the file says "max" where there is no limit
+        numbers = []
+        for name in ("memory.max", "memory.current"):
+            with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+                numbers.append(int(file.read()))
+        total, free = min(total, numbers[0]), min(free, numbers[0] - numbers[1])
+    return total, free
+
+
 def _cpu_name() -> str:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
         for line in file:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def explain_out_of_memory(error: Exception, key: str) -> str | None:
+    """A sentence where an exception says that memory is used up, with the setting that takes less; else None."""
+    cause = str(error).strip().split("\n")[0][:200]
+    signs = ("out of memory", "can't allocate memory")
+    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in cause.lower() for sign in signs):
+        return None
+    return f"Out of memory ({cause}); lower {key}, or see python -m minigpt4.doctor for what needs how much." + see(
+        "out-of-memory"
+    )
 
 
 def on_host(tree: Any) -> Any:
@@ -239,7 +277,7 @@ def local_seed(seed: int) -> Iterator[None]:
     """Seeds Python's and torch's CPU generators for a block, and puts their states back after it."""
     python_state, torch_state = random.getstate(), torch.get_rng_state()
     random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would look at every kind of device, for 0.2 ms
     try:
         yield
     finally:

@@ -10,6 +10,9 @@ from importlib import metadata
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch_npu")  # whose versions matter most
+
+
 def import_torch() -> None:
     """Imports torch once for all.
 

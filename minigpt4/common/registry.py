@@ -36,13 +36,14 @@ class Registry:
         return add
 
     def _get(self, kind: str, name: str) -> Any:
+        name = str(name)  # a YAML file may give anything
         if name not in self._classes[kind]:
             importlib.import_module(_ROOMS[kind])
         if name not in self._classes[kind]:
             choices = sorted(self._classes[kind])
             raise UserError(
                 f"There is no {kind.replace('_', ' ')} named '{name}'; registered: {', '.join(choices)}."
-                + nearest(str(name), choices)
+                + nearest(name, choices)
             )
         return self._classes[kind][name]
 

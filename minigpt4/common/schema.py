@@ -1,5 +1,6 @@
 """Every key that a YAML file may hold, with its type. What is not here is a typing error, and gets told so."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,11 @@ Schema = dict[str, Any]  # key -> type, tuple of types, set of allowed values, o
 NUMBER = (int, float)
 PATHS = (str, list)
 FREE = object  # anything, for parts that check themselves
+COUNTS = (  # of which there has to be one
+    *("image_size", "patch_size", "embed_dim", "depth", "num_heads", "hidden_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_query_token", "max_txt_len", "batch_size_train", "batch_size_eval"),
+    *("iters_per_epoch", "accum_grad_iters", "max_words"),
+)
 
 _VIT = {"patch_size": int, "embed_dim": int, "depth": int, "num_heads": int, "mlp_ratio": NUMBER}
 _Q_FORMER = {
@@ -37,6 +43,8 @@ MODEL: Schema = {
     "qformer_config": _Q_FORMER,
     "llama_model": str,
     "llm_dtype": _PRECISIONS,
+    "llm_precision": {"half", "int8"},
+    "llm_grad_checkpoint": bool,
     "low_resource": bool,
     "conversation": str,
     "device_8bit": int,
@@ -63,6 +71,7 @@ RUN: Schema = {
     "batch_size_train": int,
     "batch_size_eval": int,
     "num_workers": int,
+    "resize_on_device": bool,
     "accum_grad_iters": int,
     "clip_grad_norm": NUMBER,
     "max_nonfinite": int,
@@ -72,6 +81,9 @@ RUN: Schema = {
     "amp_dtype": _PRECISIONS,
     "resume_ckpt_path": str,
     "resume": {"auto"},
+    "compile": bool,
+    "feature_cache": str,
+    "feature_crops": int,
     "save_every_iters": int,
     "keep_last": int,
     "parallel": {"ddp", "fsdp"},
@@ -89,7 +101,10 @@ RUN: Schema = {
     "distributed": bool,
 }
 _PROCESSORS = {
-    split: {"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER, "mean": list, "std": list}
+    split: {
+        **{"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER},
+        **{"mean": list, "std": list, "draft": bool},
+    }
     for split in ("train", "eval")
 }
 _TEXT_PROCESSORS = {split: {"name": str, "prompt": str, "max_words": int} for split in ("train", "eval")}
@@ -114,8 +129,10 @@ def check(section: Mapping[str, Any], schema: Schema, where: str, source: str) -
         source: the YAML file, for messages.
 
     Raises:
-        UserError: an unknown key (with its nearest known neighbour) or a value of another type.
+        UserError: an unknown key (with its nearest known neighbour), a value of another type, or a number below 0.
     """
+    if not isinstance(section, Mapping):
+        raise UserError(f"{source}: {where} is {section!r}; expected a section with {', '.join(schema)}.")
     for name, value in section.items():
         key = f"{where}.{name}"
         if name not in schema:
@@ -124,14 +141,15 @@ def check(section: Mapping[str, Any], schema: Schema, where: str, source: str) -
         if value is None or expected is FREE:
             continue
         if isinstance(expected, dict):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {key} is {value!r}; expected a section with {', '.join(expected)}.")
             check(value, expected, key, source)
         elif isinstance(expected, set):
-            if value not in expected:
+            if value not in list(expected):  # in a set, a list or a section would not even be looked up
                 raise UserError(f"{source}: {key} is {value!r}; expected one of {', '.join(sorted(expected))}.")
         else:
             types = expected if isinstance(expected, tuple) else (expected,)
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 names = " or ".join(t.__name__ for t in types)
                 raise UserError(f"{source}: {key} is {value!r} ({type(value).__name__}); expected {names}.")
+            least = 1 if name in COUNTS else -1 if name == "warmup_lr" else 0  # a warm-up from -1 is none
+            if isinstance(value, int | float) and not least <= value < math.inf:
+                raise UserError(f"{source}: {key} is {value!r}; expected {least} or more.")

@@ -6,18 +6,26 @@ Nothing is loaded half: every key and shape of a file is accounted for, or a Use
 import fnmatch
 import json
 import logging
+import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.fingerprints import kind_of, kind_of_bytes
+from minigpt4.common.utils import parse_json
 
 _URL = re.compile(r"^https?://")
+_PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _FILE_TYPES = (".pth", ".pt", ".bin", ".safetensors")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_OTHERS = (torch.int64, torch.int32, torch.bool)  # buffers that were saved along
 
 
 def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Path:
@@ -31,27 +39,45 @@ def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Pat
     Raises:
         UserError: nothing is there, or it cannot be fetched.
     """
+    path = whereabouts(spec, key)
+    if path is not None:
+        return path
+    if _URL.match(str(spec)):
+        return _download(str(spec), key)
+    return _fetch_from_hub(str(spec), key, list(hub_files))
+
+
+def whereabouts(spec: str | None, key: str) -> Path | None:
+    """The local file or folder that a YAML value names, None where ``locate`` would fetch it; fetches nothing.
+
+    Raises:
+        UserError: nothing is there, and the value is neither a URL nor a Hugging Face id.
+    """
     if not spec:
         raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
     spec = str(spec)
-    path = Path(spec).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(spec))
+    if os.path.exists(path):  # False, too, for names that no file can have
         return path
-    if "path/to/" in spec:
-        raise UserError(f"{key} is still the placeholder '{spec}'; set it to where the file really is.")
+    if _PLACEHOLDER.search(spec):
+        placeholder = f"{key} is still the placeholder '{spec}'; set it to where the file really is."
+        raise UserError(placeholder + see("placeholder-paths"))
     if _URL.match(spec):
-        return _download(spec, key)
+        return _downloaded(spec) if _downloaded(spec).exists() else None
     if _HUB_ID.match(spec) and not spec.endswith(_FILE_TYPES):
-        return _fetch_from_hub(spec, key, list(hub_files))
+        return None
     raise UserError(f"{key}: '{spec}' does not exist (seen from {Path.cwd()}); correct the path.")
+
+
+def _downloaded(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
 def _download(url: str, key: str) -> Path:
     from filelock import FileLock  # comes with torch
 
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / url.rsplit("/", 1)[-1]
+    target = _downloaded(url)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the ranks of a node share one download
         if not target.exists():
             logging.info("Downloading %s to %s", url, target)
@@ -60,6 +86,7 @@ def _download(url: str, key: str) -> Path:
             except OSError as error:
                 raise UserError(
                     f"{key}: {url} could not be downloaded ({error}); fetch it elsewhere and set {key} to the file."
+                    + see("no-network")
                 ) from error
     return target
 
@@ -79,6 +106,7 @@ def _fetch_from_hub(repo: str, key: str, patterns: list[str]) -> Path:
         raise UserError(
             f"{key}: '{repo}' is neither a local path nor could it be fetched from the Hugging Face hub "
             f"({type(error).__name__}); download it where there is network and set {key} to the local path."
+            + see("placeholder-paths")
         ) from error
 
 
@@ -87,12 +115,35 @@ def _shards_of(index: Path, patterns: list[str]) -> set[str]:
     return {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
 
 
+def shards(index: Path, key: str) -> list[Path]:
+    """The files that a Hugging Face index names, all of them beside it.
+
+    Raises:
+        UserError: the index is damaged, names a file elsewhere, or one that is not there.
+    """
+    content = parse_json(index.read_bytes(), f"{key}: {index}")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{key}: {index} has no weight_map; copy it again.")
+    names = sorted(set(map(str, weight_map.values())))
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{key}: {index} names '{elsewhere[0]}'; expected files beside it. Copy it again.")
+    if lacking := [name for name in names if not os.path.isfile(index.parent / name)]:
+        raise UserError(
+            f"{key}: {index.parent} lacks {len(lacking)} of {len(names)} files that {index.name} names "
+            f"(first: {lacking[0]}); finish the download."
+        )
+    return [index.parent / name for name in names]
+
+
 def read_file(path: Path, key: str) -> dict:
     """Reads one .pth, .pt, .bin or .safetensors file, memory-mapped, to the CPU; pickles may hold tensors only.
 
     Raises:
         UserError: the file is damaged, of another type, or a pickle that would run code.
     """
+    if not path.is_file():
+        raise UserError(f"{key}: {path} is no file; expected one of {', '.join(_FILE_TYPES)}.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -100,6 +151,10 @@ def read_file(path: Path, key: str) -> dict:
             return load_file(path)
         if path.suffix not in _FILE_TYPES:
             raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(_FILE_TYPES)}.")
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch compresses nothing
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("it unpacks to more than it holds")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
@@ -109,10 +164,11 @@ def read_file(path: Path, key: str) -> dict:
     except UserError:
         raise
     except Exception as error:  # zip, pickle and safetensors readers each have exceptions of their own
-        cause = str(error).strip().split("\n")[0][:160]
+        cause = kind_of_bytes(path) or str(error).strip().split("\n")[0][:160]
         raise UserError(
             f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); "
             "it is damaged, cut short, or not a plain file of tensors. Copy or download it again."
+            + see("damaged-files")
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path} holds a {type(content).__name__}; expected a dict of tensors.")
@@ -133,21 +189,55 @@ def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
         parts = [read_file(path, key)]
     parts = [part["model"] if isinstance(part.get("model"), Mapping) else part for part in parts]
     state = {name: value for part in parts for name, value in part.items()}
-    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise UserError(
-            f"{key}: {path} holds '{strangers[0]}', which is no tensor; expected a dict of parameter names to tensors."
-        )
+    check_tensors(state, path, key)
     return state
+
+
+def check_tensors(state: Mapping[str, Any], path: Path, key: str) -> None:
+    """Raises UserError where something in ``state`` is no plain tensor with a name."""
+    for name, value in state.items():
+        if not isinstance(name, str) or not is_plain(value):
+            kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(
+                f"{key}: {path} holds '{name}', which is no tensor of plain numbers ({kind}); "
+                "expected a dict of parameter names to tensors."
+            )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a dense tensor of usual numbers that are all there; a file may also describe others."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and value.dtype in _FLOATS + _OTHERS
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def load_strictly(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
 ) -> None:
-    """Puts a state dict into a module, all of it or not at all.
+    """Puts a state dict into a module, all of it or not at all; arguments and errors as for ``fitting``.
+
+    The module takes the tensors themselves (``assign``), so one built on the meta device costs no copy.
+    """
+    module.load_state_dict(fitting(module, state, path, key, droppable, hint), assign=True)
+    for name, parameter in module.named_parameters():
+        if not is_finite(parameter):
+            raise UserError(
+                f"{key}: '{name}' in {path} holds NaN or infinity; the file is damaged or comes from a diverged run."
+                + see("nan")
+            )
+
+
+def fitting(
+    module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
+) -> dict[str, Tensor]:
+    """The tensors of a state dict that a module needs, every key and shape of both accounted for; reads no values.
 
     Args:
-        module: takes the tensors themselves (``assign``), so a module built on the meta device costs no copy.
+        module: may be on the meta device.
         state: names to tensors.
         path: the file, for messages.
         key: the YAML key that named the file, for messages.
@@ -169,6 +259,11 @@ def load_strictly(
         for name, value in expected.items()
         if name in found and found[name].shape != value.shape
     ]
+    problems += [
+        f"'{name}' is {found[name].dtype} in the file and {value.dtype} in the model"
+        for name, value in expected.items()
+        if name in found and found[name].is_floating_point() != value.is_floating_point()
+    ]
     if missing := [name for name in expected if name not in found]:
         problems.append(f"{len(missing)} of {len(expected)} expected keys are missing ({_some(missing)})")
     if unknown := [name for name in found if name not in expected]:
@@ -176,14 +271,11 @@ def load_strictly(
     if problems:
         more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
         raise UserError(
-            f"{key}: {path} does not fit the model: {'; '.join(problems[:3])}{more}." + (f" {hint}" if hint else "")
+            f"{key}: {path} does not fit the model: {'; '.join(problems[:3])}{more}. It looks like {kind_of(state)}."
+            + (f" {hint}" if hint else "")
+            + see("weights-that-do-not-fit")
         )
-    module.load_state_dict(found, assign=True)
-    for name, parameter in module.named_parameters():
-        if not is_finite(parameter):
-            raise UserError(
-                f"{key}: '{name}' in {path} holds NaN or infinity; the file is damaged or comes from a diverged run."
-            )
+    return found
 
 
 def is_finite(value: Tensor) -> bool:
@@ -218,7 +310,8 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             name, count = re.subn(pattern, replacement, name)
             if count:
                 break
-        if name.endswith("attn.qkv.bias"):  # (q, 0, v): the key bias is zero by design
+        if name.endswith("attn.qkv.bias") and value.ndim == 1 and len(value) % 3 == 0 and len(value):
+            # (q, 0, v): the key bias is zero by design
             q_bias, _, v_bias = value.chunk(3)
             block = name.removesuffix("qkv.bias")
             renamed |= {f"{block}q_bias": q_bias, f"{block}v_bias": v_bias}

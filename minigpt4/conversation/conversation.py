@@ -1,5 +1,6 @@
 """``Chat``, which answers conversations about images. Public names and behaviour are the reference's."""
 
+import bisect
 import functools
 import logging
 import time
@@ -298,21 +299,26 @@ class Chat:
         num_marks = prompt_conv.get_prompt().count(IMAGE_MARK)
         if num_marks != num_images:
             raise UserError(f"The conversation shows {num_marks} images and {num_images} were given; start a new chat.")
-        num_dropped = 0
-        while True:
-            ids = [self.model.llama_tokenizer.bos_token_id, *self.model.slots(prompt_conv.get_prompt())]
-            if len(ids) <= room:
-                break
-            if not _drop_oldest_turn(prompt_conv):
-                num_images_ids = sum(i == IMAGE_SLOT for i in ids)
-                raise UserError(
-                    f"The question is too long: the prompt has {len(ids)} tokens ({num_images_ids} of them images), "
-                    f"and {room} fit beside the answer; shorten it or lower max_new_tokens."
-                )
-            num_dropped += 1
-        if num_dropped:
-            logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_dropped)
-        return ids
+
+        def ids_of(conv: Conversation) -> list[int]:
+            return [self.model.llama_tokenizer.bos_token_id, *self.model.slots(conv.get_prompt())]
+
+        if len(ids := ids_of(prompt_conv)) <= room:
+            return ids
+        shorter: list[Conversation] = []  # the chat without its oldest turn, without its two oldest ones, …
+        while _drop_oldest_turn(prompt_conv):
+            shorter.append(replace(prompt_conv, messages=list(prompt_conv.messages)))
+        # A long chat is tokenized a few times, not once for each of its turns.
+        num_before = bisect.bisect_left(shorter, True, key=lambda conv: len(ids_of(conv)) <= room)
+        if num_before == len(shorter):
+            ids = ids_of(prompt_conv)
+            num_images_ids = sum(i == IMAGE_SLOT for i in ids)
+            raise UserError(
+                f"The question is too long: the prompt has {len(ids)} tokens ({num_images_ids} of them images), "
+                f"and {room} fit beside the answer; shorten it or lower max_new_tokens."
+            )
+        logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_before + 1)
+        return ids_of(shorter[num_before])
 
 
 def _drop_oldest_turn(conv: Conversation) -> bool:

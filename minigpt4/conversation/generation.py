@@ -73,7 +73,8 @@ def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOption
         scores = scores.index_fill(1, torch.tensor([eos], device=scores.device), -torch.inf)
     if options.do_sample:
         if options.temperature != 1.0:
-            scores = TemperatureLogitsWarper(options.temperature)(history, scores)
+            # Divided by less, logits would leave the range of float32.
+            scores = TemperatureLogitsWarper(max(options.temperature, 1e-4))(history, scores)
         scores = TopKLogitsWarper(TOP_K)(history, scores)
         if options.top_p < 1.0:
             scores = TopPLogitsWarper(options.top_p)(history, scores)

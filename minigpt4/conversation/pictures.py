@@ -1,6 +1,5 @@
 """Pictures as people have them, of every kind, to RGB; or one sentence that says why not."""
 
-import io
 import warnings
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy
 from PIL import Image, ImageOps
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.utils import open_picture, read_plain_file
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a camera's picture has a quarter of that
 
@@ -28,15 +28,17 @@ def read_picture(source: str | Path | bytes | Image.Image, name: str | None = No
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = source
             if not isinstance(image, Image.Image):
-                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+                image = open_picture(source if isinstance(source, bytes) else read_plain_file(Path(source)))
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read, make it smaller."
                 )
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} is too large; at most {MAX_PIXELS:,} pixels are read, make it smaller.") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # each of Pillow's decoders has exceptions of its own
         raise UserError(f"{name} cannot be read as an image ({error}).") from error
 
 

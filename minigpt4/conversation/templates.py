@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from minigpt4.common.errors import UserError, nearest
+from minigpt4.common.errors import UserError, nearest, see
 
 
 class SeparatorStyle(Enum):
@@ -110,6 +110,11 @@ TEMPLATES = {
 _VICUNA_VOCABULARIES = {32001: "vicuna_v0", 32000: "vicuna_v1"}
 
 
+def usual_template(vocab_size: int) -> str | None:
+    """The name of the template that an LM of this vocabulary was trained with, None where nobody knows."""
+    return _VICUNA_VOCABULARIES.get(vocab_size)
+
+
 def choose_template(name: str | None, vocab_size: int) -> Conversation:
     """The template of ``model.conversation``, or the one that an LM of this vocabulary was trained with.
 
@@ -118,7 +123,7 @@ def choose_template(name: str | None, vocab_size: int) -> Conversation:
     Raises:
         UserError: there is no template of that name.
     """
-    usual = _VICUNA_VOCABULARIES.get(vocab_size)
+    usual = usual_template(vocab_size)
     if name is None:
         return TEMPLATES[usual or "vicuna_v0"]
     if name not in TEMPLATES:
@@ -128,7 +133,7 @@ def choose_template(name: str | None, vocab_size: int) -> Conversation:
     if usual and (name == "vicuna_v0") != (usual == "vicuna_v0"):
         logging.warning(
             "model.conversation is %s, but an LM with %d tokens usually speaks %s; wrong answers or answers that "
-            "do not end would come from that.",
+            "do not end would come from that." + see("the-wrong-vicuna-version"),
             *(name, vocab_size, usual),
         )
     return TEMPLATES[name]

@@ -1,8 +1,10 @@
 """Batches for training, mixed from several sources, and for validation. What a run sees follows from its seed."""
 
+import atexit
 import logging
 import random
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,19 +16,24 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import Place, Sample
+from minigpt4.processors.pictures import Pictures
 
-# image [B, 3, S, S]; text_input, instruction: B each; source: name; position: (worker, of its stream); skipped: counts
+# image: Pictures, or features [B, Q, H] in its place; text_input, instruction: B each; source: name; position: (worker,
+# of its stream); skipped: counts
 Batch = dict[str, Any]
 
 
 class _Batches(IterableDataset):
     """One source's batches, made in loader workers: batch k of an epoch comes from worker k modulo their number."""
 
-    def __init__(self, name: str, dataset: Any, place: Place, num_batches: int | None) -> None:
+    def __init__(
+        self, name: str, dataset: Any, place: Place, num_batches: int | None, resizes_later: bool = False
+    ) -> None:
         self.name = name
         self.dataset = dataset
         self.place = place
         self.num_batches = num_batches  # None: every sample once
+        self.resizes_later = resizes_later
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
@@ -58,14 +65,20 @@ class _Batches(IterableDataset):
 
     def _collate(self, rows: list[Sample], place: Place) -> Batch:
         skipped, place.skipped = place.skipped, Counter()
-        return {
-            "image": torch.stack([row["image"] for row in rows]),
-            "text_input": [row["text_input"] for row in rows],
-            "instruction": [row["instruction"] for row in rows],
+        batch = {name: [row[name] for row in rows] for name in rows[0]}
+        for name, join in (("image", self._pack), ("features", torch.stack)):
+            if name in batch:
+                batch[name] = join(batch[name])
+        return batch | {
             "source": self.name,
             "position": (place.worker, place.position),
             "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
         }
+
+    def _pack(self, images: list[Any]) -> Pictures | torch.Tensor:
+        if isinstance(images[0], torch.Tensor):  # of a processor of one's own: finished
+            return torch.stack(images)
+        return self.dataset.vis_processor.pack(images, self.resizes_later)
 
 
 def _outlive_signals(_: int) -> None:
@@ -75,7 +88,23 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
+_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Lets go of what an exception has left running: Python would send its workers one SIGTERM and wait for ever."""
+    for batches in list(_running):
+        batches.close()
+
+
 def _loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    running = _run_loader(batches, num_workers, pin_memory)
+    _running.add(running)
+    return running
+
+
+def _run_loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -101,6 +130,7 @@ class TrainLoader:
         num_workers: loader processes a source.
         seed: of order, draws and augmentation.
         pin_memory: for copies to an accelerator.
+        resizes_later: the device resizes, see ``Pictures``.
     """
 
     def __init__(
@@ -112,6 +142,7 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         pin_memory: bool = False,
+        resizes_later: bool = False,
     ) -> None:
         if not sources:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
@@ -124,6 +155,7 @@ class TrainLoader:
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
+        self.resizes_later = resizes_later
         self._given: Counter | None = None  # samples by source to all ranks together; None: follows from the count
         self._draw: int | str = 0
         self._positions: dict[str, dict[int, Any]] = {}
@@ -153,7 +185,7 @@ class TrainLoader:
                 draw=self._draw,
                 positions=self._positions.get(name, {}),
             )
-            batches = _Batches(name, self.sources[name], place, num_batches)
+            batches = _Batches(name, self.sources[name], place, num_batches, self.resizes_later)
             streams[name] = _loader(batches, self.num_workers, self.pin_memory)
         for name in order[first:]:
             batch = next(streams[name])
@@ -197,8 +229,16 @@ class TrainLoader:
 
 
 def validation_batches(
-    name: str, dataset: Any, batch_size: int, num_workers: int, seed: int, pin_memory: bool = False
+    name: str,
+    dataset: Any,
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    pin_memory: bool = False,
+    resizes_later: bool = False,
+    is_whole: bool = False,
 ) -> Iterator[Batch]:
-    """Every sample of a data set once, shared out over the ranks."""
-    place = Place(seed=seed, rank=dist_utils.get_rank(), world_size=dist_utils.get_world_size(), batch_size=batch_size)
-    return _loader(_Batches(name, dataset, place, None), num_workers, pin_memory)
+    """Every sample of a data set once, shared out over the ranks, or all of them on each that asks (``is_whole``)."""
+    rank, world = (0, 1) if is_whole else (dist_utils.get_rank(), dist_utils.get_world_size())
+    place = Place(seed=seed, rank=rank, world_size=world, batch_size=batch_size)
+    return _loader(_Batches(name, dataset, place, None, resizes_later), num_workers, pin_memory)

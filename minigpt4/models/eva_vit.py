@@ -6,6 +6,7 @@ timm's ``Eva``, to the bit; importing timm for this one class takes as long as i
 Shapes: B batch, S image side, P = (S / patch)^2 patches, N = 1 + P tokens, E embedding width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -175,10 +176,14 @@ def round_vit_weights(vit: nn.Module, dtype: torch.dtype, keep_float32: bool = F
 
 
 def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int) -> Tensor:
-    """Resizes learned positions [1, 1 + a*a, E] bicubically to [1, num_tokens, E], class token untouched."""
-    if pos_embed.shape[1] == num_tokens:
+    """Resizes learned positions [1, 1 + a*a, E] bicubically to [1, num_tokens, E], class token untouched.
+
+    Tensors of other shapes come back as they are.
+    """
+    num_old = pos_embed.shape[1] if pos_embed.ndim == 3 and len(pos_embed) == 1 else 0
+    old_side, new_side = math.isqrt(max(num_old - 1, 0)), round((num_tokens - 1) ** 0.5)
+    if num_old == num_tokens or old_side == 0 or old_side**2 != num_old - 1:
         return pos_embed
-    old_side, new_side = round((pos_embed.shape[1] - 1) ** 0.5), round((num_tokens - 1) ** 0.5)
     class_position, grid = pos_embed[:, :1], pos_embed[:, 1:].float()
     grid = grid.reshape(1, old_side, old_side, -1).permute(0, 3, 1, 2)
     grid = nn.functional.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False)

@@ -1,6 +1,5 @@
 """The frozen language model: a Llama-family folder, streamed to its device and checked before it is believed."""
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +11,15 @@ from torch.distributed.tensor import DTensor
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.fingerprints import identify
+from minigpt4.common.utils import parse_json
 from minigpt4.models import packed
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.parallel import local_slice
 
 KEY = "model.llama_model"
+MAX_LAYERS = 1000  # that a config.json may ask for; building them takes time whatever the files hold
 
 
 def load_llama(
@@ -40,72 +42,95 @@ def load_llama(
     Raises:
         UserError: files are missing or damaged, keys do not fit, or the folder holds a raw delta.
     """
-    import transformers
-
-    check_folder(folder)
-    packed.register()
-    try:
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=packed.ATTENTION
-            )
-    except Exception as error:  # whatever transformers makes of a strange config.json
-        cause = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
-    packed.slim(model)
-    model.requires_grad_(False)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    model = build_llama(folder, dtype)
+    check_weights(model, folder)
     if prepare is not None:
         prepare(model)
-    _fill(model, folder, shapes, dtype, torch.device(device))
+    _fill(model, folder, dtype, torch.device(device))
     for module in model.modules():  # rotary frequencies are in no file: they follow from the configuration
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            fresh = type(module)(config).to(device)
+            fresh = type(module)(model.config).to(device)
             for name, buffer in fresh.named_buffers(recurse=False):
                 module.register_buffer(name, buffer, persistent=False)
-    norm = _whole(model.model.norm.weight).float().abs().mean().item()
-    if norm < 0.05:  # in any trained Llama the final norm scales by about 1 or more; a difference of two is near 0
-        raise UserError(
-            f"{KEY}: {folder} looks like a raw delta (mean of the final norm is {norm:.4f}, in a real model near 1 or "
-            "above); add it to its base model first: python -m minigpt4.tools.apply_delta, see PrepareVicuna.md."
-        )
     model.eval()
     model.config.use_cache = True
     return model
 
 
-def _fill(
-    model: nn.Module, folder: Path, shapes: dict[str, torch.Size], dtype: torch.dtype, device: torch.device
-) -> None:
-    found, unknown, misshapen = set(), [], []
-    num_threads = torch.get_num_threads()
+def build_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal LM that a folder's config.json describes, frozen, on the meta device; reads no weights."""
+    import transformers
+
+    check_folder(folder)
+    packed.register()
+    try:
+        # No code that a config.json may name: transformers would ask on the terminal whether to run it.
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if not 0 < config.num_hidden_layers <= MAX_LAYERS:
+            raise ValueError(f"config.json asks for {config.num_hidden_layers:,} layers")
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=False, attn_implementation=packed.ATTENTION
+            )
+    except Exception as error:  # whatever transformers makes of a strange config.json
+        cause = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
+    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "embed_tokens")):
+        raise UserError(f"{KEY}: {folder} holds a '{config.model_type}'; expected a language model of Llama's family.")
+    packed.slim(model)
+    model.requires_grad_(False)
+    return model
+
+
+def check_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """Every name and shape in a folder against a built model, and the final norm's values; returns the mapped tensors.
+
+    Nothing else is read, so a wrong folder is told before its gigabytes are.
+
+    Raises:
+        UserError: names or shapes differ, or the folder holds a raw delta.
+    """
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    found = {name: value for file in weight_files(folder) for name, value in weights.read_file(file, KEY).items()}
+    # Old files carry the rotary frequencies, which are computed today.
+    found = {name: value for name, value in found.items() if not str(name).endswith("rotary_emb.inv_freq")}
+    unknown = sorted(map(str, found.keys() - shapes.keys()))
+    misshapen = [
+        f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}"
+        for name, value in found.items()
+        if name in shapes
+        and not (weights.is_plain(value) and value.is_floating_point() and value.shape == shapes[name])
+    ]
+    is_tied = model.lm_head.weight is model.model.embed_tokens.weight  # then a folder may leave out the output layer
+    missing = sorted(shapes.keys() - found.keys() - ({"lm_head.weight"} if is_tied else set()))
+    if missing or unknown or misshapen:
+        raise UserError(
+            f"{KEY}: the files in {folder} do not fit its config.json: missing {missing[:3]}, "
+            f"unknown {unknown[:3]}, other shapes {sorted(misshapen)[:3]}; "
+            "the folder mixes two models or lacks a shard." + see("weights-that-do-not-fit")
+        )
+    norm = found["model.norm.weight"].float().abs().mean().item()
+    if norm < 0.05:  # in any trained Llama the final norm scales by about 1 or more; a difference of two is near 0
+        raise UserError(
+            f"{KEY}: {folder} looks like a raw delta (mean of the final norm is {norm:.4f}, in a real model near 1 or "
+            "above); add it to its base model first: python -m minigpt4.tools.apply_delta, see PrepareVicuna.md."
+            + see("a-dead-language-model")
+        )
+    return found
+
+
+def _fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    names, num_threads = model.state_dict().keys(), torch.get_num_threads()
     # Each worker takes whole tensors: mapped pages are read, checked and copied by several at once, and none waits for
     # another at the end of each tensor, as the threads of one operation would.
     with ThreadPoolExecutor(min(8, num_threads), initializer=_begin_worker, initargs=(device,)) as workers:
         for file in weight_files(folder):
-            puts = []
-            for name, value in weights.read_file(file, KEY).items():
-                if name not in shapes:
-                    # Old files carry the rotary frequencies, which are computed today.
-                    unknown += [] if name.endswith("rotary_emb.inv_freq") else [name]
-                elif not isinstance(value, Tensor) or value.shape != shapes[name]:
-                    misshapen.append(f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}")
-                else:
-                    found.add(name)
-                    puts.append(workers.submit(_put, model, name, value, dtype, device, folder))
+            content = weights.read_file(file, KEY).items()
+            puts = [workers.submit(_put, model, *item, dtype, device, folder) for item in content if item[0] in names]
             for put in puts:
                 put.result()
     torch.set_num_threads(num_threads)  # of threads to come, as the autograd engine's
-    model.tie_weights()  # a folder may leave out an output layer that is the embeddings
-    is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    missing = [name for name in shapes if name not in found and not (name == "lm_head.weight" and is_tied)]
-    if missing or unknown or misshapen:
-        raise UserError(
-            f"{KEY}: the files in {folder} do not fit its config.json: missing {sorted(missing)[:3]}, "
-            f"unknown {sorted(unknown)[:3]}, other shapes {sorted(misshapen)[:3]}; "
-            "the folder mixes two models or lacks a shard."
-        )
+    model.tie_weights()
 
 
 def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
@@ -115,7 +140,7 @@ def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device:
     value = local_slice(value, parameter, device) if isinstance(parameter, DTensor) else value.to(device)
     local = value.to_local() if isinstance(value, DTensor) else value
     if local.sum().isnan():  # one pass, no copy; finite values never add up to NaN
-        raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again.")
+        raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again." + see("nan"))
     value = value.to(dtype)
     if isinstance(module, Int8Linear) and leaf == "weight":
         module.take(value)
@@ -130,10 +155,6 @@ def _begin_worker(device: torch.device) -> None:
     devices.use(device)
 
 
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
@@ -141,37 +162,34 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return sorted({folder / file for file in weight_map.values()})
+            return weights.shards(index, KEY)
     raise UserError(f"{KEY}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Raises UserError where the tokenizer knows ids for which the model has no embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if (needed := max([len(tokenizer), *(i + 1 for i in tokenizer.all_special_ids)])) > rows:
         raise UserError(
-            f"{KEY}: the tokenizer in {folder} has {len(tokenizer)} tokens, the model {rows} embeddings "
+            f"{KEY}: the tokenizer in {folder} has {needed} tokens, the model {rows} embeddings "
             "(Vicuna v0 has 32001, v1.1 and later 32000); take both from the same version."
+            + see("the-wrong-vicuna-version")
         )
 
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """Returns config.json of a model folder; raises UserError where the folder cannot be one, reading no weights."""
     if not folder.is_dir():
-        raise UserError(f"{KEY}: {folder} is a file; expected the folder with config.json and the weight files.")
+        raise UserError(
+            f"{KEY}: {folder} is a file ({identify(folder)}); expected the folder with config.json and the weight "
+            "files of the language model." + see("weights-that-do-not-fit")
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{KEY}: {folder} has no config.json; expected a Hugging Face model folder.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for index in folder.glob("*.index.json"):
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if lacking := sorted(shard for shard in shards if not (folder / shard).is_file()):
-                raise UserError(
-                    f"{KEY}: {folder} lacks {len(lacking)} of {len(shards)} files that {index.name} names "
-                    f"(first: {lacking[0]}); finish the download."
-                )
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{KEY}: a JSON file in {folder} is damaged ({error}); copy it again.") from error
+    config = parse_json((folder / "config.json").read_bytes(), f"{KEY}: {folder / 'config.json'}")
+    if not isinstance(config, dict):
+        raise UserError(f"{KEY}: {folder / 'config.json'} is no JSON object; copy it again.")
+    for index in folder.glob("*.index.json"):
+        weights.shards(index, KEY)
     weight_files(folder)
     return config

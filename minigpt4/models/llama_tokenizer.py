@@ -4,7 +4,6 @@ It is here because the rules around special tokens decide ids, and later tokeniz
 tokens are cut out of the text first, and every chunk between them is encoded alone, with its own leading "▁".
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.utils import parse_json
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -62,6 +62,12 @@ class LlamaTokenizer:
                 self._strips[token] = strips
         for token in self._added:
             self._strips.setdefault(token, True)
+        for token in self._strips:
+            if not token.encode():  # which raises for half a surrogate pair
+                raise ValueError("a special token has no letters")
+        for token, token_id in self._added.items():
+            if type(token_id) is not int or token_id < 0:
+                raise ValueError(f"the added token '{token}' has the id {token_id!r}")
         self._added_names = {token_id: token for token, token_id in self._added.items()}
         self._split = re.compile(
             "(" + "|".join(re.escape(t) for t in sorted(self._strips, key=len, reverse=True)) + ")"
@@ -208,20 +214,34 @@ def load_tokenizer(folder: str | Path) -> Any:
         UserError: the folder has neither file, or the tokenizer lacks a begin or end token.
     """
     folder = Path(folder)
-    if (folder / "tokenizer.model").is_file():
-        tokenizer: Any = LlamaTokenizer(folder)
-    elif (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer  # heavy, and only this branch needs it
-
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    else:
+    is_slow = (folder / "tokenizer.model").is_file()
+    if not is_slow and not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"model.llama_model: {folder} holds neither tokenizer.model nor tokenizer.json; "
             "copy the tokenizer files of the same model there."
         )
-    for role in ("bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, role) is None:
-            raise UserError(f"model.llama_model: the tokenizer in {folder} has no {role}; MiniGPT-4 needs one.")
+    try:
+        if is_slow:
+            tokenizer: Any = LlamaTokenizer(folder)
+        else:
+            from transformers import AutoTokenizer  # heavy, and only this branch needs it
+
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # whatever sentencepiece and transformers make of strange files
+        cause = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(
+            f"model.llama_model: the tokenizer in {folder} cannot be read ({cause}); copy its files again."
+        ) from error
+    for role in ("bos_token", "eos_token"):
+        token, token_id = getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")
+        # A token that no piece stands for is read as the unknown one.
+        if token_id is None or (token_id == tokenizer.unk_token_id and token != tokenizer.unk_token):
+            raise UserError(
+                f"model.llama_model: the tokenizer in {folder} has no {role}_id (its {role} is '{token}'); "
+                "MiniGPT-4 needs one. Take the tokenizer files that came with the model."
+            )
     tokenizer.pad_token = tokenizer.eos_token  # as in the reference: padding is told apart by the attention mask
     return tokenizer
 
@@ -229,7 +249,4 @@ def load_tokenizer(folder: str | Path) -> Any:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again from the model's source.") from error
+    return parse_json(path.read_bytes(), f"model.llama_model: {path}")

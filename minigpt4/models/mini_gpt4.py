@@ -5,8 +5,7 @@ Shapes: B batch, S image side, N image tokens, Q queries, H width of the Q-Forme
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -18,39 +17,27 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
+from minigpt4.common.utils import IMAGE_MARK
 from minigpt4.models import packed
-from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.loading import load_trained_part, load_vision, log_summary
+from minigpt4.models.loading import load_trained_part, log_summary
 from minigpt4.models.parallel import shard_language_model
 from minigpt4.models.Qformer import QFormer, QFormerConfig
+from minigpt4.models.vision import Vision, build_vision, load, locate_vision, q_former_config, vision_settings
 
-_PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
-VIT_URL = _PUBLISHED + "eva_vit_g.pth"
-Q_FORMER_URL = _PUBLISHED + "blip2_pretrained_flant5xxl.pth"
-IMAGE_MARK = "<ImageHere>"
 IMAGE_SLOT = -1  # stands in a list of token ids where one image embedding goes
 IGNORED = -100  # label of a position that is no target
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 whatever the precision around it; the dtype of the input comes back out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[…, W] -> […, W]."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
 @registry.register_model("mini_gpt4")
-class MiniGPT4(nn.Module):
+class MiniGPT4(Vision):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
 
     Args:
-        visual_encoder: images [B, 3, S, S] to tokens [B, N, W].
-        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H].
+        visual_encoder: images [B, 3, S, S] to tokens [B, N, W]; None where features come from a cache.
+        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; without vision its configuration alone.
         llama_model: a causal LM of transformers.
         llama_tokenizer: its tokenizer, with a pad token.
         num_query_token: Q.
@@ -66,8 +53,8 @@ class MiniGPT4(nn.Module):
 
     def __init__(
         self,
-        visual_encoder: nn.Module,
-        Qformer: QFormer,
+        visual_encoder: nn.Module | None,
+        Qformer: QFormer | QFormerConfig,
         llama_model: nn.Module,
         llama_tokenizer: Any,
         num_query_token: int = 32,
@@ -79,28 +66,22 @@ class MiniGPT4(nn.Module):
         freeze_qformer: bool = True,
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.visual_encoder = visual_encoder
-        self.ln_vision = LayerNorm(Qformer.config.encoder_width, eps=1e-5)
-        self.Qformer = Qformer
-        self.query_tokens = nn.Parameter(torch.zeros(1, num_query_token, Qformer.config.hidden_size))
-        nn.init.normal_(self.query_tokens, std=0.02)
+        if visual_encoder is None:
+            nn.Module.__init__(self)
+            config, self.frozen_parts, self.vision_trains = Qformer, [], False
+        else:
+            super().__init__(visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype)
+            config = Qformer.config
+        self.num_query_token = num_query_token
         self.llama_model = llama_model
         self.llama_tokenizer = llama_tokenizer
-        self.llama_proj = nn.Linear(Qformer.config.hidden_size, llama_model.config.hidden_size)
+        self.llama_proj = nn.Linear(config.hidden_size, llama_model.config.hidden_size)
         self.prompt_list = list(prompts)
         self.prompt_template = prompt_template
         self.max_txt_len = max_txt_len
         self.end_sym = end_sym
-        self.vit_dtype = vit_dtype
         self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
-        self.frozen_parts: list[nn.Module] = [llama_model]
-        self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
-        self.frozen_parts += [Qformer] if freeze_qformer else []
-        self.query_tokens.requires_grad = not freeze_qformer
-        self.vision_trains = not (freeze_vit and freeze_qformer)
-        for module in self.frozen_parts:
-            module.requires_grad_(False)
+        self.frozen_parts.append(llama_model.requires_grad_(False))
         self.train()
 
     @classmethod
@@ -113,7 +94,11 @@ class MiniGPT4(nn.Module):
 
     @classmethod
     def from_config(
-        cls, cfg: Mapping[str, Any], device: torch.device | None = None, is_sharded: bool = False
+        cls,
+        cfg: Mapping[str, Any],
+        device: torch.device | None = None,
+        is_sharded: bool = False,
+        has_vision: bool = True,
     ) -> "MiniGPT4":
         """Builds the model that the ``model`` section of a configuration describes and loads all its weights.
 
@@ -123,70 +108,38 @@ class MiniGPT4(nn.Module):
             cfg: the section; ``docs`` of each key stand in the README.
             device: where the model goes, which decides the default precision; the best there is by default.
             is_sharded: every rank holds a slice of the LM (``run.parallel: fsdp``).
+            has_vision: without it, batches bring features from a cache in place of images.
 
         Raises:
             UserError: a file is missing or does not fit.
         """
         device = device or devices.pick()
-        hub_json, hub_lm = ("*.index.json", "*.json"), ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
-        llama_folder = weights.locate(cfg.get("llama_model"), "model.llama_model", hub_lm)
+        llama_folder = weights.locate(
+            cfg.get("llama_model"), "model.llama_model", ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
+        )
         check_folder(llama_folder)
-        vit_file = weights.locate(
-            cfg.get("vit_weights", VIT_URL), "model.vit_weights", (*hub_json[:1], "vision_model.*")
-        )
-        q_former_file = weights.locate(
-            cfg.get("q_former_model", Q_FORMER_URL),
-            "model.q_former_model",
-            (*hub_json[:1], "qformer.*", "query_tokens", "vision_model.post_layernorm.*"),
-        )
+        vision_files = locate_vision(cfg) if has_vision else None
         ckpt = weights.locate(cfg["ckpt"], "model.ckpt") if cfg.get("ckpt") else None
         prompts = read_prompts(cfg.get("prompt_path"), cfg.get("prompt_template", ""))
 
-        half = devices.half_dtype(device)
-        computes_float32 = half == torch.float32
-        llm_dtype = devices.DTYPES[cfg["llm_dtype"]] if cfg.get("llm_dtype") else half
-        vit_dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")]
-        freeze_vit, freeze_qformer = cfg.get("freeze_vit", True), cfg.get("freeze_qformer", True)
+        llm_dtype = devices.DTYPES[cfg["llm_dtype"]] if cfg.get("llm_dtype") else devices.half_dtype(device)
         tokenizer = load_tokenizer(llama_folder)
-        prepare = None
-        if cfg.get("low_resource") and is_sharded:
-            raise UserError("model.low_resource and run.parallel: fsdp exclude each other; choose one of the two.")
-        if is_sharded:
-            prepare = partial(shard_language_model, device=device)
-        elif cfg.get("low_resource") and devices.has_int8(device):
-            prepare = to_int8
-            logging.info("model.low_resource: the LM's layers hold 8-bit weights.")
-        elif cfg.get("low_resource"):
-            logging.warning(
-                "model.low_resource: no 8-bit weights on %s; going on in %s.", device.type, str(llm_dtype)[6:]
-            )
-        llama = load_llama(llama_folder, llm_dtype, device, prepare)
+        llama = load_llama(llama_folder, llm_dtype, device, _preparation(cfg, device, is_sharded))
         check_vocabulary(llama, tokenizer, llama_folder)
-        with torch.device("meta"):
-            vit = build_eva_vit(
-                cfg.get("image_size", 224),
-                cfg.get("drop_path_rate", 0.0),
-                cfg.get("use_grad_checkpoint", False) and not freeze_vit,
-                cfg.get("vit_config"),
-            )
-            q_config = QFormerConfig(**{**dict(cfg.get("qformer_config") or {}), "encoder_width": vit.embed_dim})
-            q_former = QFormer(q_config)
+        if cfg.get("llm_grad_checkpoint"):
+            packed.recompute_layers(llama)
         model = cls(
-            vit,
-            q_former,
+            *(build_vision(cfg) if has_vision else (None, q_former_config(cfg))),
             llama,
             tokenizer,
-            num_query_token=cfg.get("num_query_token", 32),
             prompts=prompts,
             prompt_template=cfg.get("prompt_template", ""),
             max_txt_len=cfg.get("max_txt_len", 32),
             end_sym=cfg.get("end_sym", "\n"),
-            freeze_vit=freeze_vit,
-            freeze_qformer=freeze_qformer,
-            vit_dtype=torch.float32 if computes_float32 or not freeze_vit else vit_dtype,
+            **vision_settings(cfg, device),
         )
-        load_vision(model, vit_file, q_former_file)
-        round_vit_weights(vit, vit_dtype if freeze_vit else torch.float32, keep_float32=computes_float32)
+        if vision_files is not None:
+            load(model, vision_files, cfg, device)
         if ckpt is not None:
             model.load_checkpoint(ckpt)
         log_summary(model)
@@ -196,12 +149,12 @@ class MiniGPT4(nn.Module):
         """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not fit."""
         load_trained_part(self, path)
 
-    def train(self, mode: bool = True) -> "MiniGPT4":
-        """Switches the trained parts only; frozen ones stay in eval mode for good."""
-        super().train(mode)
-        for module in self.frozen_parts:
-            module.eval()
-        return self
+    def compile_parts(self) -> None:
+        """Compiles the decoder's layers, for any number of tokens, and the vision side, which always sees one shape."""
+        for layer in self.llama_model.model.layers:
+            layer.compile(dynamic=True)
+        for block in self.visual_encoder.blocks if hasattr(self, "visual_encoder") else ():
+            block.compile()
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The parameters that training changes, by name: what a checkpoint holds."""
@@ -214,18 +167,16 @@ class MiniGPT4(nn.Module):
 
     def encode_img(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, S, S], normalised, to LM inputs [B, Q, L] and their attention mask [B, Q] (int64 ones)."""
-        in_half = self.vit_dtype != torch.float32
-        with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
-            # Without a half precision of its own, the vision side follows the autocast around it.
-            with devices.autocast(image.device, self.vit_dtype) if in_half else nullcontext():
-                image_tokens = self.ln_vision(self.visual_encoder.forward_features(image))  # [B, N, W]
-                queries = self.query_tokens.expand(image.shape[0], -1, -1)
-                query_output = self.Qformer(queries, image_tokens)  # [B, Q, H]
-        embeds = self.llama_proj(query_output.to(self.llama_proj.weight.dtype))
+        embeds = self.project(self.see(image))
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=image.device)
 
+    def project(self, features: Tensor) -> Tensor:
+        """What the Q-Former says [B, Q, H], in any precision, to LM inputs [B, Q, L]."""
+        return self.llama_proj(features.to(self.llama_proj.weight.dtype))
+
     def tokens(self, text: str) -> list[int]:
-        """Ids of a text without begin token."""
+        """Ids of a text without begin token; halves of surrogate pairs, which JSON may hold alone, are read as "?"."""
+        text = text.encode(errors="replace").decode()
         return self.llama_tokenizer(text, add_special_tokens=False).input_ids
 
     def slots(self, text: str) -> list[int]:
@@ -233,7 +184,7 @@ class MiniGPT4(nn.Module):
         first, *rest = text.split(IMAGE_MARK)
         ids = self.tokens(first) if first else []
         for segment in rest:
-            ids += [IMAGE_SLOT] * self.query_tokens.shape[1]
+            ids += [IMAGE_SLOT] * self.num_query_token
             ids += self.tokens(segment) if segment else []
         return ids
 
@@ -279,13 +230,15 @@ class MiniGPT4(nn.Module):
         """The loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, S, S], ``text_input`` (B captions), optionally ``instruction`` (B texts or None).
+            samples: ``image`` [B, 3, S, S] or in its place ``features`` [B, Q, H] from a cache, ``text_input``
+                (B captions), optionally ``instruction`` (B texts or None).
 
         Returns:
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without
             padding), ``num_padded_tokens`` (with) and ``num_targets`` as plain numbers.
         """
-        image_embeds, _ = self.encode_img(samples["image"])
+        features = samples["features"] if "features" in samples else self.see(samples["image"])
+        image_embeds = self.project(features)
         ids, mask, labels = self.pack(samples["text_input"], self.choose_prompts(samples))
         counts = {"num_tokens": int(mask.sum()), "num_padded_tokens": mask.numel()}
         prefix = self._common_prefix(ids)
@@ -299,8 +252,8 @@ class MiniGPT4(nn.Module):
         tokens, slots, where, targets = on_device
         embeds = self.llama_model.get_input_embeddings()(tokens.clamp(min=0))
         embeds = embeds.index_copy(0, slots, image_embeds.flatten(0, 1).to(embeds.dtype))  # [N, L]
-        rows = packed.Rows(mask.sum(1).tolist(), prefix.keys_and_values, embeds.device)
-        hidden = packed.run(self.llama_model, embeds, rows)[where]  # [targets, L]
+        rows = packed.Rows(mask.sum(1).tolist(), where, prefix.keys_and_values, embeds.device)
+        hidden = packed.run(self.llama_model, embeds, rows)  # [targets, L]
         loss = packed.next_token_loss(hidden, self.llama_model.lm_head.weight, targets)
         return {"loss": loss, **counts, "num_targets": len(targets)}
 
@@ -324,20 +277,45 @@ class _Prefix(NamedTuple):
     keys_and_values: list[tuple[Tensor, Tensor]]  # of each layer
 
 
+def _preparation(cfg: Mapping[str, Any], device: torch.device, is_sharded: bool) -> Callable[[nn.Module], None] | None:
+    """What happens to the LM before its weights arrive: slices over ranks, 8 bits, or nothing."""
+    key = "model.low_resource" if cfg.get("low_resource") else "model.llm_precision: int8"
+    is_int8 = cfg.get("low_resource") or cfg.get("llm_precision") == "int8"
+    if is_int8 and is_sharded:
+        raise UserError(f"{key} and run.parallel: fsdp exclude each other; choose one of the two.")
+    if is_sharded:
+        return partial(shard_language_model, device=device)
+    if is_int8 and not devices.has_int8(device):
+        logging.warning("%s: no 8-bit weights on %s; going on in half precision.", key, device.type)
+        return None
+    if is_int8:
+        logging.info("%s: the LM's layers hold 8-bit weights.", key)
+        return to_int8
+    return None
+
+
 def read_prompts(path: str | None, template: str) -> list[str]:
     """Reads the prompt file: its lines with ``<ImageHere>``, each put into the template (stage 2); none without a path.
 
     Raises:
         UserError: the file is missing, no line has the mark, or the template has no ``{}``.
     """
+    try:
+        is_template = not template or template.format("\0").count("\0") == 1
+    except (ValueError, LookupError, AttributeError):
+        is_template = False
+    if not is_template or (path and not template):
+        raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
     if not path:
         return []
     file = weights.locate(path, "model.prompt_path")
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if IMAGE_MARK in line]
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.prompt_path: {file} cannot be read as UTF-8 text ({error}).") from error
+    lines = [line for line in text.splitlines() if IMAGE_MARK in line]
     if not lines:
         raise UserError(f"model.prompt_path: no line of {file} contains {IMAGE_MARK}; each prompt needs it once.")
     if twice := [line for line in lines if line.count(IMAGE_MARK) > 1]:
         raise UserError(f"model.prompt_path: a line of {file} has {IMAGE_MARK} more than once: '{twice[0][:80]}'.")
-    if template.count("{}") != 1:
-        raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
     return [template.format(line) for line in lines]

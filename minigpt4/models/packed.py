@@ -8,12 +8,13 @@ Shapes: B rows, T tokens of the longest, N tokens of all, P tokens of the prefix
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.utils.checkpoint import checkpoint
 
 ATTENTION = "rows"  # the name under which transformers finds ``_attention``
 
@@ -24,11 +25,13 @@ class Rows:
 
     Args:
         lengths: tokens of each row.
+        wanted: numbers, among all tokens, of those whose last hidden state is asked for, int64 [n].
         prefix: keys and values [1, H, P, D] of each layer for what stands before every row.
         device: of the tokens.
     """
 
     lengths: list[int]
+    wanted: Tensor
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     device: torch.device | str = "cpu"
 
@@ -38,24 +41,28 @@ class Rows:
         starts = (row * self.longest + torch.arange(length) for row, length in enumerate(self.lengths))
         self.places = torch.cat(list(starts)).to(self.device, non_blocking=True)  # [N] in the flat grid
 
+        # bool [T, P + T]; without a prefix, attention needs none
+        self.mask = torch.ones(self.longest, self.prefix_length + self.longest, dtype=torch.bool, device=self.device)
+        self.mask = self.mask.tril(self.prefix_length) if self.prefix else None
+
     @property
     def positions(self) -> Tensor:
         """Position of each token in its row, prefix included, int64 [1, N]."""
         return (self.places % self.longest + self.prefix_length).unsqueeze(0)
 
-    def spread(self, packed: Tensor) -> Tensor:
-        """[1, H, N, D] to the grid [B, H, T, D]; what stands in the padding is zero."""
+    def spread(self, packed: Tensor, places: Tensor) -> Tensor:
+        """[1, H, N, D] to the grid [B, H, T, D]; where no token stands it is zero."""
         grid = packed.new_zeros(len(self.lengths) * self.longest, packed.shape[1], packed.shape[3])
-        grid = grid.index_copy(0, self.places, packed[0].transpose(0, 1))
+        grid = grid.index_copy(0, places, packed[0].transpose(0, 1))
         return grid.unflatten(0, (len(self.lengths), self.longest)).transpose(1, 2)
 
-    def gather(self, grid: Tensor) -> Tensor:
+    def gather(self, grid: Tensor, places: Tensor) -> Tensor:
         """[B, H, T, D] to [1, N, H, D]."""
-        return grid.transpose(1, 2).flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+        return grid.transpose(1, 2).flatten(0, 1).index_select(0, places).unsqueeze(0)
 
 
 def run(llama: nn.Module, embeds: Tensor, rows: Rows) -> Tensor:
-    """The decoder's last hidden state [N, L] for packed inputs [N, L]."""
+    """The decoder's last hidden states [n, L] of the wanted ones among packed inputs [N, L]."""
     no_mask = embeds.new_empty(1, 1, 1, 1)  # of four dimensions, so that transformers makes none
     output = llama.model(
         inputs_embeds=embeds.unsqueeze(0),
@@ -64,7 +71,8 @@ def run(llama: nn.Module, embeds: Tensor, rows: Rows) -> Tensor:
         use_cache=False,
         rows=rows,
     )
-    return output.last_hidden_state[0]
+    hidden = output.last_hidden_state[0]
+    return hidden if len(hidden) == len(rows.wanted) else hidden[rows.wanted]
 
 
 @torch.inference_mode(False)  # they may be used in training later
@@ -93,17 +101,19 @@ def _attention(
 
     if rows is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    query, key, value = map(rows.spread, (query, key, value))
+    # The last layer asks for the wanted tokens alone.
+    places = rows.places if query.shape[2] == key.shape[2] else rows.places[rows.wanted]
+    query, key, value = rows.spread(query, places), rows.spread(key, rows.places), rows.spread(value, rows.places)
     mask = None
     if rows.prefix:
         before = [part.expand(len(rows.lengths), -1, -1, -1) for part in rows.prefix[module.layer_idx]]
         key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
-        mask = causal_lower_right(query.shape[2], key.shape[2])
+        mask = rows.mask
     is_grouped = query.shape[1] != key.shape[1]
     mixed = scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=is_grouped
     )
-    return rows.gather(mixed), None
+    return rows.gather(mixed, places), None
 
 
 def register() -> None:
@@ -173,8 +183,35 @@ class _Gate(torch.autograd.Function):
         return of_gate, gradient * silu(gate)
 
 
+def _last_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    rows: Rows | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """A Llama layer after which only the wanted tokens go on: [1, N, L] to [1, n, L]; all of them without rows."""
+    if rows is None:
+        return type(layer).forward(layer, hidden, position_embeddings=position_embeddings, **kwargs)
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    wanted = normed.index_select(1, rows.wanted)
+    query, key, value = (
+        linear(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for linear, x in ((attention.q_proj, wanted), (attention.k_proj, normed), (attention.v_proj, normed))
+    )
+    cos, sin = position_embeddings
+    key = apply_rotary_pos_emb(key, key, cos, sin)[1]
+    cos, sin = cos.index_select(1, rows.wanted), sin.index_select(1, rows.wanted)
+    query = apply_rotary_pos_emb(query, query, cos, sin)[0]
+    mixed, _ = _attention(attention, query, key, value, None, attention.scaling, rows)
+    hidden = hidden.index_select(1, rows.wanted) + attention.o_proj(mixed.flatten(2))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
 def slim(llama: nn.Module) -> None:
-    """Replaces a built Llama's norms and MLPs by ones that keep less; names of parameters and values stay."""
+    """Lets a built Llama compute and keep less in training; names of parameters and values stay."""
     for layer in llama.model.layers:
         if getattr(llama.config, "hidden_act", "") == "silu":
             layer.mlp = GatedMLP(layer.mlp)
@@ -184,3 +221,12 @@ def slim(llama: nn.Module) -> None:
                 norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, device=child.weight.device)
                 norm.weight = child.weight
                 setattr(module, name, norm)
+    last = llama.model.layers[-1]
+    if type(last).__name__ == "LlamaDecoderLayer":
+        last.forward = partial(_last_layer, last)
+
+
+def recompute_layers(llama: nn.Module) -> None:
+    """Lets every layer keep its input alone for the backward pass and compute the rest again: less memory, slower."""
+    for layer in llama.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

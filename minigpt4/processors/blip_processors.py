@@ -1,60 +1,111 @@
 """The processors of BLIP-2 that MiniGPT-4 uses."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import sqrt
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
-from torchvision.transforms.functional import InterpolationMode
 
 from minigpt4.common.registry import registry
+from minigpt4.processors.pictures import Pictures, resizes_alike
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class _ImageProcessor:
-    """PIL RGB image to float32 [3, S, S], normalised with ``mean`` and ``std`` per channel."""
+    """PIL RGB image to float32 [3, S, S], normalised per channel.
+
+    Called with an image it does everything at once. For training, ``crop`` and ``pack`` do a loader worker's part and
+    ``Pictures.on`` the device's; the numbers are the same.
+
+    Args:
+        image_size: S.
+        mean, std: of each channel, from 0 to 1.
+        draft: JPEGs far larger than S are decoded at 1/2, 1/4 or 1/8 of their size: faster, other pixels and crops.
+    """
 
     def __init__(
-        self, resize: Any, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+        self,
+        image_size: int = 224,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        draft: bool = False,
     ) -> None:
-        self.transform = transforms.Compose(
-            [resize, transforms.ToTensor(), transforms.Normalize(mean or MEAN, std or STD)]
-        )
+        self.image_size = image_size
+        self.mean, self.std = tuple(mean or MEAN), tuple(std or STD)
+        self.draft = draft
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Processes one image."""
-        return self.transform(image)
+        return self.pack([self.crop(image)]).on("cpu")[0]
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The part of an image that is used, resized unless the device could do that as well."""
+        part = self.part(image)
+        return part if resizes_alike(part.height, part.width, self.image_size) else self._resize(part)
+
+    def part(self, image: Image.Image) -> Image.Image:
+        """The part of an image that is used, in its own size."""
+        raise NotImplementedError
+
+    def smallest_side(self, width: int, height: int) -> float:
+        """The shortest side that ``part`` can have of an image of this size, in pixels."""
+        raise NotImplementedError
+
+    def pack(self, crops: Sequence[Image.Image], resizes_later: bool = False) -> Pictures:
+        """A batch for the device, of what ``crop`` gave; resized there with ``resizes_later``, else here."""
+        images = crops if resizes_later else [self._resize(crop) for crop in crops]
+        return Pictures.pack(images, self.image_size, self.mean, self.std)
+
+    def draft_size(self, width: int, height: int) -> tuple[int, int]:
+        """The width and height that a JPEG of this size must keep, so that no part of it has to be enlarged."""
+        shrink = self.image_size / self.smallest_side(width, height) if self.draft else 1.0
+        return int(width * shrink), int(height * shrink)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any] | None = None) -> "_ImageProcessor":
+        """From the constructor's arguments by name, all optional."""
+        return cls(**_arguments(cfg))
 
 
 @registry.register_processor("blip2_image_train")
 class Blip2ImageTrainProcessor(_ImageProcessor):
     """A random crop of ``min_scale`` to ``max_scale`` of the area, resized bicubically. Uses torch's random state."""
 
-    def __init__(self, image_size: int = 224, min_scale: float = 0.5, max_scale: float = 1.0, **stats: Any) -> None:
-        scale, mode = (min_scale, max_scale), InterpolationMode.BICUBIC
-        super().__init__(transforms.RandomResizedCrop(image_size, scale=scale, interpolation=mode), **stats)
+    RATIO = (3 / 4, 4 / 3)
 
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | None = None) -> "Blip2ImageTrainProcessor":
-        """From ``image_size``, ``min_scale``, ``max_scale``, ``mean`` and ``std``, all optional."""
-        return cls(**_arguments(cfg))
+    def __init__(self, image_size: int = 224, min_scale: float = 0.5, max_scale: float = 1.0, **settings: Any) -> None:
+        super().__init__(image_size, **settings)
+        self.scale = min_scale, max_scale
+
+    def part(self, image: Image.Image) -> Image.Image:
+        """A random rectangle, by torchvision's draws."""
+        top, left, height, width = transforms.RandomResizedCrop.get_params(image, self.scale, self.RATIO)
+        return image.crop((left, top, left + width, top + height))
+
+    def smallest_side(self, width: int, height: int) -> float:
+        """That of the smallest and most oblong rectangle, or of the one that torchvision takes where none fits."""
+        return min(width, height, sqrt(self.scale[0] * self.RATIO[0] * width * height))
 
 
 @registry.register_processor("blip2_image_eval")
 class Blip2ImageEvalProcessor(_ImageProcessor):
     """The whole picture, resized bicubically to a square."""
 
-    def __init__(self, image_size: int = 224, **stats: Any) -> None:
-        super().__init__(transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC), **stats)
+    def part(self, image: Image.Image) -> Image.Image:
+        """All of it."""
+        return image
 
-    @classmethod
-    def from_config(cls, cfg: Mapping[str, Any] | None = None) -> "Blip2ImageEvalProcessor":
-        """From ``image_size``, ``mean`` and ``std``, all optional."""
-        return cls(**_arguments(cfg))
+    def smallest_side(self, width: int, height: int) -> float:
+        """The picture's own."""
+        return min(width, height)
 
 
 @registry.register_processor("blip_caption")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from minigpt4.common import weights
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 
 BEST = "checkpoint_best.pth"
 _UNFINISHED = ".tmp"
@@ -40,7 +40,7 @@ def write(content: dict[str, Any], path: Path) -> None:
         cause = str(error.__cause__ or error).strip().split("\n")[0][:160]
         raise UserError(
             f"run.output_dir: {path} cannot be written ({cause}); earlier checkpoints are as they were. Make room, or "
-            "set run.keep_last, then go on with run.resume: auto."
+            "set run.keep_last, then go on with run.resume: auto." + see("disk-full")
         ) from error
 
 
@@ -57,8 +57,9 @@ def newest(output_dir: Path) -> Path | None:
             except UserError as error:
                 logging.warning("Passing over a damaged checkpoint. %s", error)
                 continue
-            if "optimizer" in content and "state" in content:
-                found.append((content["state"]["step"], path.stat().st_mtime_ns, path))
+            state = content.get("state")
+            if "optimizer" in content and isinstance(state, dict) and isinstance(state.get("step"), int):
+                found.append((state["step"], path.stat().st_mtime_ns, path))
             else:
                 logging.warning("Passing over %s, which holds weights alone.", path)
     for _, _, path in sorted(found, reverse=True):

@@ -117,8 +117,12 @@ class EpochProgress:
         self._bar.close()
         self._redirect.__exit__(None, None, None)
 
-    def add(self, i: int, step: int, output: dict[str, Any], batch: dict[str, Any], lr: float, waited: float) -> None:
-        """Takes in iteration ``i`` of the epoch, global step ``step``; ``waited``: its seconds without data."""
+    def add(self, i: int, step: int, output: dict[str, Any], batch: dict[str, Any], lr: float, waited: float) -> bool:
+        """Takes in iteration ``i`` of the epoch, global step ``step``; ``waited``: its seconds without data.
+
+        Returns:
+            Whether this one was reported, for which the device was waited for.
+        """
         loss = output["loss"].detach()
         finite = torch.where(loss.isfinite(), loss, 0.0)
         self._loss_sum += finite
@@ -133,8 +137,10 @@ class EpochProgress:
         self._window["waited"] += waited
         self.skipped.setdefault(batch.get("source", "data"), Counter()).update(batch.get("skipped", {}))
         self._bar.update()
-        if i % self.log_freq == 0 or i + 1 == self.num_iters:
+        is_reported = i % self.log_freq == 0 or i + 1 == self.num_iters
+        if is_reported:
             self._report(i, step, lr)
+        return is_reported
 
     def _report(self, i: int, step: int, lr: float) -> None:
         loss = dist_utils.all_sum(self._window_loss).item() / dist_utils.get_world_size()

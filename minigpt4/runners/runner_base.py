@@ -15,11 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils, weights
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 from minigpt4.common.optims import parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader, validation_batches
 from minigpt4.models.parallel import replicate
+from minigpt4.processors.pictures import Pictures
 from minigpt4.runners import checkpoints
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.stop import StopRequest
@@ -63,13 +64,18 @@ class RunnerBase:
         self.amp_dtype = self._amp_dtype()
         self.scaler = devices.make_scaler(self.device, self.amp_dtype)
         self.state = TrainState()
-        self._bad_losses: torch.Tensor | int = 0  # in the present accumulation group, kept on the device
+        # Counts that stay on the device, so that no step waits to read them: losses that are not finite in the present
+        # accumulation group; updates left out because of them, in all and in a row.
+        self._bad_losses, self._left_out, self._in_a_row = torch.zeros(3, device=self.device)
         self.max_epoch = int(self.run_cfg.get("max_epoch", 1))
         self.iters_per_epoch = self._iters_per_epoch()
         self.accum_grad_iters = int(self.run_cfg.get("accum_grad_iters", 1))
         init_lr = float(self.run_cfg.get("init_lr", 1e-4))
         groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
-        self.optimizer = torch.optim.AdamW(groups, lr=init_lr, betas=(0.9, self.run_cfg.get("beta2", 0.999)))
+        beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
+        self.optimizer = torch.optim.AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
+        if self.run_cfg.get("compile"):
+            model.compile_parts()
         self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
             optimizer=self.optimizer,
             max_epoch=self.max_epoch,
@@ -184,6 +190,7 @@ class RunnerBase:
             num_workers=int(self.run_cfg.get("num_workers", 0)),
             seed=int(self.run_cfg.get("seed", 42)),
             pin_memory=devices.pins_memory(self.device),
+            resizes_later=self._resizes_on_device,
         )
 
     def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
@@ -207,7 +214,8 @@ class RunnerBase:
                 output = self.train_step(batch, is_update=(i + 1) % self.accum_grad_iters == 0)
                 state.step += 1
                 state.iteration += 1
-                self.progress.add(i, state.step - 1, output, batch, lr, waited)
+                if self.progress.add(i, state.step - 1, output, batch, lr, waited):
+                    self._check_finite()
                 is_stopped = stop is not None and stop.is_agreed()
                 if is_stopped or (save_every and state.step % save_every == 0):
                     self.save_checkpoint(f"checkpoint_step_{state.step}.pth", loader)
@@ -225,49 +233,59 @@ class RunnerBase:
                 output = self.task.train_step(self.wrapped_model, self._to_device(batch))
             loss = output["loss"] / self.accum_grad_iters
             (self.scaler.scale(loss) if self.scaler else loss).backward()
-        self._bad_losses = self._bad_losses + (~output["loss"].detach().isfinite()).float()
+        self._bad_losses += ~output["loss"].detach().isfinite()
         if is_update:
             self._update()
         return output
 
     def _update(self) -> None:
-        """Clips, checks and applies the gradients; a group with a loss that is not finite is left out on all ranks."""
-        is_bad = dist_utils.all_sum(self._bad_losses).item() > 0
-        self._bad_losses = 0
+        """Clips and applies the gradients; a group with a loss that is not finite is left out on all ranks."""
+        is_bad = (dist_utils.all_sum(self._bad_losses) > 0).float()
+        self._left_out += is_bad
+        self._in_a_row += 1
+        self._in_a_row *= is_bad
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         if self.run_cfg.get("clip_grad_norm"):
             nn.utils.clip_grad_norm_(self.trained, float(self.run_cfg.clip_grad_norm))
-        if is_bad:
-            self._count_nonfinite()
-        elif self.scaler:
-            self.scaler.step(self.optimizer)
-            self.state.num_nonfinite_in_a_row = 0
-        else:
+        if self.scaler is None and self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = is_bad  # the fused kernel leaves the update out by itself
             self.optimizer.step()
-            self.state.num_nonfinite_in_a_row = 0
+        elif not is_bad.item():
+            self.scaler.step(self.optimizer) if self.scaler else self.optimizer.step()
         if self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad()
+        self._bad_losses.zero_()
 
-    def _count_nonfinite(self) -> None:
+    def _check_finite(self) -> None:
+        """Tells of updates left out since the last time; raises UserError where there are too many in a row."""
         state, limit = self.state, int(self.run_cfg.get("max_nonfinite", 20))
-        state.num_nonfinite += 1
-        state.num_nonfinite_in_a_row += 1
-        logging.warning(
-            "Step %d: the loss is not finite; update left out (%d so far).", state.step, state.num_nonfinite
-        )
-        if state.num_nonfinite_in_a_row >= limit:
+        total, in_a_row = map(int, torch.stack([self._left_out, self._in_a_row]).tolist())
+        if total > state.num_nonfinite:
+            logging.warning(
+                "Step %d: %d updates left out because the loss was not finite (%d so far).",
+                *(state.step, total - state.num_nonfinite, total),
+            )
+        state.num_nonfinite, state.num_nonfinite_in_a_row = total, in_a_row
+        if in_a_row >= limit:
             raise UserError(
-                f"The loss was not finite {limit} updates in a row (run.max_nonfinite), the last at step {state.step}. "
-                "Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision also does this."
+                f"The loss was not finite {in_a_row} updates in a row (run.max_nonfinite is {limit}), the last at step "
+                f"{state.step}. Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision "
+                "also does this." + see("nan")
             )
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        def move(value: Any) -> Any:
+            if isinstance(value, Pictures):
+                return value.on(self.device)
+            return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        return {name: move(value) for name, value in batch.items()}
+
+    @property
+    def _resizes_on_device(self) -> bool:
+        return bool(self.run_cfg.get("resize_on_device", False))
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss per target token of every validation and test split, over all ranks."""
@@ -295,6 +313,7 @@ class RunnerBase:
                 int(self.run_cfg.get("num_workers", 0)),
                 int(self.run_cfg.get("seed", 42)),
                 pin_memory=devices.pins_memory(self.device),
+                resizes_later=self._resizes_on_device,
             )
             is_sharded = self.run_cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
             counted = dist_utils.in_step(batches) if is_sharded else ((batch, True) for batch in batches)
@@ -320,6 +339,7 @@ class RunnerBase:
         ]
         is_best = bool(valid_losses) and sum(valid_losses) < self.state.best_loss
         self.state.best_loss = sum(valid_losses) if is_best else self.state.best_loss
+        self._check_finite()
         rank_state = {
             "random": devices.random_state(self.device),
             "data": loader.state_dict(),
@@ -334,7 +354,7 @@ class RunnerBase:
             "state": asdict(self.state),
             "ranks": dist_utils.gather(rank_state),
             "gradients": self._waiting_gradients(),
-            "bad_losses": float(dist_utils.all_sum(torch.as_tensor(self._bad_losses, device=self.device) * 1.0)),
+            "bad_losses": dist_utils.all_sum(self._bad_losses.clone()).item(),
         }
 
         def write() -> None:
@@ -359,11 +379,24 @@ class RunnerBase:
         Raises:
             UserError: the file is damaged, of another model, or weights alone.
         """
+        try:
+            self._take_up(path, loader)
+        except UserError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{RESUME_KEY}: {path} cannot be gone on from ({type(error).__name__}: {error}); it is damaged or of "
+                "another version. To start from its weights set model.ckpt instead."
+            ) from error
+
+    def _take_up(self, path: Path, loader: TrainLoader | None) -> None:
         content = weights.read_file(path, RESUME_KEY)
         if "optimizer" not in content or "epoch" not in content:
             raise UserError(f"{RESUME_KEY}: {path} holds weights alone; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
         try:
+            for group in content["optimizer"]["param_groups"]:  # which kernel computes is this run's affair
+                group |= {"fused": self.optimizer.defaults["fused"], "foreach": None}
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError) as error:
             raise UserError(f"{RESUME_KEY}: the optimizer in {path} is of another model ({error}).") from error
@@ -373,7 +406,9 @@ class RunnerBase:
         self.state = TrainState(**(content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch}))
         for parameter, gradient in zip(self.trained, content.get("gradients") or [], strict=False):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        self._bad_losses = content.get("bad_losses", 0) / dist_utils.get_world_size()
+        self._bad_losses.fill_(content.get("bad_losses", 0) / dist_utils.get_world_size())
+        self._left_out.fill_(self.state.num_nonfinite)
+        self._in_a_row.fill_(self.state.num_nonfinite_in_a_row)
         ranks = content.get("ranks") or []
         if ranks:
             self.progress.load_state_dict([rank["progress"] for rank in ranks])

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.utils import parse_json
 from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat
 from minigpt4.conversation.generation import GenerationOptions
 
@@ -57,10 +58,7 @@ def _read_rows(path: Path, question: str) -> Iterator[Question]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"--batch: line {number} of {path} is not JSON ({error}).") from error
+        row = parse_json(line, f"--batch: line {number} of {path}")
         if not isinstance(row, dict) or not isinstance(row.get("image"), str):
             raise UserError(f'--batch: line {number} of {path} is no row such as {{"image": "a.jpg"}}.')
         yield Question(str(path.parent / row["image"]), str(row.get("question", question)))
@@ -86,11 +84,17 @@ def answer_batch(chat: Chat, questions: list[Question], out: Path, options: Gene
     with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(done), unit="img") as bar:
         for start in range(len(done), len(questions), size):
             rows = _answer(chat, questions[start : start + size], options)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write("".join(map(_line, rows)))
             file.flush()
             num_errors += sum("error" in row for row in rows)
             bar.update(len(rows))
     return num_errors
+
+
+def _line(row: dict[str, Any]) -> str:
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    # The name of a file need not be UTF-8, and a question may hold half a surrogate pair: these are escaped.
+    return line if line.isascii() or line.encode(errors="replace").decode() == line else json.dumps(row) + "\n"
 
 
 def _rows_done(out: Path, questions: list[Question]) -> list[dict[str, Any]]:
@@ -104,7 +108,7 @@ def _rows_done(out: Path, questions: list[Question]) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
         found = [(row["image"], row["question"]) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise mistake from error
     if found != [(question.image, question.text) for question in questions[: len(found)]]:
         raise mistake

@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.weights import locate, read_file
+from minigpt4.common.utils import parse_json
+from minigpt4.common.weights import check_tensors, locate, read_file, shards
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2 * 10**9  # of one written file, which is put together in memory
@@ -80,8 +81,7 @@ class WeightFolder:
     def _shapes_in(self, file: Path) -> dict[str, tuple[int, ...]]:
         if file.suffix != ".safetensors":
             content = read_file(file, self.key)
-            if strangers := [name for name, value in content.items() if not isinstance(value, Tensor)]:
-                raise UserError(f"{self.key}: {file} holds '{strangers[0]}', which is no tensor.")
+            check_tensors(content, file, self.key)
             return {name: tuple(value.shape) for name, value in content.items()}
         try:
             with safe_open(file, framework="pt") as content:
@@ -93,16 +93,7 @@ class WeightFolder:
         for single in ("model.safetensors", "pytorch_model.bin"):
             index = f"{single}.index.json"
             if (self.folder / index).is_file():
-                weight_map = self._read_json(index).get("weight_map")
-                if not isinstance(weight_map, dict) or not weight_map:
-                    raise UserError(f"{self.key}: {self.folder / index} has no weight_map; copy it again.")
-                names = sorted(set(map(str, weight_map.values())))
-                if lacking := [name for name in names if not (self.folder / name).is_file()]:
-                    raise UserError(
-                        f"{self.key}: {self.folder} lacks {len(lacking)} of {len(names)} files that {index} names "
-                        f"(first: {lacking[0]}); finish the download."
-                    )
-                return [self.folder / name for name in names]
+                return shards(self.folder / index, self.key)
             if (self.folder / single).is_file():
                 return [self.folder / single]
         raise UserError(
@@ -112,11 +103,10 @@ class WeightFolder:
 
     def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            content = json.loads((self.folder / name).read_text(encoding="utf-8"))
+            text = (self.folder / name).read_bytes()
         except OSError as error:
             raise UserError(f"{self.key}: {self.folder} has no readable {name}; give a Hugging Face folder.") from error
-        except ValueError as error:
-            raise UserError(f"{self.key}: {self.folder / name} is no valid JSON ({error}); copy it again.") from error
+        content = parse_json(text, f"{self.key}: {self.folder / name}")
         if not isinstance(content, dict):
             raise UserError(f"{self.key}: {self.folder / name} is no JSON object; copy it again.")
         return content

@@ -1,16 +1,18 @@
 """Image files and their texts, listed beforehand: cc_sbu_align and one's own pictures."""
 
 import itertools
-import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.utils import IMAGE_MARK, parse_json, read_plain_file
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -19,7 +21,8 @@ from minigpt4.datasets.datasets.sample import (
     SkipSample,
     TextProcessor,
     check_caption,
-    decode_image,
+    file_identity,
+    prepare_image,
 )
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
@@ -34,20 +37,73 @@ class Pair:
     instruction: str | None = None
 
 
-class PairDataset:
-    """Pairs that can be indexed.
+class ListedDataset:
+    """Samples that can be indexed; subclasses give ``__len__``, ``__getitem__`` and ``first_place``.
+
+    Args:
+        name: of the data set, for seeds and messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def endless(self, place: Place) -> Iterator[Sample]:
+        """Samples for ever, each once a pass in a fresh order, from the place's first sample on.
+
+        What stands at a position of the run depends on the seed alone, not on the number of workers or ranks.
+        """
+        for batch in itertools.count(place.turn, place.num_workers):
+            for row in range(place.batch_size):
+                position = (batch * place.world_size + place.rank) * place.batch_size + row
+                yield self._sample_at(place.first_sample + position, place)
+
+    def _sample_at(self, position: int, place: Place) -> Sample:
+        """The sample of a position; one that cannot be used gives way to another drawn one."""
+        passes, within = divmod(position, len(self))
+        index = int(self._order(passes, place)[within])
+        with local_seed(place.sub_seed(self.name, "sample", position)):
+            for _ in range(MAX_BAD_IN_A_ROW):
+                try:
+                    return self[index]
+                except SkipSample as skip:
+                    place.skipped[str(skip)] += 1
+                    index = int(torch.randint(len(self), ()))
+        kinds = ", ".join(f"{count} × {kind}" for kind, count in place.skipped.items())
+        told = f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.first_place}."
+        raise UserError(told + see("silent-data-failure"))
+
+    def _order(self, passes: int, place: Place) -> torch.Tensor:
+        if getattr(self, "_cached_pass", None) != (passes, place.seed):
+            generator = torch.Generator().manual_seed(place.sub_seed(self.name, "order", passes))
+            self._cached_order = torch.randperm(len(self), generator=generator)
+            self._cached_pass = (passes, place.seed)
+        return self._cached_order
+
+    def once(self, place: Place) -> Iterator[Sample]:
+        """This part's share of all samples, in order, each once; what cannot be used is counted."""
+        for index in range(place.index, len(self), place.count):
+            try:
+                yield self[index]
+            except SkipSample as skip:
+                place.skipped[str(skip)] += 1
+
+
+class PairDataset(ListedDataset):
+    """Image files and their captions.
 
     Args:
         name: of the data set, for seeds and messages.
         pairs: all of them.
-        vis_processor: RGB image to tensor [3, S, S].
+        vis_processor: an image processor, or a function from RGB image to tensor [3, S, S].
         text_processor: caption to caption.
     """
+
+    PART = 1024  # pairs whose features stand in one file of a cache
 
     def __init__(
         self, name: str, pairs: Sequence[Pair], vis_processor: ImageProcessor, text_processor: TextProcessor = str
     ) -> None:
-        self.name = name
+        super().__init__(name)
         self.pairs = list(pairs)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -58,54 +114,37 @@ class PairDataset:
     def __getitem__(self, index: int) -> Sample:
         """Reads and processes one pair; raises SkipSample where the file is missing or damaged."""
         pair = self.pairs[index]
+        caption = check_caption(pair.caption)
         try:
-            data = pair.image.read_bytes()
-        except OSError as error:
+            data = read_plain_file(pair.image)
+        except FileNotFoundError as error:
             raise SkipSample("missing image file") from error
+        except OSError as error:
+            raise SkipSample("unreadable image") from error
         return {
-            "image": self.vis_processor(decode_image(data)),
-            "text_input": self.text_processor(check_caption(pair.caption)),
+            "image": prepare_image(data, self.vis_processor),
+            "text_input": self.text_processor(caption),
             "instruction": pair.instruction,
         }
 
-    def endless(self, place: Place) -> Iterator[Sample]:
-        """Samples for ever, each pair once a pass in a fresh order, from the place's first sample on.
+    @property
+    def first_place(self) -> str:
+        """Where the first sample is, for messages."""
+        return str(self.pairs[0].image)
 
-        What stands at a position of the run depends on the seed alone, not on the number of workers or ranks.
-        """
-        for batch in itertools.count(place.turn, place.num_workers):
-            for row in range(place.batch_size):
-                position = (batch * place.world_size + place.rank) * place.batch_size + row
-                yield self._sample_at(place.first_sample + position, place)
+    @property
+    def num_parts(self) -> int:
+        """Files of a feature cache."""
+        return -(-len(self) // self.PART)
 
-    def _sample_at(self, position: int, place: Place) -> Sample:
-        """The sample of a position; a pair that cannot be used gives way to another drawn one."""
-        passes, within = divmod(position, len(self))
-        index = self._order(passes, place)[within]
-        with local_seed(place.sub_seed(self.name, "sample", position)):
-            for _ in range(MAX_BAD_IN_A_ROW):
-                try:
-                    return self[index]
-                except SkipSample as skip:
-                    place.skipped[str(skip)] += 1
-                    index = int(torch.randint(len(self), ()))
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in place.skipped.items())
-        raise UserError(f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.pairs[0].image}.")
+    def samples_of(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
+        """Functions that read and process the samples of a part, one each."""
+        for index in range(part * self.PART, min(len(self), (part + 1) * self.PART)):
+            yield partial(self.__getitem__, index)
 
-    def _order(self, passes: int, place: Place) -> list[int]:
-        if getattr(self, "_cached_pass", None) != (passes, place.seed):
-            generator = torch.Generator().manual_seed(place.sub_seed(self.name, "order", passes))
-            self._cached_order = torch.randperm(len(self), generator=generator).tolist()
-            self._cached_pass = (passes, place.seed)
-        return self._cached_order
-
-    def once(self, place: Place) -> Iterator[Sample]:
-        """This part's share of all pairs, in order, each once; what cannot be used is counted."""
-        for index in range(place.index, len(self), place.count):
-            try:
-                yield self[index]
-            except SkipSample as skip:
-                place.skipped[str(skip)] += 1
+    def identity(self) -> list[Any]:
+        """What a cache of this data set holds on to: files with their sizes and times, and texts."""
+        return [[*file_identity(pair.image), pair.caption, pair.instruction] for pair in self.pairs]
 
 
 def read_align_folder(folder: Path, key: str) -> list[Pair]:
@@ -119,7 +158,7 @@ def read_align_folder(folder: Path, key: str) -> list[Pair]:
         raise UserError(
             f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ with ID.jpg files."
         )
-    content = _parse(file.read_bytes(), f"{key}: {file}")
+    content = parse_json(file.read_bytes(), f"{key}: {file}")
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not annotations:
         raise UserError(
@@ -169,24 +208,20 @@ def _read_jsonl(file: Path, key: str) -> list[Pair]:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        row = _parse(line, f"{key}: line {number} of {file}")
+        row = parse_json(line, f"{key}: line {number} of {file}")
         texts = [row.get(name) for name in ("image", "caption")] if isinstance(row, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{key}: line {number} of {file} is {str(row)[:80]}; expected image and caption as texts.")
         instruction = row.get("instruction")
-        if instruction is not None and not isinstance(instruction, str):
-            raise UserError(f"{key}: instruction in line {number} of {file} is {instruction!r}; expected a text.")
+        if instruction is not None and (not isinstance(instruction, str) or IMAGE_MARK in instruction):
+            text = str(instruction)[:80]
+            raise UserError(
+                f"{key}: instruction in line {number} of {file} is '{text}'; expected a text without {IMAGE_MARK}."
+            )
         pairs.append(Pair(file.parent / texts[0], texts[1], instruction))
     if not pairs:
         raise UserError(f"{key}: {file} is empty; expected a row an image.")
     return pairs
-
-
-def _parse(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{where} is no valid JSON ({error}).") from error
 
 
 def _refuse_outside(name: str, where: str) -> None:

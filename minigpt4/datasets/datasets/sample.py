@@ -1,19 +1,22 @@
 """What both kinds of data set share: the place of a reader, one sample, and why a sample is skipped."""
 
-import io
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from minigpt4.common.utils import open_picture
+
 ImageProcessor = Callable[[Image.Image], Any]
 TextProcessor = Callable[[str], str]
-Sample = dict[str, Any]  # image: tensor [3, S, S]; text_input: str; instruction: str or None
+Sample = dict[str, Any]  # image: what prepare_image gives; text_input: str; instruction: str or None
 
+MAX_CAPTION = 100_000  # characters; all but max_txt_len tokens are cut off, but only after all were made
 MAX_BAD_IN_A_ROW = 1000  # a source without a single usable sample among so many is a mistake, not bad luck
 
 
@@ -61,20 +64,50 @@ class Place:
         return zlib.crc32(repr((self.seed, *names)).encode())
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Bytes of a JPEG, PNG or WebP to an RGB image; raises SkipSample for whatever is not one."""
+def prepare_image(data: bytes, processor: ImageProcessor) -> Any:
+    """Decodes an image and cuts what training takes: a PIL image, for the processor's ``pack`` to make batches of.
+
+    A processor of one's own that is a plain function gives the model's tensor [3, S, S], which stays as it is.
+
+    Raises:
+        SkipSample: the bytes are no image that can be used.
+    """
+    crop = getattr(processor, "crop", processor)
+    return crop(decode_image(data, getattr(processor, "draft_size", None)))
+
+
+def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
+    """Bytes of a JPEG, PNG or WebP to an RGB image; raises SkipSample for whatever is not one.
+
+    JPEGs may come out at 1/2, 1/4 or 1/8 of their width and height, not below what ``draft_size`` gives for them.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            image = open_picture(data)
+            if draft_size and (size := draft_size(*image.size)) != image.size:
+                image.draft("RGB", size)
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy what is RGB
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SkipSample("image too large") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # each of Pillow's decoders has exceptions of its own
         raise SkipSample("unreadable image") from error
+
+
+def file_identity(path: Path | str) -> list[Any]:
+    """Name, size and time of a file, as far as it is one here."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns]
 
 
 def check_caption(caption: Any) -> str:
     """Returns a caption that is text; raises SkipSample for anything else."""
     if not isinstance(caption, str) or not caption.strip():
         raise SkipSample("no caption")
+    if len(caption) > MAX_CAPTION:
+        raise SkipSample("caption too long")
     return caption

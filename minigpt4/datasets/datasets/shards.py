@@ -1,6 +1,5 @@
 """Shards of img2dataset in the webdataset form: laion and cc_sbu of stage 1."""
 
-import glob
 import itertools
 import json
 import logging
@@ -8,14 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import braceexpand
-from webdataset.tariterators import tarfile_samples
+from webdataset.tariterators import group_by_keys
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import UserError, see
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -24,8 +22,10 @@ from minigpt4.datasets.datasets.sample import (
     SkipSample,
     TextProcessor,
     check_caption,
-    decode_image,
+    file_identity,
+    prepare_image,
 )
+from minigpt4.datasets.datasets.tar_files import key_and_suffix, read_files
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
@@ -36,8 +36,8 @@ class ShardDataset:
 
     Args:
         name: of the data set, for seeds and messages.
-        shards: paths or URLs of the tar files.
-        vis_processor: RGB image to tensor [3, S, S].
+        shards: paths or URLs of the tar files, see ``expand_shards``.
+        vis_processor: an image processor, or a function from RGB image to tensor [3, S, S].
         text_processor: caption to caption.
         shuffle_buffer: undecoded samples that a worker holds to draw from.
     """
@@ -97,14 +97,29 @@ class ShardDataset:
             raise SkipSample("no image")
         caption = check_caption(_caption(raw))
         return {
-            "image": self.vis_processor(decode_image(image)),
+            "image": prepare_image(image, self.vis_processor),
             "text_input": self.text_processor(caption),
             "instruction": None,
         }
 
+    @property
+    def num_parts(self) -> int:
+        """Files of a feature cache, one a shard."""
+        return len(self.shards)
+
+    def samples_of(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
+        """Functions that process the samples of a shard, one each."""
+        for raw in self.read([self.shards[part]], skipped):
+            yield partial(self.process, raw)
+
+    def identity(self) -> list[Any]:
+        """What a cache of this data set holds on to: the shards with their sizes and times."""
+        return [file_identity(shard) for shard in self.shards]
+
     def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
         """Undecoded samples of shards in their order; what cannot be read is counted."""
-        return tarfile_samples(({"url": shard} for shard in shards), handler=self._counting(skipped))
+        handler = self._counting(skipped)
+        return group_by_keys(read_files(shards, handler, skipped), keys=key_and_suffix, handler=handler)
 
     def _counting(self, skipped: Counter) -> Callable[[Exception], bool]:
         def handler(error: Exception) -> bool:
@@ -122,6 +137,7 @@ class ShardDataset:
         return (
             f"Data set {self.name} gives no usable sample ({kinds}) in {len(self.shards)} shards, as {self.shards[0]}. "
             "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md."
+            + see("silent-data-failure")
         )
 
 
@@ -221,34 +237,3 @@ def _caption(raw: dict[str, Any]) -> Any:
     if "txt" in raw:
         return raw["txt"].decode("utf-8", errors="replace").strip()
     return None
-
-
-def expand_shards(storage: str | list[str], key: str) -> list[str]:
-    """Expands brace patterns, globs, folders and lists of them to shard paths; URLs pass through.
-
-    Raises:
-        UserError: nothing is there; where only some are missing, a warning tells how many and the rest is used.
-    """
-    patterns = [storage] if isinstance(storage, str) else list(storage)
-    expanded = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
-    shards, missing = [], []
-    for path in expanded:
-        if "://" in path or path.startswith("pipe:"):
-            shards.append(path)
-        elif Path(path).is_dir():
-            shards += sorted(map(str, Path(path).glob("*.tar")))
-        elif Path(path).is_file():
-            shards.append(path)
-        elif found := sorted(glob.glob(path)):
-            shards += found
-        else:
-            missing.append(path)
-    if not shards:
-        hint = "it is still the placeholder" if "path/to/" in str(storage) else f"seen from {Path.cwd()}"
-        raise UserError(f"{key}: no shard is at '{storage}' ({hint}); set it to the tar files of img2dataset.")
-    if missing:
-        logging.warning(
-            "%s: %d of %d shards are missing (first: %s); going on with the others.",
-            *(key, len(missing), len(expanded), missing[0]),
-        )
-    return shards

@@ -1,0 +1,58 @@
+"""Checks what a run will need, and says of each thing what was seen and what to do.
+
+python -m minigpt4.doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
+python -m minigpt4.doctor --cfg-path F --deep                   # the LM's true loss, whatever its size
+python -m minigpt4.doctor --cfg-path F --steps 5                # trains five steps: time, and memory measured
+python -m minigpt4.doctor --cfg-path F --json                   # for programs
+
+The exit status is 1 where something is a mistake, else 0. docs/TROUBLESHOOTING.md has the causes in full.
+"""
+
+import argparse
+import gc
+import logging
+import sys
+import time
+from pathlib import Path
+
+_START = time.perf_counter()
+gc.disable()  # importing makes a million objects that stay; looking through them again and again takes a second
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; parsed before anything heavy is imported."""
+    parser = argparse.ArgumentParser(
+        prog="python -m minigpt4.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cfg-path", required=True, help="YAML file of the run, or of the chat")
+    parser.add_argument("--options", nargs="+", help="settings that override the file: run.max_epoch=2 …")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--deep", action="store_true", help="read the whole language model and compute its loss")
+    parser.add_argument("--steps", type=int, default=0, help="train so many steps, for the time that is left")
+    parser.add_argument("--samples", type=int, default=16, help="samples drawn from each source")
+    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (output/doctor/NAME.png)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the table; ends with the status."""
+    args = parse_args()
+    from minigpt4.doctor.examination import examine
+    from minigpt4.doctor.findings import MISTAKE, as_json, as_table, worst
+
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
+    seconds_of_imports = time.perf_counter() - _START
+    findings = examine(args)
+    seconds = time.perf_counter() - _START
+    if args.json:
+        print(as_json(findings, seconds=round(seconds, 2), seconds_of_imports=round(seconds_of_imports, 2)))
+    else:
+        print(as_table(findings))
+        verdicts = [finding.verdict for finding in findings]
+        counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("ok", "warning", "mistake"))
+        print(f"\n{counts}; {seconds:.1f} s, of which Python's imports {seconds_of_imports:.1f} s.")
+    sys.exit(worst(findings) == MISTAKE)
+
+
+if __name__ == "__main__":
+    main()

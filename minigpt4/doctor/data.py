@@ -1,0 +1,181 @@
+"""Samples drawn from every source: what can be read, what is in it, and a sheet of what the model will really see."""
+
+import io
+import itertools
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from minigpt4.common.device import local_seed
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.registry import registry
+from minigpt4.datasets.datasets.sample import SkipSample, decode_image
+from minigpt4.datasets.datasets.shards import IMAGE_KEYS
+from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, refused
+from minigpt4.processors.blip_processors import MEAN, STD
+
+NUM_SHARDS = 3  # opened of a source
+_ANCHOR = "silent-data-failure"
+
+
+@dataclass
+class Drawn:
+    """What a draw from one split of a source gave."""
+
+    name: str
+    size: str  # of the source, in words
+    num_asked: int = 0
+    captions: list[str] = field(default_factory=list)
+    pictures: list[Tensor] = field(default_factory=list)  # [3, S, S], as the model gets them
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of the files
+    skipped: Counter = field(default_factory=Counter)
+    num_samples: float = 0.0  # of the source, estimated where it is shards
+    processor: Any = None
+
+
+def draw(cfg: Any, num_samples: int = 16) -> tuple[list[Drawn], list[Finding]]:
+    """Draws from every source and split of a configuration; sources that are refused come back as findings."""
+    drawn, findings = [], []
+    for name, section in (cfg.config.get("datasets") or {}).items():
+        try:
+            builder = registry.get_builder_class(name)(section)
+            builder.name = name
+            splits = builder.build_datasets()
+        except UserError as error:
+            findings.append(refused(f"datasets.{name}", error))
+            continue
+        for split, dataset in splits.items():
+            with local_seed(0):  # random crops, too, are the same each time
+                if hasattr(dataset, "pairs"):
+                    drawn.append(_draw_pairs(f"{name}/{split}", dataset, num_samples))
+                elif hasattr(dataset, "shards"):
+                    drawn.append(_draw_shards(f"{name}/{split}", dataset, num_samples))
+    return drawn, findings
+
+
+def _draw_pairs(name: str, dataset: Any, num_samples: int) -> Drawn:
+    drawn = Drawn(name, f"{len(dataset):,} pairs", num_samples=len(dataset), processor=dataset.vis_processor)
+    for index in random.Random(0).sample(range(len(dataset)), min(num_samples, len(dataset))):
+        _take(drawn, lambda index=index: dataset[index], lambda index=index: dataset.pairs[index].image.read_bytes())
+    return drawn
+
+
+def _draw_shards(name: str, dataset: Any, num_samples: int) -> Drawn:
+    local = [shard for shard in dataset.shards if Path(shard).is_file()]
+    remote = f", {len(dataset.shards) - len(local):,} of them not local" * (len(local) < len(dataset.shards))
+    drawn = Drawn(name, f"{len(dataset.shards):,} shards{remote}", processor=dataset.vis_processor)
+    shards = random.Random(0).sample(local, min(NUM_SHARDS, len(local)))
+    for i, shard in enumerate(shards):
+        share = num_samples // len(shards) + (i < num_samples % len(shards))
+        raws = list(itertools.islice(dataset.read([shard], drawn.skipped), share))
+        drawn.num_asked += share if not raws else 0  # a shard that gives nothing counts as all that was asked of it
+        for raw in raws:
+            image = next((raw[key] for key in IMAGE_KEYS if key in raw), b"")
+            _take(drawn, lambda raw=raw: dataset.process(raw), lambda image=image: image)
+        if drawn.pictures and not drawn.num_samples:
+            # A file of a tar has a header of 512 bytes and is filled up to a multiple of that.
+            files = [value for raw in raws for value in raw.values() if isinstance(value, bytes)]
+            sample_bytes = sum(512 + -(-len(value) // 512) * 512 for value in files) / len(raws)
+            drawn.num_samples = sum(Path(shard).stat().st_size for shard in local) / sample_bytes
+    return drawn
+
+
+def _take(drawn: Drawn, sample: Any, image: Any) -> None:
+    drawn.num_asked += 1
+    try:
+        text = sample()["text_input"]
+        data = image()
+    except SkipSample as skip:
+        drawn.skipped[str(skip)] += 1
+        return
+    drawn.captions.append(text)
+    drawn.pictures.append(drawn.processor(decode_image(data)))
+    drawn.sizes.append(Image.open(io.BytesIO(data)).size)
+
+
+def judge(drawn: Drawn, tokenizer: Any = None, max_txt_len: int = 32, end_sym: str = "\n") -> Finding:
+    """What a draw says about its source."""
+    check, num_good = f"datasets.{drawn.name}", len(drawn.captions)
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(drawn.skipped.items()))
+    bad = 1 - num_good / drawn.num_asked if drawn.num_asked else 0.0
+    numbers = {"drawn": drawn.num_asked, "unreadable": bad, "kinds": dict(drawn.skipped)}
+    evidence = f"{drawn.size}; {drawn.num_asked} drawn, {bad:.0%} unusable" + (f" ({kinds})" if kinds else "")
+    remedy = "Download or copy what is missing again; the run counts and skips such samples." + see(_ANCHOR)
+    if not drawn.num_asked:
+        return Finding(check, WARNING, f"{drawn.size}; none is local, so none was drawn", "Look at one by hand.")
+    if not num_good:
+        return Finding(check, MISTAKE, evidence, remedy, numbers)
+    widths, heights = zip(*drawn.sizes, strict=True)
+    evidence += (
+        f"; files {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}, the model sees "
+        f"{drawn.pictures[0].shape[-1]}; captions such as '{_cut(drawn.captions[0])}'"
+    )
+    if bad >= 0.5:
+        return Finding(check, MISTAKE, evidence, remedy, numbers)
+    if suspicion := _suspicion(drawn, tokenizer, max_txt_len, end_sym):
+        return Finding(check, WARNING, f"{evidence}; {suspicion[0]}", suspicion[1] + see(_ANCHOR), numbers)
+    return Finding(check, WARNING if bad else OK, evidence, remedy if bad else "", numbers)
+
+
+def _suspicion(drawn: Drawn, tokenizer: Any, max_txt_len: int, end_sym: str) -> tuple[str, str] | None:
+    """What can be read and is no good all the same, and its remedy."""
+    num = len(drawn.captions)
+    if num >= 4 and len(set(drawn.captions)) <= num / 2:
+        told = f"{len(set(drawn.captions))} different captions among {num}: '{_cut(drawn.captions[0])}' comes again"
+        return told, "Look at the captions: are they those of the pictures?"
+    if flat := sum(picture.flatten(1).std(1).max().item() < 0.02 for picture in drawn.pictures):
+        return f"{flat} of {num} pictures are of a single colour", "Look at the sheet; take such pictures out."
+    if num >= 4 and len({tuple(picture.flatten()[::97].tolist()) for picture in drawn.pictures}) <= num / 2:
+        return "many pictures are one and the same", "Look at the sheet: are they placeholders of a failed download?"
+    if tokenizer is not None:
+        lengths = [len(tokenizer(text + end_sym, add_special_tokens=False).input_ids) for text in drawn.captions]
+        cut = sum(length > max_txt_len for length in lengths) / num
+        if cut > 0.1:
+            told = f"{cut:.0%} of the captions are longer than max_txt_len {max_txt_len} and lose their end symbol"
+            return told, f"Set model.max_txt_len: {max(lengths)} if memory allows."
+    return None
+
+
+def _cut(text: str, length: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def sheet(drawn: Sequence[Drawn], path: Path, columns: int = 8, side: int = 160) -> Path | None:
+    """Writes a contact sheet of what the model will see, with captions, a block a source; None without pictures."""
+    cells = [
+        (name, picture, caption, part.processor)
+        for part in drawn
+        for name, picture, caption in zip(itertools.repeat(part.name), part.pictures, part.captions, strict=False)
+    ]
+    if not cells:
+        return None
+    rows, text_height = -(-len(cells) // columns), 48
+    page = Image.new("RGB", (columns * side, rows * (side + text_height)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (name, picture, caption, processor) in enumerate(cells):
+        left, top = i % columns * side, i // columns * (side + text_height)
+        page.paste(_pixels(picture, processor).resize((side - 4, side - 4)), (left + 2, top + 2))
+        lines = [name, *(_cut(caption, 72)[start : start + 24] for start in (0, 24, 48))]
+        pen.multiline_text((left + 3, top + side), "\n".join(filter(None, lines)), "black", spacing=0, font_size=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, compress_level=1)
+    return path
+
+
+def _pixels(picture: Tensor, processor: Any) -> Image.Image:
+    """A processed picture [3, S, S] back to an image: what the processor took off is put on again."""
+    steps = [processor, *getattr(getattr(processor, "transform", None), "transforms", ())]
+    mean, std = (
+        torch.tensor(next((getattr(step, name) for step in steps if hasattr(step, name)), default)).view(3, 1, 1)
+        for name, default in (("mean", MEAN), ("std", STD))
+    )
+    values = (picture.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())

@@ -1,0 +1,136 @@
+"""The vision side: EVA-ViT, its LayerNorm, learned queries and the Q-Former, from pixels to what the projection reads.
+
+Shapes: B batch, S image side, N image tokens, W their width, Q queries, H width of the Q-Former.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minigpt4.common import device as devices
+from minigpt4.common import weights
+from minigpt4.models.eva_vit import EVA_VIT_G, build_eva_vit, round_vit_weights
+from minigpt4.models.loading import load_vision
+from minigpt4.models.Qformer import QFormer, QFormerConfig
+
+_PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+VIT_URL = _PUBLISHED + "eva_vit_g.pth"
+Q_FORMER_URL = _PUBLISHED + "blip2_pretrained_flant5xxl.pth"
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in float32 whatever the precision around it; the dtype of the input comes back out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, W] -> […, W]."""
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Vision(nn.Module):
+    """Images to the Q-Former's query outputs. The constructor joins built parts; ``from_config`` builds and loads.
+
+    Args:
+        visual_encoder: images [B, 3, S, S] to tokens [B, N, W].
+        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H].
+        num_query_token: Q.
+        freeze_vit, freeze_qformer: frozen parts stay in eval mode and out of the graph.
+        vit_dtype: precision that it computes in, where the device computes in half precisions.
+    """
+
+    def __init__(
+        self,
+        visual_encoder: nn.Module,
+        Qformer: QFormer,
+        num_query_token: int = 32,
+        freeze_vit: bool = True,
+        freeze_qformer: bool = True,
+        vit_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.visual_encoder = visual_encoder
+        self.ln_vision = LayerNorm(Qformer.config.encoder_width, eps=1e-5)
+        self.Qformer = Qformer
+        self.query_tokens = nn.Parameter(torch.zeros(1, num_query_token, Qformer.config.hidden_size))
+        nn.init.normal_(self.query_tokens, std=0.02)
+        self.vit_dtype = vit_dtype
+        self.frozen_parts: list[nn.Module] = [visual_encoder, self.ln_vision] if freeze_vit else []
+        self.frozen_parts += [Qformer] if freeze_qformer else []
+        self.query_tokens.requires_grad = not freeze_qformer
+        self.vision_trains = not (freeze_vit and freeze_qformer)
+        for module in self.frozen_parts:
+            module.requires_grad_(False)
+
+    @classmethod
+    def from_config(cls, cfg: Mapping[str, Any], device: torch.device) -> "Vision":
+        """The vision side alone, of a configuration's ``model`` section, with its weights, frozen, on the device."""
+        files = locate_vision(cfg)
+        vision = cls(*build_vision(cfg), **vision_settings(cfg, device))
+        load(vision, files, cfg, device)
+        return vision.to(device).train()
+
+    def train(self, mode: bool = True) -> "Vision":
+        """Switches the trained parts only; frozen ones stay in eval mode for good."""
+        super().train(mode)
+        for module in self.frozen_parts:
+            module.eval()
+        return self
+
+    def see(self, image: Tensor) -> Tensor:
+        """Images [B, 3, S, S], normalised, to what the Q-Former says of them [B, Q, H]."""
+        in_half = self.vit_dtype != torch.float32
+        with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
+            # Without a half precision of its own, the vision side follows the autocast around it.
+            with devices.autocast(image.device, self.vit_dtype) if in_half else nullcontext():
+                image_tokens = self.ln_vision(self.visual_encoder.forward_features(image))  # [B, N, W]
+                return self.Qformer(self.query_tokens.expand(image.shape[0], -1, -1), image_tokens)
+
+
+def locate_vision(cfg: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Finds or fetches the files of the vision tower and of the Q-Former; reads no weight."""
+    index = "*.index.json"
+    vit = weights.locate(cfg.get("vit_weights", VIT_URL), "model.vit_weights", (index, "vision_model.*"))
+    q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
+    return vit, weights.locate(cfg.get("q_former_model", Q_FORMER_URL), "model.q_former_model", q_former_parts)
+
+
+def q_former_config(cfg: Mapping[str, Any]) -> QFormerConfig:
+    """The Q-Former that a ``model`` section describes."""
+    width = dict(cfg.get("vit_config") or {}).get("embed_dim", EVA_VIT_G["embed_dim"])
+    return QFormerConfig(**{**dict(cfg.get("qformer_config") or {}), "encoder_width": width})
+
+
+def vision_settings(cfg: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The constructor's arguments beside the parts."""
+    freeze_vit = cfg.get("freeze_vit", True)
+    is_float32 = devices.half_dtype(device) == torch.float32 or not freeze_vit
+    return {
+        "num_query_token": cfg.get("num_query_token", 32),
+        "freeze_vit": freeze_vit,
+        "freeze_qformer": cfg.get("freeze_qformer", True),
+        "vit_dtype": torch.float32 if is_float32 else devices.DTYPES[cfg.get("vit_precision", "fp16")],
+    }
+
+
+def build_vision(cfg: Mapping[str, Any]) -> tuple[nn.Module, QFormer]:
+    """Vision tower and Q-Former of a ``model`` section, on the meta device."""
+    with torch.device("meta"):
+        vit = build_eva_vit(
+            cfg.get("image_size", 224),
+            cfg.get("drop_path_rate", 0.0),
+            cfg.get("use_grad_checkpoint", False) and not cfg.get("freeze_vit", True),
+            cfg.get("vit_config"),
+        )
+        return vit, QFormer(q_former_config(cfg))
+
+
+def load(vision: Vision, files: tuple[Path, Path], cfg: Mapping[str, Any], device: torch.device) -> None:
+    """Puts the weights of both files into a built vision side, rounded as ``vit_precision`` asks."""
+    load_vision(vision, *files)
+    dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")] if cfg.get("freeze_vit", True) else torch.float32
+    keeps_float32 = devices.half_dtype(device) == torch.float32
+    round_vit_weights(vision.visual_encoder, dtype, keep_float32=keeps_float32)

@@ -1,0 +1,341 @@
+"""Shards and pictures that somebody prepared: {name: bytes}, small enough to be made when the tests begin."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import struct
+import tarfile
+import zlib
+
+from picture_kinds import saved
+from PIL import Image
+
+PICTURE = saved(Image.new("RGB", (12, 10), (90, 50, 200)), "JPEG")
+
+
+def archive(*members, format=tarfile.USTAR_FORMAT):
+    """A tar of (name or TarInfo, bytes)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for member, data in members:
+            info = member if isinstance(member, tarfile.TarInfo) else tarfile.TarInfo(member)
+            info.size = info.size or len(data)
+            tar.addfile(info, io.BytesIO(data) if data else None)
+    return buffer.getvalue()
+
+
+def good(*keys):
+    """Members of good samples, captioned by their keys."""
+    return [
+        member
+        for key in keys
+        for member in ((f"{key}.jpg", PICTURE), (f"{key}.json", json.dumps({"caption": f"caption {key}"}).encode()))
+    ]
+
+
+def special(kind, name="b.jpg", target="a.jpg", **fields):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, b""
+
+
+def header(name, size, kind=tarfile.REGTYPE, extra=b""):
+    """A header of 512 bytes whose size field is what is given, as octal text or as twelve bytes."""
+    field = size if isinstance(size, bytes) else b"%011o\0" % size
+    block = bytearray(512)
+    block[: len(name)] = name
+    block[100:108], block[108:116], block[116:124] = b"0000644\0", b"0000000\0", b"0000000\0"
+    block[124:136], block[136:148], block[156:157] = field, b"00000000000\0", kind
+    block[257:265] = b"ustar  \0" if kind == tarfile.GNUTYPE_SPARSE else b"ustar\x0000"
+    block[345 : 345 + len(extra)] = extra
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def padded(data):
+    return data + b"\0" * (-len(data) % 512)
+
+
+def huge(size):
+    """A size beyond the eleven octal digits: a sign bit and a number to the base of 256."""
+    return struct.pack(">qq", -1 if size < 0 else 0, size)[4:] if size < 0 else b"\x80" + size.to_bytes(11, "big")
+
+
+def extended(**records):
+    """A pax header with these records."""
+    lines = b""
+    for key, value in records.items():
+        text = f" {key.replace('__', '.')}={value}\n".encode()
+        length = len(text) + len(str(len(text)))
+        lines += f"{length + (len(str(length)) > len(str(len(text))))}".encode() + text
+    return header(b"pax", len(lines), tarfile.XHDTYPE) + padded(lines)
+
+
+def unended(*members):
+    """An archive that lacks its end."""
+    data = archive(*members)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        last = tar.getmembers()[-1]
+    return data[: last.offset_data + len(padded(b"x" * last.size))]
+
+
+START = unended(*good("a"))
+END = archive(*good("z"))
+WHOLE = ["caption a", "caption z"]
+FIRST = ["caption a"]
+UNREADABLE = {"unreadable shard": 1}
+SPARSE_MAP = b"%011o\0%011o\0" % (0, 512) + b"\0" * 72 + b"\0" + b"%011o\0" % (8**11 - 1)  # one piece of 8 GB
+
+# name: (shard, captions that are read, what is counted)
+SHARDS = {
+    "no bytes": (b"", [], UNREADABLE),
+    "one byte": (b"x", [], UNREADABLE),
+    "a text": (b"this is no archive " * 100, [], UNREADABLE),
+    "a page of a server": (b"<!doctype html><html>404</html>".ljust(2000), [], UNREADABLE),
+    "zeros": (b"\0" * 10_240, [], {}),
+    "one zero": (b"\0", [], UNREADABLE),
+    "zeros without a second block": (b"\0" * 512, [], {}),
+    "a picture": (PICTURE, [], UNREADABLE),
+    "a zip": (b"PK\x03\x04" + b"\0" * 2000, [], UNREADABLE),
+    "no end": (START, FIRST, UNREADABLE),
+    "rubbish behind the end": (START + b"\0" * 1024 + b"rubbish" * 99, FIRST, {}),
+    "two archives": (START + b"\0" * 1024 + END, FIRST, {}),
+    "rubbish in the middle": (START + b"rubbish!" * 64 + END, FIRST, UNREADABLE),
+    "a changed header": (START + END[:40] + b"\xff" + END[41:], FIRST, UNREADABLE),
+    "a changed first header": (b"\xff" + START[1:] + END, [], UNREADABLE),
+    "packed by gzip": (gzip.compress(START + END), WHOLE, {}),
+    "packed by bzip2": (bz2.compress(START + END), WHOLE, {}),
+    "packed by xz": (lzma.compress(START + END), WHOLE, {}),
+    "packed twice": (gzip.compress(gzip.compress(START + END)), [], UNREADABLE),
+    "packed and cut": (gzip.compress(START + END)[:-60], None, UNREADABLE),
+    "packed rubbish": (gzip.compress(b"rubbish" * 500), [], UNREADABLE),
+    "a broken packing": (gzip.compress(START + END)[:30] + b"\xff" * 500, [], UNREADABLE),
+    "header of a packing": (b"\x1f\x8b\x08", [], UNREADABLE),
+    "header of bzip2": (b"BZh91AY&SY" + b"\0" * 600, [], UNREADABLE),
+    "header of xz": (b"\xfd7zXZ\0" + b"\xff" * 600, [], UNREADABLE),
+    "a bomb": (gzip.compress(START + header(b"b.jpg", 2**27) + b"\0" * 2**27 + END, 1), FIRST, UNREADABLE),
+    "an absolute name": (
+        archive(*good("a"), *good("/etc/b"), *good("z")),
+        ["caption a", "caption /etc/b", WHOLE[1]],
+        {},
+    ),
+    "a name that leads up": (archive(*good("a", "../../b", "z")), ["caption a", "caption ../../b", WHOLE[1]], {}),
+    "a name of a command": (
+        archive(*good("a", "pipe:touch ran;", "z")),
+        [*FIRST, "caption pipe:touch ran;", WHOLE[1]],
+        {},
+    ),
+    "a line end in a name": (archive(*good("a", "b\nb", "z")), ["caption a", "caption b\nb", "caption z"], {}),
+    "a name that is no UTF-8": (START + header(b"\xff\xfe.txt", 0) + END, WHOLE, {"no image": 1}),
+    "no name": (START + header(b"", 0) + END, WHOLE, {}),
+    "a dot as a name": (
+        archive(*good("a"), ("b/.jpg", PICTURE), ("c", PICTURE), ("d/..", PICTURE), *good("z")),
+        WHOLE,
+        {},
+    ),
+    "names of the reader's own": (
+        archive(*good("a"), ("b.__key__", b"x"), ("c.__url__", b"x"), *good("z")),
+        WHOLE,
+        {"duplicate file in a shard": 2, "no image": 2},
+    ),
+    "a sample that calls itself bad": (archive(*good("a"), ("b.__bad__", b"x"), *good("z")), WHOLE, {}),
+    "a name of 100,000 slashes": (
+        archive(*good("a"), ("/" * 100_000 + "b.jpg", b"x"), *good("z"), format=tarfile.GNU_FORMAT),
+        FIRST,
+        UNREADABLE,
+    ),
+    "a name of 16,000 slashes": (
+        archive(*good("a"), ("/" * 16_000 + "b", b"x"), *good("z"), format=tarfile.GNU_FORMAT),
+        WHOLE,
+        {},
+    ),
+    "a symbolic link": (
+        archive(*good("a"), special(tarfile.SYMTYPE), *good("z")),
+        WHOLE,
+        {"no plain file in a shard": 1},
+    ),
+    "a link to a file outside": (
+        archive(*good("a"), special(tarfile.SYMTYPE, target="/etc/passwd"), ("b.txt", b"x"), *good("z")),
+        WHOLE,
+        {"no plain file in a shard": 1, "no image": 1},
+    ),
+    "a hard link": (archive(*good("a"), special(tarfile.LNKTYPE), *good("z")), WHOLE, {"no plain file in a shard": 1}),
+    "a device of characters": (
+        archive(*good("a"), special(tarfile.CHRTYPE, devmajor=1, devminor=5), *good("z")),
+        WHOLE,
+        {"no plain file in a shard": 1},
+    ),
+    "a device of blocks": (
+        archive(*good("a"), special(tarfile.BLKTYPE), *good("z")),
+        WHOLE,
+        {"no plain file in a shard": 1},
+    ),
+    "a pipe": (archive(*good("a"), special(tarfile.FIFOTYPE), *good("z")), WHOLE, {"no plain file in a shard": 1}),
+    "a folder of a picture's name": (archive(*good("a"), special(tarfile.DIRTYPE), *good("z")), WHOLE, {}),
+    "a member of unknown type": (START + header(b"b.jpg", 0, b"~") + END, WHOLE, {"no plain file in a shard": 1}),
+    "a picture twice": (
+        archive(*good("a"), ("b.jpg", PICTURE), ("b.jpg", PICTURE), ("b.txt", b"caption b"), *good("z")),
+        ["caption a", "caption b", "caption z"],
+        {"duplicate file in a shard": 1},
+    ),
+    "a key in two places": (
+        archive(*good("a", "b", "a", "z")),
+        ["caption a", "caption b", "caption a", "caption z"],
+        {},
+    ),
+    "a size beyond the end": (START + header(b"b.jpg", 10**6) + PICTURE, FIRST, UNREADABLE),
+    "a size of 8 GB": (START + header(b"b.jpg", 8**11 - 1) + END, FIRST, UNREADABLE | {"file too large in a shard": 1}),
+    "a size of 2^80": (
+        START + header(b"b.jpg", huge(2**80)) + END,
+        FIRST,
+        UNREADABLE | {"file too large in a shard": 1},
+    ),
+    "a size of 2^60": (
+        START + header(b"b.jpg", huge(2**60)) + END,
+        FIRST,
+        UNREADABLE | {"file too large in a shard": 1},
+    ),
+    "a size below zero": (START + header(b"b.jpg", huge(-1024)) + END, FIRST, UNREADABLE),
+    "a size that is no number": (START + header(b"b.jpg", b"9zzzzzzzzzz\0") + END, FIRST, UNREADABLE),
+    "a link with a size of 2^80": (
+        START + header(b"b.jpg", huge(2**80), tarfile.SYMTYPE) + END,
+        WHOLE,
+        {"no plain file in a shard": 1},
+    ),
+    "an unknown type of 2^80": (
+        START + header(b"b.jpg", huge(2**80), b"~") + END,
+        FIRST,
+        UNREADABLE | {"no plain file in a shard": 1},
+    ),
+    "a long name of 1 GB": (START + header(b"x", 2**30, tarfile.GNUTYPE_LONGNAME) + END, FIRST, UNREADABLE),
+    "a long name of 2^80": (START + header(b"x", huge(2**80), tarfile.GNUTYPE_LONGNAME) + END, FIRST, UNREADABLE),
+    "a pax header of 1 GB": (START + header(b"x", 2**30, tarfile.XHDTYPE) + END, FIRST, UNREADABLE),
+    "long names without end": (
+        START + (header(b"x", 10, tarfile.GNUTYPE_LONGNAME) + padded(b"some name")) * 3000 + END,
+        FIRST,
+        UNREADABLE,
+    ),
+    "a pax size below zero": (START + extended(size=-4096) + END, FIRST, UNREADABLE),
+    "a pax size of 2^62": (START + extended(size=2**62) + END, FIRST, UNREADABLE | {"file too large in a shard": 1}),
+    "a pax header of length zero": (
+        START + header(b"x", 8, tarfile.XHDTYPE) + padded(b"0 size=1") + END,
+        FIRST,
+        UNREADABLE,
+    ),
+    "a sparse file of 8 GB": (
+        START
+        + header(b"b.jpg", 512, tarfile.GNUTYPE_SPARSE, b"\0" * 41 + SPARSE_MAP[:24] + b"\0" * 73 + SPARSE_MAP[-12:])
+        + padded(b"x")
+        + END,
+        FIRST,
+        UNREADABLE,
+    ),
+    "a sparse file by pax 0.0": (
+        START + extended(GNU__sparse__size=2**40, GNU__sparse__numblocks=0) + END,
+        FIRST,
+        UNREADABLE,
+    ),
+    "a sparse file by pax 0.1": (
+        START + extended(GNU__sparse__map="0,0", GNU__sparse__size=2**40) + END,
+        FIRST,
+        UNREADABLE,
+    ),
+    "a sparse file by pax 1.0": (
+        START
+        + extended(GNU__sparse__major=1, GNU__sparse__minor=0, GNU__sparse__realsize=2**40)
+        + header(b"b.jpg", 1024)
+        + padded(b"1\n0\n512\n")
+        + b"x" * 512
+        + END,
+        FIRST,
+        UNREADABLE,
+    ),
+}
+
+
+def sized_jpeg(width, height):
+    """A JPEG whose header claims this size."""
+    data = bytearray(PICTURE)
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, *chunks, depth=8, color=2):
+    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+def many_scans(count):
+    """A progressive JPEG that says its last scan again and again."""
+    data = saved(Image.new("RGB", (64, 64), (90, 50, 200)), "JPEG", progressive=True)
+    at = data.rindex(b"\xff\xda")
+    return data[:at] + data[at:-2] * count + b"\xff\xd9"
+
+
+GIF = saved(Image.new("RGB", (12, 10)), "GIF")
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(ran) (w) file closefile showpage\n%%EOF\n"
+LARGE, UNREADABLE_IMAGE = "image too large", "unreadable image"
+PICTURES = {
+    "no bytes": (b"", UNREADABLE_IMAGE),
+    "a text": (b"this is no picture", UNREADABLE_IMAGE),
+    "a page": (b"<!doctype html>", UNREADABLE_IMAGE),
+    "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', UNREADABLE_IMAGE),
+    "a PDF": (b"%PDF-1.7\n%%EOF", UNREADABLE_IMAGE),
+    "an EPS, which Ghostscript would run": (EPS, UNREADABLE_IMAGE),
+    "a WMF": (b"\xd7\xcd\xc6\x9a" + b"\0" * 80, UNREADABLE_IMAGE),
+    "a PSD": (b"8BPS\0\1" + b"\0" * 80, UNREADABLE_IMAGE),
+    "an XBM of 60,000 x 60,000": (
+        b"#define a_width 60000\n#define a_height 60000\nstatic char a_bits[] = {",
+        UNREADABLE_IMAGE,
+    ),
+    "JPEG header alone": (PICTURE[:2], UNREADABLE_IMAGE),
+    "JPEG without data": (PICTURE[:-40], UNREADABLE_IMAGE),
+    "JPEG of half": (PICTURE[: len(PICTURE) // 2], UNREADABLE_IMAGE),
+    "JPEG of 60,000 x 60,000": (sized_jpeg(60_000, 60_000), LARGE),
+    "JPEG of 65,535 x 65,535": (sized_jpeg(65_535, 65_535), LARGE),
+    "JPEG of 65,535 x 2,000": (sized_jpeg(65_535, 2_000), LARGE),
+    "JPEG of no width": (sized_jpeg(0, 10), UNREADABLE_IMAGE),
+    "JPEG of 2,000 scans": (many_scans(2000), UNREADABLE_IMAGE),
+    "PNG of 60,000 x 60,000": (png(60_000, 60_000, chunk(b"IDAT", zlib.compress(b"\0" * 1000))), LARGE),
+    "PNG of 2^31 - 1 squared": (png(2**31 - 1, 2**31 - 1, chunk(b"IDAT", b"")), LARGE),
+    "PNG of no size": (png(0, 0, chunk(b"IDAT", b"")), UNREADABLE_IMAGE),
+    "PNG without data": (png(10, 10), UNREADABLE_IMAGE),
+    "PNG of other data": (png(10, 10, chunk(b"IDAT", b"rubbish")), UNREADABLE_IMAGE),
+    "PNG of unknown depth": (png(10, 10, chunk(b"IDAT", zlib.compress(b"\0" * 310)), depth=99), UNREADABLE_IMAGE),
+    "PNG with a text of 200 MB": (
+        png(
+            10,
+            10,
+            chunk(b"zTXt", b"a\0\0" + zlib.compress(b"\0" * 2 * 10**8, 1)),
+            chunk(b"IDAT", zlib.compress(b"\0" * 310)),
+        ),
+        UNREADABLE_IMAGE,
+    ),
+    "PNG with a wrong checksum": (png(10, 10).replace(b"IHDR", b"IHDQ"), UNREADABLE_IMAGE),
+    "GIF header alone": (b"GIF89a", UNREADABLE_IMAGE),
+    "GIF of 65,535 x 65,535": (GIF[:6] + b"\xff" * 4 + GIF[10:], LARGE),
+    "BMP of 60,000 x 60,000": (
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 100, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
+        LARGE,
+    ),
+    "WebP header alone": (b"RIFF\x10\0\0\0WEBPVP8 ", UNREADABLE_IMAGE),
+    "TIFF that points at itself": (
+        b"II*\0\x08\0\0\0\x01\0\x00\x01\x04\0\x01\0\0\0\x08\0\0\0\x08\0\0\0",
+        UNREADABLE_IMAGE,
+    ),
+    "TIFF of a far offset": (b"II*\0\xff\xff\xff\x7f" + b"\0" * 20, UNREADABLE_IMAGE),
+    "AVIF header alone": (b"\0\0\0\x20ftypavif" + b"\0" * 40, UNREADABLE_IMAGE),
+    "JPEG 2000 header alone": (b"\0\0\0\x0cjP  \x0d\x0a\x87\x0a" + b"\0" * 40, UNREADABLE_IMAGE),
+    "PPM of 60,000 x 60,000": (b"P6 60000 60000 255\n" + b"\0" * 100, LARGE),
+    "PPM of a long number": (b"P6 " + b"9" * 5000 + b" 1 255\n", UNREADABLE_IMAGE),
+}
