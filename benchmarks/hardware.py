@@ -44,16 +44,27 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(
-    functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 5, warmup: int = 1
+    functions: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    repeats: int = 5,
+    warmup: int = 1,
+    measure: Callable[[Callable[[], Any], torch.device], float] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each function, called in turns, so that whatever else the machine does falls on all of them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warmup + repeats):
         for name, function in functions.items():
-            taken = seconds(function, device)
+            taken = (measure or seconds)(function, device)
             if i >= warmup:
                 times[name].append(taken)
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def cpu_seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Processor time that a call takes on all cores: what other programs do at the same time hardly changes it."""
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
 
 
 def measured_matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:

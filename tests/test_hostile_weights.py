@@ -205,7 +205,7 @@ def changed(**changes):
 
 
 MISFITS = {
-    "nothing": ({"model": {}}, "no llama_proj.weight", "nothing"),
+    "nothing": ({"model": {}}, "no llama_proj.weight", "without tensors"),
     "another file": ({"model": {n: v for n, v in Q_FORMER.items() if v.ndim}}, "no llama_proj.weight"),
     "no bias": ({"model": {"llama_proj.weight": PROJECTION["llama_proj.weight"]}}, "no llama_proj.bias"),
     "13B": (changed(weight=torch.zeros(5120, 48), bias=torch.zeros(5120)), "13B"),
