@@ -4,6 +4,7 @@ python -m benchmarks.hardware
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -55,15 +56,19 @@ def interleaved(
     return {name: statistics.median(each) for name, each in times.items()}
 
 
-def measured_matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 10) -> float:
-    """FLOP/s of one large square product."""
-    side = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * side**3 / interleaved({"product": lambda: torch.mm(a, b, out=out)}, device, repeats, 3)["product"]
+def measured_matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
+    """FLOP/s of one large square product, smaller where the device takes long (a CPU without half precisions)."""
+    side, most = 256, 2048 if device.type == "cpu" else 8192
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        product = functools.partial(torch.mm, a, b, out=out)
+        if side == most or seconds(product, device) > 0.1:
+            return 2 * side**3 / interleaved({"product": product}, device, repeats)["product"]
+        side *= 2
 
 
-def measured_bandwidth(device: torch.device, repeats: int = 10) -> float:
+def measured_bandwidth(device: torch.device, repeats: int = 7) -> float:
     """Bytes/s between the device and its memory, far beyond caches: of a copy or of a reading sum, what is more.
 
     A copy counts twice, as it reads and writes. On a CPU its writes may read first, so that reading alone is faster.
@@ -72,7 +77,7 @@ def measured_bandwidth(device: torch.device, repeats: int = 10) -> float:
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     ways = {"copy": lambda: target.copy_(source), "sum": source.sum}
-    taken = interleaved(ways, device, repeats, 3)
+    taken = interleaved(ways, device, repeats)
     return max(2 * num_bytes / taken["copy"], num_bytes / taken["sum"])
 
 

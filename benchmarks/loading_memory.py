@@ -42,7 +42,8 @@ def write_folder(folder: Path, gib: float, dtype: torch.dtype, kind: str, num_fi
         save_file(part, folder / file, {"format": "pt"}) if kind == "safetensors" else torch.save(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
         total += sum(value.nbytes for value in part.values())
-    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / f"{stem}.{kind}.index.json").write_text(json.dumps(index), encoding="utf-8")
     return total
 
 

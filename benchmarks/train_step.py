@@ -9,7 +9,8 @@ and loss at every position, rows padded to the longest behind a mask, nothing co
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import hardware
 from minigpt4.common import device as devices
 from minigpt4.common.optims import parameter_groups
-from minigpt4.models import MiniGPT4, packed
+from minigpt4.models import MiniGPT4, Qformer, eva_vit, packed
 from minigpt4.models.eva_vit import build_eva_vit
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama_tokenizer import load_tokenizer
@@ -106,9 +107,6 @@ def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_
         for module in vit.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(half)
-    if is_plain:
-        for block in vit.blocks:
-            block.attn.fused_attn = False
     return model.to(device)
 
 
@@ -124,9 +122,8 @@ def plain_loss(model: MiniGPT4, samples: dict[str, Any]) -> Tensor:
     """The loss of a batch as a direct port computes it."""
     image_embeds = samples.get("embeds")
     if image_embeds is None:
-        with torch.no_grad():
-            tokens = model.ln_vision(model.visual_encoder.forward_features(samples["image"]))
-            query_output = _plain_q_former(model.Qformer, model.query_tokens.expand(len(tokens), -1, -1), tokens)
+        with torch.no_grad(), _eager_attention():
+            query_output = model.see(samples["image"])
         image_embeds = model.llama_proj(query_output)
     ids, mask, labels = model.pack(samples["text_input"], model.choose_prompts(samples))
     device = image_embeds.device
@@ -135,20 +132,19 @@ def plain_loss(model: MiniGPT4, samples: dict[str, Any]) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(device))
 
 
-def _plain_q_former(q_former: QFormer, queries: Tensor, tokens: Tensor) -> Tensor:
-    """Attention by two products and a softmax, the weights kept as tensors of their own."""
+@contextmanager
+def _eager_attention() -> Iterator[None]:
+    """Vision's attention by two products and a softmax, the weights a tensor of their own."""
 
     def attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
-        return weights @ value
+        return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ value
 
-    from minigpt4.models import Qformer
-
-    fused, Qformer.scaled_dot_product_attention = Qformer.scaled_dot_product_attention, attention
+    fused = eva_vit.scaled_dot_product_attention
+    eva_vit.scaled_dot_product_attention = Qformer.scaled_dot_product_attention = attention
     try:
-        return q_former(queries, tokens)
+        yield
     finally:
-        Qformer.scaled_dot_product_attention = fused
+        eva_vit.scaled_dot_product_attention = Qformer.scaled_dot_product_attention = fused
 
 
 def formula_flops(preset: Preset, num_tokens: int, batch: int, num_targets: int, has_vision: bool) -> float:

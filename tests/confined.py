@@ -12,11 +12,15 @@ SECONDS = 20
 BYTES = 3 * 2**29  # beyond what the process has when a test begins
 
 
+class Hangs(BaseException):
+    """Past everything that catches an Exception, as the readers do with those of the libraries below them."""
+
+
 def bounded(seconds=SECONDS):
-    """Ends what hangs by a TimeoutError and what takes too much memory by a MemoryError; a generator for fixtures."""
+    """Ends what hangs by ``Hangs`` and what takes too much memory by a MemoryError; a generator for fixtures."""
 
     def stop(*_):
-        raise TimeoutError(f"still at it after {seconds} s")
+        raise Hangs(f"still at it after {seconds} s")
 
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside this on
 
 import hostile_data
 import picture_kinds
+from confined import Hangs
 
 from minigpt4.common import schema, weights
 from minigpt4.common.config import Config
@@ -609,7 +610,7 @@ def run(name: str, cases: int, seed: int, keep_on: bool) -> tuple[int, Counter]:
         signal.alarm(SECONDS_A_CASE)
         try:
             TARGETS[name].check(value)
-        except Exception as error:
+        except (Exception, Hangs) as error:
             if not keep_on:
                 raise
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "minigpt4/" in f.filename] or [None]
@@ -622,7 +623,7 @@ def run(name: str, cases: int, seed: int, keep_on: bool) -> tuple[int, Counter]:
             signal.alarm(0)
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"{name} hangs")
+        raise Hangs(f"{name} hangs")
 
     before = signal.signal(signal.SIGALRM, stop)
     settings = hypothesis.settings(

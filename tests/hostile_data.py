@@ -195,6 +195,11 @@ SHARDS = {
         FIRST,
         UNREADABLE | {"file too large in a shard": 1},
     ),
+    "a size of 2^60": (
+        START + header(b"b.jpg", huge(2**60)) + END,
+        FIRST,
+        UNREADABLE | {"file too large in a shard": 1},
+    ),
     "a size below zero": (START + header(b"b.jpg", huge(-1024)) + END, FIRST, UNREADABLE),
     "a size that is no number": (START + header(b"b.jpg", b"9zzzzzzzzzz\0") + END, FIRST, UNREADABLE),
     "a link with a size of 2^80": (
@@ -241,7 +246,12 @@ SHARDS = {
         UNREADABLE,
     ),
     "a sparse file by pax 1.0": (
-        START + extended(GNU__sparse__major=1, GNU__sparse__minor=0, GNU__sparse__realsize=2**40) + END,
+        START
+        + extended(GNU__sparse__major=1, GNU__sparse__minor=0, GNU__sparse__realsize=2**40)
+        + header(b"b.jpg", 1024)
+        + padded(b"1\n0\n512\n")
+        + b"x" * 512
+        + END,
         FIRST,
         UNREADABLE,
     ),

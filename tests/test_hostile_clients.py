@@ -229,6 +229,36 @@ def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confine
     assert found.status_code == 200 and 2 < len(calls) < 50  # of 499 turns
 
 
+def test_few_pictures_are_decoded_at_a_time(client, monkeypatch, confined):
+    now, most, read_picture = [], [], api.read_picture
+
+    def count(raw):
+        now.append(raw)
+        most.append(len(now))
+        time.sleep(0.1)
+        now.pop()
+        return read_picture(raw)
+
+    monkeypatch.setattr(api, "read_picture", count)
+    request = shown("data:image/png;base64," + PNG) | {"max_tokens": 1}
+    threads = [threading.Thread(target=posted, args=(client, request)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 6 and max(most) == 2
+
+
+def test_connections_are_counted(monkeypatch):
+    settings = {}
+    monkeypatch.setattr(api.uvicorn, "run", lambda app, **given: settings.update(given))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    api.serve(None, "127.0.0.1", port)
+    assert settings["limit_concurrency"] == api.MAX_CONNECTIONS
+
+
 def test_a_picture_that_trickles_is_given_up(client, monkeypatch, confined):
     monkeypatch.setattr(api_requests, "SECONDS_TO_FETCH", 0.5)
     with socket.socket() as server:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save, save_file
 from sentencepiece import SentencePieceTrainer
 
 from minigpt4.common import weights
+from minigpt4.datasets.feature_cache import FeatureDataset, _claim
 from minigpt4.models.eva_vit import interpolate_pos_embed
 from minigpt4.models.llama import check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
@@ -588,3 +589,59 @@ def test_random_bytes_are_no_weights(tmp_path):
         for size in (1, 7, 64, 4096):
             (tmp_path / f"w{suffix}").write_bytes(rng.randbytes(size))
             told(lambda suffix=suffix: weights.read_file(tmp_path / f"w{suffix}", KEY), "cannot be read")
+
+
+# caches of features
+
+
+def cached(folder, **changes):
+    """A part of a cache with one sample."""
+    text = b'["a", null]'
+    content = {
+        "features": torch.ones(1, 1, 3, 2, dtype=torch.bfloat16),
+        "texts": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+        "text_ends": torch.tensor([len(text)]),
+    }
+    save_file(content | changes, folder / "part.safetensors")
+    return folder / "part.safetensors"
+
+
+def text_of(data):
+    return {"texts": torch.frombuffer(bytearray(data), dtype=torch.uint8), "text_ends": torch.tensor([len(data)])}
+
+
+PARTS = {
+    "no sample": ({"features": torch.ones(0, 1, 3, 2), "text_ends": torch.zeros(0, dtype=torch.int64)}, "no sample"),
+    "no crop": ({"features": torch.ones(1, 0, 3, 2)}, "damaged"),
+    "flat features": ({"features": torch.ones(6)}, "damaged"),
+    "fewer texts": ({"text_ends": torch.zeros(0, dtype=torch.int64)}, "damaged"),
+    "more texts": ({"text_ends": torch.tensor([1, 2])}, "damaged"),
+    "a text beyond the end": ({"text_ends": torch.tensor([10**12])}, "damaged"),
+    "a text below zero": ({"text_ends": torch.tensor([-1])}, "damaged"),
+    "a text that is no JSON": (text_of(b"a dog"), "damaged"),
+    "a text that is deep": (text_of(b"[" * 10**6), "damaged"),
+    "a text that is a number": (text_of(b"5"), "damaged"),
+    "three texts": (text_of(b'["a", "b", "c"]'), "damaged"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_part_of_a_cache(tmp_path, case):
+    changes, *words = PARTS[case]
+    file = cached(tmp_path, **changes)
+    told(lambda: FeatureDataset("x", [file])[0], "run.feature_cache", str(tmp_path), *words)
+
+
+def test_a_good_part_of_a_cache(tmp_path):
+    sample = FeatureDataset("x", [cached(tmp_path)])[0]
+    assert sample["features"].shape == (3, 2) and (sample["text_input"], sample["instruction"]) == ("a", None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"null", b"[" * 10**6, b'{"weights": 5}', b"\xff"],
+    ids=["no bytes", "list", "null", "deep", "number", "not UTF-8"],
+)
+def test_fingerprint(tmp_path, content):
+    (tmp_path / "fingerprint.json").write_bytes(content)
+    told(lambda: _claim(tmp_path, {"weights": "a"}), "run.feature_cache", str(tmp_path))

@@ -1,6 +1,7 @@
 """The vision side, stage by stage: patches, blocks, ln_vision, Q-Former, projection."""
 
 import fnmatch
+from functools import partial
 
 import pytest
 import torch
@@ -90,6 +91,36 @@ def test_fp16_rounding(build):
         found = rounded.encode_img(VISION["image"])[0]
     assert close(found, golden, 2e-5)
     assert not close(golden, VISION["encode_img"], 2e-4)  # else this test could not tell
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_tower_is_the_eva_class_of_timm_to_the_bit(training):
+    timm_eva = pytest.importorskip("timm.models.eva")
+    torch.manual_seed(0)
+    sizes = {"patch_size": 7, "embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
+    theirs = timm_eva.Eva(
+        img_size=28,
+        num_classes=0,
+        global_pool="",
+        use_post_transformer_norm=False,
+        use_fc_norm=False,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        drop_path_rate=0.5,
+        **sizes,
+    ).train(training)
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.05) if name.endswith("bias") else None
+    ours = build_eva_vit(28, 0.5, training, sizes).train(training)
+    ours.load_state_dict(theirs.state_dict())
+    images, results = torch.randn(8, 3, 28, 28), []
+    for vit in (theirs, ours):
+        torch.manual_seed(1)
+        tokens = vit.forward_features(images)
+        tokens.square().sum().backward()
+        results.append([tokens, *(p.grad for _, p in sorted(vit.named_parameters()))])
+    assert all(torch.equal(mine, yours) for mine, yours in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="28 squared"):
+        ours.forward_features(images[..., :21])
 
 
 @pytest.mark.parametrize("keep_float32", [False, True])

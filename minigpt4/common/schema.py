@@ -150,6 +150,6 @@ def check(section: Mapping[str, Any], schema: Schema, where: str, source: str) -
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 names = " or ".join(t.__name__ for t in types)
                 raise UserError(f"{source}: {key} is {value!r} ({type(value).__name__}); expected {names}.")
-            least = 1 if name in COUNTS else 0
+            least = 1 if name in COUNTS else -1 if name == "warmup_lr" else 0  # a warm-up from -1 is none
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise UserError(f"{source}: {key} is {value!r}; expected {least} or more.")

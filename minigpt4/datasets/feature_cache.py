@@ -25,6 +25,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
+from minigpt4.common.utils import parse_json
 from minigpt4.datasets.datasets.pairs import ListedDataset
 from minigpt4.datasets.datasets.sample import Place, Sample, SkipSample
 from minigpt4.datasets.loader import validation_batches
@@ -53,6 +54,10 @@ class FeatureDataset(ListedDataset):
         self.files = files
         sizes = [_shape(file)[0] for file in files]
         self.ends = list(itertools.accumulate(sizes))
+        if not self.ends or not self.ends[-1]:
+            raise UserError(
+                f"{KEY}: no sample of {name} could be used; see what was skipped, and remove {files[0].parent}."
+            )
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -70,7 +75,12 @@ class FeatureDataset(ListedDataset):
         features, ends = opened.get_slice("features"), opened.get_slice("text_ends")
         crop = int(torch.randint(features.get_shape()[1], ()))
         begin, end = ([0] if row == 0 else []) + ends[max(row - 1, 0) : row + 1].tolist()
-        text, instruction = json.loads(bytes(opened.get_slice("texts")[begin:end].numpy()))
+        try:
+            text, instruction = json.loads(bytes(opened.get_slice("texts")[begin:end].numpy()))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{KEY}: {self.files[part]} is damaged ({error}); remove it, and it is made again."
+            ) from error
         return {
             "features": features[row : row + 1, crop][0],
             "text_input": text,
@@ -86,7 +96,16 @@ def _opened(file: Path) -> Any:
 def _shape(file: Path) -> list[int]:
     try:
         with safe_open(file, "pt") as opened:
-            return opened.get_slice("features").get_shape()
+            shape, ends = opened.get_slice("features").get_shape(), opened.get_tensor("text_ends").tolist()
+            num_bytes = opened.get_slice("texts").get_shape()[0]
+        if (
+            len(shape) != 4
+            or min(shape[1:]) < 1
+            or len(ends) != shape[0]
+            or [0, *ends, num_bytes] != sorted([0, *ends, num_bytes])
+        ):
+            raise ValueError("its features and texts do not belong together")
+        return shape
     except Exception as error:  # the reader has exceptions of its own
         raise UserError(f"{KEY}: {file} is damaged ({str(error)[:120]}); remove it, and it is made again.") from error
 
@@ -203,8 +222,8 @@ def _claim(folder: Path, made_of: dict[str, str]) -> None:
     file = folder / "fingerprint.json"
     try:
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if other := [name for name, value in made_of.items() if found.get(name) != value]:
+            found = parse_json(file.read_bytes(), f"{KEY}: {file}")
+            if other := [name for name in made_of if not isinstance(found, dict) or found.get(name) != made_of[name]]:
                 raise UserError(
                     f"{KEY}: {folder} holds features of other {', '.join(other)} than this run has; give another "
                     "folder, or remove this one."

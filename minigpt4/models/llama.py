@@ -1,6 +1,7 @@
 """The frozen language model: a Llama-family folder, streamed to its device and checked before it is believed."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.fingerprints import identify
@@ -118,11 +120,16 @@ def check_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 
 def _fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    names = model.state_dict().keys()
-    for file in weight_files(folder):
-        for name, value in weights.read_file(file, KEY).items():
-            if name in names:
-                _put(model, name, value, dtype, device, folder)
+    names, num_threads = model.state_dict().keys(), torch.get_num_threads()
+    # Each worker takes whole tensors: mapped pages are read, checked and copied by several at once, and none waits for
+    # another at the end of each tensor, as the threads of one operation would.
+    with ThreadPoolExecutor(min(8, num_threads), initializer=_begin_worker, initargs=(device,)) as workers:
+        for file in weight_files(folder):
+            content = weights.read_file(file, KEY).items()
+            puts = [workers.submit(_put, model, *item, dtype, device, folder) for item in content if item[0] in names]
+            for put in puts:
+                put.result()
+    torch.set_num_threads(num_threads)  # of threads to come, as the autograd engine's
     model.tie_weights()
 
 
@@ -131,16 +138,21 @@ def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device:
     module = model.get_submodule(parent)
     parameter = getattr(module, leaf)
     value = local_slice(value, parameter, device) if isinstance(parameter, DTensor) else value.to(device)
-    value = value.to(dtype)
     local = value.to_local() if isinstance(value, DTensor) else value
     if local.sum().isnan():  # one pass, no copy; finite values never add up to NaN
         raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again." + see("nan"))
+    value = value.to(dtype)
     if isinstance(module, Int8Linear) and leaf == "weight":
         module.take(value)
     elif isinstance(module, Int8Linear):
         module.register_buffer(leaf, value)
     else:
         setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _begin_worker(device: torch.device) -> None:
+    torch.set_num_threads(1)
+    devices.use(device)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -17,14 +17,11 @@ from minigpt4.models.eva_vit import interpolate_pos_embed
 
 
 def load_vision(model: nn.Module, vit_file: Path, q_former_file: Path) -> None:
-    """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins."""
-    weights.load_strictly(*tower_weights(model, vit_file))
-    model.visual_encoder.float()
-    for module in model.visual_encoder.modules():  # buffers that no file holds were left on the meta device
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:
-                module.register_buffer(name, torch.zeros(buffer.shape), persistent=False)
+    """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins.
 
+    The tower keeps the precision of its file until ``round_vit_weights``; the rest becomes float32.
+    """
+    weights.load_strictly(*tower_weights(model, vit_file))
     bridge, *rest = bridge_weights(model, q_former_file)
     weights.load_strictly(bridge, *rest)
     bridge.float()
@@ -75,7 +72,7 @@ def load_trained_part(model: nn.Module, path: Path) -> None:
     """Loads the trained part from a checkpoint of this project or of the reference."""
     state = trained_part(model, path)
     for name, value in state.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and not weights.is_finite(value):
             raise UserError(
                 f"model.ckpt: '{name}' in {path} holds NaN or infinity; the run that wrote it had diverged."
                 + see("nan")

@@ -131,7 +131,6 @@ def build_vision(cfg: Mapping[str, Any]) -> tuple[nn.Module, QFormer]:
 def load(vision: Vision, files: tuple[Path, Path], cfg: Mapping[str, Any], device: torch.device) -> None:
     """Puts the weights of both files into a built vision side, rounded as ``vit_precision`` asks."""
     load_vision(vision, *files)
-    dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")]
-    if cfg.get("freeze_vit", True) and dtype != torch.float32:
-        keeps_float32 = devices.half_dtype(device) == torch.float32
-        round_vit_weights(vision.visual_encoder, dtype, keep_float32=keeps_float32)
+    dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")] if cfg.get("freeze_vit", True) else torch.float32
+    keeps_float32 = devices.half_dtype(device) == torch.float32
+    round_vit_weights(vision.visual_encoder, dtype, keep_float32=keeps_float32)

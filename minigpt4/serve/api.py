@@ -22,6 +22,8 @@ from minigpt4.serve import engine
 from minigpt4.serve.api_requests import ApiError, Body, ContentPart, Limits, load_picture, parse, read_body
 from minigpt4.serve.terminal import steady
 
+MAX_CONNECTIONS = 128  # each may hold a request's whole body in memory
+
 
 def build_app(worker: engine.Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
     """The server's application.
@@ -86,7 +88,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(f"--host {host} --port {port} cannot be used ({error.strerror}); give another.") from error
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
 
 
 @dataclass
@@ -118,8 +120,9 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
                 raise ApiError(400, text, "bad_request", place)
             try:
                 raw = await load_picture(piece.image_url.url, limits)
-                # Processed at once, in a thread: what waits in the queue is small, however large the picture was.
-                parts.append(await asyncio.to_thread(lambda raw=raw: worker.chat.vis_processor(read_picture(raw))))
+                async with limits.decoding:
+                    # Processed at once, in a thread: what waits in the queue is small, however large the picture was.
+                    parts.append(await asyncio.to_thread(lambda raw=raw: worker.chat.vis_processor(read_picture(raw))))
             except UserError as error:
                 raise ApiError(400, str(error), "bad_image", place) from error
         if message.role in ("system", "developer"):

@@ -24,6 +24,9 @@ class Limits:
     max_images: int = 16
     max_tokens: int = 1000
     seconds: float = 300.0  # from arrival to the last token
+    decoding: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(2)
+    )  # a large picture takes a gigabyte
     allowed_hosts: list[str] = field(default_factory=list)  # of http(s) pictures
     allowed_folder: Path | None = None  # of file:// pictures
 

@@ -1,0 +1,295 @@
+"""Time until something happens, ours beside a plain port, each in fresh processes that take turns.
+
+python -m benchmarks.startup --gib 2
+
+The plain port imports what it uses at the top, builds its parts with random weights on the host, gives the language
+model to transformers' ``from_pretrained`` and copies the vision side's weights in by ``load_state_dict``.
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import resource
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+STAGE_1 = "train_configs/quickstart_stage1.yaml"
+DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def our_imports() -> None:
+    """All rooms that train.py walks through, and the language model's class."""
+    for room in ("common.config", "tasks", "datasets.builders", "processors", "models", "runners"):
+        importlib.import_module(f"minigpt4.{room}")
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
+
+
+def plain_imports() -> None:
+    """What a port imports that takes its parts from libraries."""
+    import minigpt4  # noqa: F401  (makes torchvision importable beside any torch)
+
+    for module in ("omegaconf", "timm.models.eva", "torchvision.transforms", "webdataset"):
+        importlib.import_module(module)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+
+def our_load(folder: str, precision: str) -> float:
+    """Seconds of loading a language model and of one token through it, imports apart."""
+    our_imports()
+    import torch
+
+    from minigpt4.models.llama import load_llama
+
+    return _seconds_to_first_token(lambda: load_llama(Path(folder), getattr(torch, DTYPE[precision])))
+
+
+def plain_load(folder: str, precision: str) -> float:
+    """The same by transformers alone."""
+    plain_imports()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return _seconds_to_first_token(
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, DTYPE[precision]))
+    )
+
+
+def our_vision(folder: str, depth: str) -> float:
+    """Seconds from a file of the vision tower to the tower in the host's precision, imports apart."""
+    our_imports()
+    import torch
+
+    from minigpt4.common import weights
+    from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
+
+    begin, file = time.perf_counter(), Path(folder) / "vit.pth"
+    with torch.device("meta"):
+        vit = build_eva_vit(vit_config={"depth": int(depth)})
+    weights.load_strictly(vit, weights.read_state_dict(file, "file"), file, "file")
+    round_vit_weights(vit, torch.float16)
+    return time.perf_counter() - begin
+
+
+def plain_vision(folder: str, depth: str) -> float:
+    """The same as the reference does it."""
+    plain_imports()
+    import torch
+
+    begin = time.perf_counter()
+    vit = _timm_eva(img_size=224, patch_size=14, embed_dim=1408, depth=int(depth), num_heads=16, mlp_ratio=4.3637)
+    vit.load_state_dict(torch.load(Path(folder) / "vit.pth", map_location="cpu"))
+    for module in vit.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.half()
+    return time.perf_counter() - begin
+
+
+def _timm_eva(**sizes: Any) -> Any:
+    import timm.models.eva
+    from torch import nn
+
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    fixed = {"num_classes": 0, "global_pool": "", "use_post_transformer_norm": False, "use_fc_norm": False}
+    return timm.models.eva.Eva(**fixed, norm_layer=norm, **sizes)
+
+
+def _seconds_to_first_token(load: Any) -> float:
+    import torch
+
+    begin = time.perf_counter()
+    model = load().eval()
+    with torch.inference_mode():
+        model(inputs_embeds=model.get_input_embeddings()(torch.tensor([[1]])), use_cache=False)
+    return time.perf_counter() - begin
+
+
+def our_step(folder: str) -> None:
+    """train.py itself; the process ends behind the optimizer's first step."""
+    sys.argv = ["train.py", "--cfg-path", STAGE_1, "--options", f"run.output_dir={folder}"]
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    register_optimizer_step_post_hook(lambda *_: os._exit(0))
+    runpy.run_path("train.py", run_name="__main__")
+
+
+def plain_step() -> None:
+    """The same model and data, put together from libraries."""
+    plain_imports()
+    import omegaconf
+    import torch
+    import torchvision.transforms as transforms
+    import webdataset
+    from safetensors.torch import load_file
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from minigpt4.models.llama_tokenizer import LlamaTokenizer
+    from minigpt4.models.Qformer import QFormer, QFormerConfig
+    from minigpt4.processors.blip_processors import MEAN, STD
+
+    cfg = omegaconf.OmegaConf.load(STAGE_1)
+    section, run = cfg.model, cfg.run
+    torch.manual_seed(run.seed)
+    tokenizer = LlamaTokenizer(section.llama_model)
+    tokenizer.pad_token = tokenizer.eos_token
+    llama = AutoModelForCausalLM.from_pretrained(section.llama_model, dtype=torch.float32)
+    vit = _timm_eva(img_size=section.image_size, **section.vit_config)
+    parts = nn.ModuleDict({
+        "ln_vision": nn.LayerNorm(vit.embed_dim),
+        "Qformer": QFormer(QFormerConfig(**section.qformer_config, encoder_width=vit.embed_dim)),
+    })  # fmt: skip
+    parts.register_parameter(
+        "query_tokens", nn.Parameter(torch.zeros(1, section.num_query_token, parts["Qformer"].config.hidden_size))
+    )
+    vit.load_state_dict(load_file(section.vit_weights))
+    parts.load_state_dict(load_file(section.q_former_model))
+    projection = nn.Linear(parts["Qformer"].config.hidden_size, llama.config.hidden_size)
+    for part in (llama, vit, parts):
+        part.eval().requires_grad_(False)
+
+    picture = transforms.Compose([
+        transforms.Resize((section.image_size,) * 2, transforms.InterpolationMode.BICUBIC),
+        transforms.ToTensor(),
+        transforms.Normalize(MEAN, STD),
+    ])  # fmt: skip
+    data = webdataset.WebDataset(cfg.datasets.cc_sbu.build_info.storage, shardshuffle=True).shuffle(1000)
+    data = data.decode("pilrgb").to_tuple("jpg", "json").map_tuple(picture, lambda text: text["caption"])
+    loader = iter(torch.utils.data.DataLoader(data.batched(run.batch_size_train), batch_size=None))
+    optimizer = torch.optim.AdamW(projection.parameters(), lr=run.init_lr, weight_decay=run.weight_decay)
+
+    images, captions = next(loader)
+    queries = parts.query_tokens.expand(len(images), -1, -1)
+    image_embeds = projection(parts["Qformer"](queries, parts["ln_vision"](vit.forward_features(images))))
+    rows = [tokenizer(caption + "\n", add_special_tokens=False).input_ids[:32] for caption in captions]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    embedding = llama.get_input_embeddings()
+    bos = embedding(torch.full((len(rows), 1), tokenizer.bos_token_id))
+    before = torch.ones(len(rows), 1 + image_embeds.shape[1], dtype=torch.long)
+    loss = llama(
+        inputs_embeds=torch.cat([bos, image_embeds, embedding(ids)], dim=1),
+        attention_mask=torch.cat([before, mask], dim=1),
+        labels=torch.cat([before * -100, ids.masked_fill(mask == 0, -100)], dim=1),
+    ).loss
+    loss.backward()
+    nn.utils.clip_grad_norm_(projection.parameters(), 1.0)
+    optimizer.step()
+    os._exit(0)
+
+
+def in_fresh_process(*command: str) -> tuple[float, float, float]:
+    """Seconds from start to end of a process, of CPU time in it, and those that it measured itself, else 0."""
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.time()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    whole, after = time.time() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    words = done.stdout.split()[-2:]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return whole, cpu, float(words[1]) if words and words[0] == "took" else 0.0
+
+
+def child(name: str, *arguments: str) -> tuple[str, ...]:
+    """The command that calls a function of this file."""
+    return "-m", "benchmarks.startup", "--child", name, *arguments
+
+
+def write_tower(file: Path, gib: float) -> int:
+    """Writes a vision tower of ViT-g's width and about that size in fp16; returns its depth."""
+    import torch
+
+    from minigpt4.models.eva_vit import build_eva_vit
+
+    depth = max(1, round(gib * 2**30 / 2 / 25.2e6))
+    with torch.device("meta"):
+        shapes = build_eva_vit(vit_config={"depth": depth}).state_dict()
+    torch.save({name: torch.full(value.shape, 0.01, dtype=torch.float16) for name, value in shapes.items()}, file)
+    return depth
+
+
+def prepared(folder: Path, gib: float, only: str) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """(name, [our command, and the plain one where there is one]) of each row; writes what the commands read."""
+    import torch
+
+    from benchmarks.loading_memory import write_folder
+    from quickstart import scenes
+
+    yield "train.py --help", [("train.py", "--help")]
+    yield "demo.py --help", [("demo.py", "--help")]
+    yield "what training imports", [child("our_imports"), child("plain_imports")]
+    shards = ROOT / "output/quickstart/shards"
+    if not shards.exists():
+        scenes.write_shards(shards, num_shards=8, scenes_per_shard=1000, seed=1)
+    yield "the first trained step of the small world", [child("our_step", str(folder)), child("plain_step")]
+    for kind, stored, wanted in (
+        ("safetensors", "fp32", "fp32"),
+        ("safetensors", "fp16", "bf16"),
+        ("bin", "bf16", "bf16"),
+    ):
+        name, path = f"LM of {gib:g} GiB, .{kind}, {stored} to {wanted}", folder / f"{kind}-{stored}"
+        if only in name:
+            write_folder(path, gib, getattr(torch, DTYPE[stored]), kind)
+            yield name, [child("our_load", str(path), wanted), child("plain_load", str(path), wanted)]
+    name = f"vision tower of {gib:g} GiB"
+    if only in name:
+        depth = str(write_tower(folder / "vit.pth", gib))
+        yield name, [child("our_vision", str(folder), depth), child("plain_vision", str(folder), depth)]
+
+
+def main() -> None:
+    """A row for each thing to wait for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=2.0, help="size of the language model's folder, and of the tower")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="only rows whose name holds this")
+    parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, *arguments = args.child
+        taken = globals()[name](*arguments)
+        print(f"took {taken}" if taken else "")
+        return
+    import torch
+
+    from benchmarks import hardware
+
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        cases = [case for case in prepared(folder, args.gib, args.only) if args.only in case[0]]
+        for name, commands in cases:
+            times: list[list[tuple[float, float, float]]] = [[] for _ in commands]
+            for i in range(1 + args.repeats):  # the first round does not count
+                for side in range(len(commands))[:: 1 if i % 2 else -1]:  # whoever comes second finds more in caches
+                    for file in folder.rglob("*.*"):
+                        with file.open("rb") as content:
+                            while content.read(2**24):
+                                pass
+                    taken = in_fresh_process(*commands[side])
+                    times[side].extend([taken] if i else [])
+            medians = [tuple(map(statistics.median, zip(*each, strict=True))) for each in times]
+            columns = ("cold process", "CPU of it", "imports apart")[: 3 if "GiB" in name else 2]
+            for number, column in enumerate(columns):
+                ours, plain = medians[0][number], medians[1][number] if len(medians) > 1 else None
+                rows.append({
+                    "until": name,
+                    "seconds of": column,
+                    "ours": round(ours, 2),
+                    "plain": "" if plain is None else round(plain, 2),
+                    "ratio": "" if plain is None else round(ours / plain, 2),
+                })  # fmt: skip
+                print(rows[-1], file=sys.stderr, flush=True)
+    hardware.report(rows, hardware.describe(torch.device("cpu")), args.json)
+
+
+if __name__ == "__main__":
+    main()
