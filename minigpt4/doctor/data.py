@@ -14,11 +14,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError, see
+from minigpt4.common.errors import see
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.sample import SkipSample, decode_image
 from minigpt4.datasets.datasets.shards import IMAGE_KEYS
-from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, refused
+from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, collect
 from minigpt4.processors.blip_processors import MEAN, STD
 
 NUM_SHARDS = 3  # opened of a source
@@ -43,20 +43,20 @@ class Drawn:
 def draw(cfg: Any, num_samples: int = 16) -> tuple[list[Drawn], list[Finding]]:
     """Draws from every source and split of a configuration; sources that are refused come back as findings."""
     drawn, findings = [], []
-    for name, section in (cfg.config.get("datasets") or {}).items():
-        try:
-            builder = registry.get_builder_class(name)(section)
-            builder.name = name
-            splits = builder.build_datasets()
-        except UserError as error:
-            findings.append(refused(f"datasets.{name}", error))
-            continue
-        for split, dataset in splits.items():
+
+    def source(name: str, section: Any) -> list[Finding]:
+        builder = registry.get_builder_class(name)(section)
+        builder.name = name
+        for split, dataset in builder.build_datasets().items():
             with local_seed(0):  # random crops, too, are the same each time
                 if hasattr(dataset, "pairs"):
                     drawn.append(_draw_pairs(f"{name}/{split}", dataset, num_samples))
                 elif hasattr(dataset, "shards"):
                     drawn.append(_draw_shards(f"{name}/{split}", dataset, num_samples))
+        return []
+
+    for name, section in (cfg.config.get("datasets") or {}).items():
+        findings += collect(f"datasets.{name}", source, name, section)
     return drawn, findings
 
 

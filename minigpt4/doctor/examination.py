@@ -88,8 +88,8 @@ def _unmet_requirements() -> Iterator[str]:
     from packaging.requirements import Requirement  # comes with transformers
 
     file = Path(__file__).parents[2] / "requirements.txt"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        requirement = Requirement(line.partition("#")[0])
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
+    for requirement in (Requirement(line) for line in lines if line.startswith(PACKAGES)):
         if requirement.name in PACKAGES:
             found = importlib.metadata.version(requirement.name)
             if not requirement.specifier.contains(found, prereleases=True):
@@ -132,7 +132,9 @@ def _vitality(files: ModelFiles, is_deep: bool, captions: list[str]) -> list[Fin
         return collect("LM vitality", language.sampled_vitality, files.tensors, files.llm_dtype)
 
     def look() -> Finding:
-        return language.vitality(load_llama(files.folder, files.llm_dtype), files.tokenizer, captions)
+        is_large = files.lm_bytes > SMALL_LM and files.device.type == "cpu"  # there, mapped weights cost no memory
+        dtype = files.tensors["model.norm.weight"].dtype if is_large else files.llm_dtype
+        return language.vitality(load_llama(files.folder, dtype, files.device), files.tokenizer, captions)
 
     num_threads = torch.get_num_threads()
     try:

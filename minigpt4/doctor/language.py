@@ -66,7 +66,7 @@ def vitality(llama: nn.Module, tokenizer: Any, captions: Sequence[str] = ()) -> 
 
 def _nonfinite(llama: nn.Module, tokenizer: Any, evidence: str) -> tuple[str, str]:
     dtype = str(llama.get_input_embeddings().weight.dtype).removeprefix("torch.")
-    loss, _ = next_token_loss(llama.float(), tokenizer, SENTENCES)
+    loss, _ = next_token_loss(llama.cpu().float(), tokenizer, SENTENCES)
     if math.isfinite(loss):
         told = f"{evidence}. In {dtype} it overflows: in float32 the loss is {loss:.2f}"
         return told, "Set model.llm_dtype: bf16 (or fp32), and run.amp_dtype: bf16." + see("nan")
