@@ -54,12 +54,11 @@ PRESETS = {
 }
 
 
-def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_vision: bool) -> MiniGPT4:
-    """A model with random weights, made on the device in the precisions of a real run."""
+def build_llama(preset: Preset, device: torch.device, is_plain: bool) -> nn.Module:
+    """A frozen language model with random weights, made on the device in the precision of a real run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     packed.register()
-    half = devices.half_dtype(device)
     width, depth, heads, inner = preset.lm
     config = LlamaConfig(
         hidden_size=width,
@@ -69,12 +68,18 @@ def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_
         vocab_size=preset.vocabulary,
         attn_implementation="eager" if is_plain else packed.ATTENTION,
     )
-    torch.set_default_dtype(half)
+    torch.set_default_dtype(devices.half_dtype(device))
     with device:
         llama = LlamaForCausalLM(config).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     if not is_plain:
         packed.slim(llama)
+    return llama.eval()
+
+
+def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_vision: bool) -> MiniGPT4:
+    """A model with random weights, made on the device in the precisions of a real run."""
+    half, llama = devices.half_dtype(device), build_llama(preset, device, is_plain)
     vit_width, vit_depth, vit_heads, ratio = preset.vit
     q_width, q_depth, q_heads = preset.q_former
     with device:

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# All rows that want one GPU of 80 GB or more, in one command: benchmarks/gpu.sh [FOLDER]. Markdown in FOLDER/rows.md,
+# a line of JSON a row beside it. A row that fails is named at the end; the others are kept.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-output/gpu}
+mkdir -p "$out"
+failed=()
+row() { # NAME MODULE [ARGUMENT ...]
+  name=$1
+  shift
+  printf '\n## %s\n\n`python -m benchmarks.%s`\n\n' "$name" "$*" | tee -a "$out/rows.md"
+  python -m "benchmarks.$1" "${@:2}" --json "$out/$name.json" 2>&1 | tee -a "$out/rows.md" || failed+=("$name")
+}
+: >"$out/rows.md"
+row limits hardware
+for model in 7b 13b; do
+  row "$model-stage1" train_step --preset "$model" --stage 1 --batch 64
+  row "$model-stage1-cached" train_step --preset "$model" --stage 1 --batch 64 --feature-cache
+  row "$model-stage1-cached-compiled" train_step --preset "$model" --stage 1 --batch 64 --feature-cache --compile
+done
+row 7b-stage1-compiled train_step --preset 7b --stage 1 --batch 64 --compile
+row 7b-stage1-plain train_step --preset 7b --stage 1 --batch 16 --compare plain
+row 7b-stage2 train_step --preset 7b --stage 2 --batch 12
+row 7b-stage2-cached train_step --preset 7b --stage 2 --batch 12 --feature-cache
+row 13b-stage2-int8 train_step --preset 13b --stage 2 --batch 1 --llm-precision int8
+row 7b-generate generate --preset 7b
+if ((${#failed[@]})); then
+  echo "failed: ${failed[*]}" | tee -a "$out/rows.md"
+  exit 1
+fi
