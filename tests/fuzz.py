@@ -327,7 +327,10 @@ def shards(case: bytes) -> None:
     assert sum(place.skipped.values()) < 10_000
 
 
+RED = picture_kinds.RED
 PICTURES = [
+    *(picture_kinds.saved(RED, kind) for kind in ("AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF")),
+    *(picture_kinds.saved(RED, "TIFF", compression=name) for name in ("tiff_lzw", "jpeg")),
     *picture_kinds.readable().values(),
     *(data for data, _ in hostile_data.PICTURES.values() if data and len(data) < 50_000),
 ]

@@ -282,6 +282,7 @@ def many_scans(count):
     return data[:at] + data[at:-2] * count + b"\xff\xd9"
 
 
+AVIF = saved(Image.new("RGB", (48, 32), (90, 50, 200)), "AVIF")
 GIF = saved(Image.new("RGB", (12, 10)), "GIF")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(ran) (w) file closefile showpage\n%%EOF\n"
 LARGE, UNREADABLE_IMAGE = "image too large", "unreadable image"
@@ -335,6 +336,7 @@ PICTURES = {
     ),
     "TIFF of a far offset": (b"II*\0\xff\xff\xff\x7f" + b"\0" * 20, UNREADABLE_IMAGE),
     "AVIF header alone": (b"\0\0\0\x20ftypavif" + b"\0" * 40, UNREADABLE_IMAGE),
+    "AVIF of other data": (AVIF[:-40] + b"\xff" * 40, UNREADABLE_IMAGE),
     "JPEG 2000 header alone": (b"\0\0\0\x0cjP  \x0d\x0a\x87\x0a" + b"\0" * 40, UNREADABLE_IMAGE),
     "PPM of 60,000 x 60,000": (b"P6 60000 60000 255\n" + b"\0" * 100, LARGE),
     "PPM of a long number": (b"P6 " + b"9" * 5000 + b" 1 255\n", UNREADABLE_IMAGE),
