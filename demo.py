@@ -64,7 +64,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     look_ahead(cfg, device)
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
-    vocab_size = model.llama_model.get_input_embeddings().num_embeddings
+    vocab_size = model.llama_model.config.vocab_size
     template = choose_template(cfg.model_cfg.get("conversation"), vocab_size)
     return Chat(model, image_processor(cfg), device, template)
 

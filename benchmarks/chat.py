@@ -33,9 +33,8 @@ ANSWER = (
 
 def middling_chat(device: torch.device) -> Chat:
     """Random weights, 384 to 512 wide, over the small world's tokenizer: enough work to measure, nothing to load."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from minigpt4.models.eva_vit import build_eva_vit
+    from minigpt4.models.llama import Llama, LlamaConfig
     from minigpt4.models.llama_tokenizer import load_tokenizer
     from minigpt4.models.Qformer import QFormer, QFormerConfig
 
@@ -47,7 +46,7 @@ def middling_chat(device: torch.device) -> Chat:
     vit = build_eva_vit(224, vit_config={"patch_size": 14, "embed_dim": 384, "depth": 8, "num_heads": 6})
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
     q_former = QFormer(QFormerConfig(**sizes, encoder_width=384))
-    llama = LlamaForCausalLM(config).to(devices.half_dtype(device))
+    llama = Llama(config).to(devices.half_dtype(device))
     model = MiniGPT4(vit, q_former, llama, tokenizer)
     return Chat(model, Blip2ImageEvalProcessor(224), device)
 

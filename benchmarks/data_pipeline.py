@@ -29,6 +29,7 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torchvision import transforms
 from webdataset.tariterators import group_by_keys, tarfile_samples
 
 from minigpt4.common import device as devices
@@ -37,7 +38,7 @@ from minigpt4.datasets.datasets import ShardDataset
 from minigpt4.datasets.datasets.tar_files import expand_shards, read_files
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.processors import Blip2ImageTrainProcessor, BlipCaptionProcessor
-from minigpt4.processors.blip_processors import MEAN, STD, transforms  # torchvision, which minigpt4 makes fit first
+from minigpt4.processors.blip_processors import MEAN, STD
 
 IMAGE_SIZE, BUFFER, IN_QUEUE = 224, 200, 2  # batches that a worker of torch's loader keeps ready
 RATIOS = ((1, 1), (4, 3), (3, 2), (3, 4), (16, 9))

@@ -49,7 +49,7 @@ def plain(llm: nn.Module, embeds: Tensor, mask: Tensor, num_tokens: int) -> Iter
 
     llm.generate(
         inputs_embeds=embeds,
-        attention_mask=mask,
+        attention_mask=mask.to(embeds.device),
         do_sample=False,
         max_new_tokens=num_tokens,
         min_new_tokens=num_tokens,
@@ -74,8 +74,8 @@ def token_bytes(llm: nn.Module, batch: int, length: float) -> float:
     """Bytes that one token of each row must read: all weights but the embeddings, and all keys and values so far."""
     config, weights = llm.config, sum(p.nbytes for p in llm.parameters())
     weights += sum(b.nbytes for b in llm.buffers())
-    weights -= llm.get_input_embeddings().weight.nbytes
-    itemsize = llm.get_input_embeddings().weight.itemsize
+    weights -= llm.model.embed_tokens.weight.nbytes
+    itemsize = llm.model.embed_tokens.weight.itemsize
     width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     return weights + 2 * config.num_hidden_layers * batch * length * width * itemsize
 
@@ -106,7 +106,7 @@ def main() -> None:
     rows = []
     for batch in args.batch:
         embeds = torch.randn(batch, args.context, preset.lm[0], device=device).to(devices.half_dtype(device))
-        mask = torch.ones(batch, args.context, dtype=torch.long, device=device)
+        mask = torch.ones(batch, args.context, dtype=torch.long)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in llms}
         for i in range(1 + args.repeats):  # in turns; the first one does not count
             for name, (decode, llm) in llms.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minigpt4.models.llama import load_llama
+from minigpt4.models.llama_folder import load_llama
 
 
 def write_folder(folder: Path, gib: float, dtype: torch.dtype, kind: str, num_files: int = 4) -> int:
@@ -67,7 +67,6 @@ def _pss(pids: list[int]) -> int:
 
 def measure(folder: Path, ranks: int, dtype: torch.dtype) -> int:
     """The peak of all ranks' memory together while they load, less what they held before, in bytes."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  (code is not measured)
 
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(ranks + 1)

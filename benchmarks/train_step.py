@@ -22,10 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware
 from minigpt4.common import device as devices
-from minigpt4.common.optims import parameter_groups
-from minigpt4.models import MiniGPT4, Qformer, eva_vit, packed
+from minigpt4.common.optims import AdamW, parameter_groups
+from minigpt4.models import MiniGPT4, Qformer, eva_vit
 from minigpt4.models.eva_vit import build_eva_vit
 from minigpt4.models.int8 import to_int8
+from minigpt4.models.llama import Llama, LlamaConfig
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
@@ -55,26 +56,24 @@ PRESETS = {
 
 
 def build_llama(preset: Preset, device: torch.device, is_plain: bool) -> nn.Module:
-    """A frozen language model with random weights, made on the device in the precision of a real run."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """A frozen language model with random weights, made on the device in the precision of a real run.
 
-    packed.register()
+    The plain one is that of transformers, with its eager attention.
+    """
+    import transformers
+
     width, depth, heads, inner = preset.lm
-    config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        vocab_size=preset.vocabulary,
-        attn_implementation="eager" if is_plain else packed.ATTENTION,
-    )
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
+    sizes |= {"intermediate_size": inner, "vocab_size": preset.vocabulary}
     torch.set_default_dtype(devices.half_dtype(device))
     with device:
-        llama = LlamaForCausalLM(config).requires_grad_(False)
+        if is_plain:
+            config = transformers.LlamaConfig(**sizes, attn_implementation="eager")
+            llama = transformers.LlamaForCausalLM(config)
+        else:
+            llama = Llama(LlamaConfig(**sizes))
     torch.set_default_dtype(torch.float32)
-    if not is_plain:
-        packed.slim(llama)
-    return llama.eval()
+    return llama.requires_grad_(False).eval()
 
 
 def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_vision: bool) -> MiniGPT4:
@@ -174,7 +173,7 @@ def formula_flops(preset: Preset, num_tokens: int, batch: int, num_targets: int,
 
 def stepper(model: MiniGPT4, batches: list[dict[str, Any]], device: torch.device, is_plain: bool) -> Callable[[], None]:
     """A function that does one training step on the next batch."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4)
+    optimizer = AdamW(parameter_groups(model, 0.05), lr=1e-4)
     turn = iter(range(10**9))
     dtype = devices.half_dtype(device)
 

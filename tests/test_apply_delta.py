@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt4.models.llama import load_llama
+from minigpt4.models.llama_folder import load_llama
 from minigpt4.tools import apply_delta as tool
 
 transformers = pytest.importorskip("transformers")
@@ -84,7 +84,7 @@ def test_result_loads_as_language_model(folders):
     assert run(folders) == 0
     target = folders["target"]
     model = load_llama(target, torch.float32)
-    assert model.config.vocab_size == 33 and model.get_input_embeddings().weight.shape[0] == 33
+    assert model.config.vocab_size == 33 and model.model.embed_tokens.weight.shape[0] == 33
     assert (target / "tokenizer.model").read_bytes() == b"delta"
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
     assert (target / "generation_config.json").is_file()

@@ -24,7 +24,7 @@ from minigpt4.doctor import language, look_ahead, memory, warn_if_dead
 from minigpt4.doctor.examination import examine
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, worst
 from minigpt4.doctor.model import ModelFiles
-from minigpt4.models.llama import load_llama
+from minigpt4.models.llama_folder import load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from quickstart import scenes
 
@@ -399,13 +399,12 @@ def test_every_link_into_the_guide_leads_somewhere():
 def test_weights_of_7b_by_part():
     """A model of the full size, without a byte of memory."""
     folder = {"vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from minigpt4.models.llama import Llama, LlamaConfig
     from minigpt4.models.mini_gpt4 import MiniGPT4
     from minigpt4.models.vision import build_vision
 
     with torch.device("meta"):
-        llm = LlamaForCausalLM(LlamaConfig(**folder, num_attention_heads=32)).bfloat16()
+        llm = Llama(LlamaConfig(**folder, num_attention_heads=32)).bfloat16()
         model = MiniGPT4(*build_vision({}), llm, None)
     sizes = memory.weight_bytes(model)
     assert sizes["language model"] == pytest.approx(13.48e9, rel=1e-3)

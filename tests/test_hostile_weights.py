@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save, save_file
 from sentencepiece import SentencePieceTrainer
 
 from minigpt4.common import weights
+from minigpt4.common.fingerprints import identify
 from minigpt4.datasets.feature_cache import FeatureDataset, _claim
 from minigpt4.models.eva_vit import interpolate_pos_embed
-from minigpt4.models.llama import check_vocabulary, load_llama
+from minigpt4.models.llama_folder import check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.mini_gpt4 import read_prompts
-from minigpt4.models.packed import ATTENTION
 from minigpt4.tools.apply_delta import WeightFolder
 
 pytestmark = pytest.mark.usefixtures("confined")
@@ -160,6 +160,13 @@ CONTENTS = {
     "quantised": ({"a": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "'a'", "qint8"),
     "bytes": ({"a": torch.ones(2, dtype=torch.uint8)}, "'a'", "uint8"),
 }
+
+
+def test_an_archive_that_swells_is_not_unpacked_to_tell_what_it_is(tmp_path, confined, monkeypatch):
+    suffix, content, *_ = FILES["a zip that unpacks to 200 MB"]
+    (tmp_path / f"x{suffix}").write_bytes(content)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    assert identify(tmp_path / f"x{suffix}") == "no file of weights"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -326,8 +333,8 @@ FOLDERS = {
     "code of its own": (configured(model_type="evil", auto_map=REMOTE), "cannot be loaded"),
     "a kernel of its own": (configured(attn_implementation="evil/kernel", model_type="evil"), "cannot be loaded"),
     "a billion layers": (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
-    "layers below zero": (configured(num_hidden_layers=-1), "-1 layers"),
-    "no layers": (configured(num_hidden_layers=0), "0 layers"),
+    "layers below zero": (configured(num_hidden_layers=-1), "num_hidden_layers -1"),
+    "no layers": (configured(num_hidden_layers=0), "num_hidden_layers 0"),
     "layers as a text": (configured(num_hidden_layers="two"), "cannot be loaded"),
     "no heads": (configured(num_attention_heads=0), "cannot be loaded"),
     "a width of a billion": (configured(hidden_size=10**9), "llama"),
@@ -385,7 +392,7 @@ def test_a_number_as_a_name_in_the_language_model(llama):
 
 def test_a_kernel_that_a_config_names_is_not_asked_for(llama):
     configured(attn_implementation="evil/kernel")(llama)
-    assert load_llama(llama, torch.float32).config._attn_implementation == ATTENTION
+    assert type(load_llama(llama, torch.float32)).__module__ == "minigpt4.models.llama"
 
 
 @pytest.mark.parametrize(

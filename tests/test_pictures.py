@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from benchmarks import data_pipeline
 from minigpt4.common import device as devices
@@ -17,7 +18,7 @@ from minigpt4.datasets.datasets.pairs import Pair
 from minigpt4.datasets.datasets.sample import Place, decode_image
 from minigpt4.datasets.loader import TrainLoader, validation_batches
 from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
-from minigpt4.processors.blip_processors import MEAN, STD, transforms
+from minigpt4.processors.blip_processors import MEAN, STD
 from minigpt4.processors.pictures import Pictures, resizes_alike
 
 DEVICES = sorted({"cpu", devices.best()})
@@ -68,7 +69,7 @@ def test_normalising_gives_torchvisions_numbers(device):
     assert found.dtype == torch.float32 and found.is_contiguous()
 
 
-@pytest.mark.parametrize("size", [(300, 260), (90, 700), (224, 224), (50, 40), (1000, 900)], ids=str)
+@pytest.mark.parametrize("size", [(300, 260), (90, 700), (700, 90), (224, 224), (50, 40), (1000, 900)], ids=str)
 @pytest.mark.parametrize("resizes_later", [False, True])
 def test_same_draws_and_pixels_as_torchvision(size, resizes_later):
     image, processor = noise(*size), Blip2ImageTrainProcessor(224)

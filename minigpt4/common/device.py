@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -239,6 +239,37 @@ def synchronize(device: torch.device) -> None:
     """Waits for the device's work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+_CANNOT_RECORD = {"cpu", "mps"}
+
+
+def records(device: torch.device) -> bool:
+    """Whether ``record`` may give something; false once it has failed."""
+    return device.type not in _CANNOT_RECORD
+
+
+def record(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
+    """Records work on fixed tensors, so that calling the result does it again in one launch; None where that fails.
+
+    ``work`` is done three times on the way.
+    """
+    try:
+        stream = torch.Stream(device)
+        synchronize(device)
+        with stream:  # libraries set themselves up, which cannot be recorded
+            work()
+            work()
+        graph = torch.accelerator.Graph(capture_error_mode="thread_local")
+        with stream, graph:
+            work()
+        synchronize(device)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        _CANNOT_RECORD.add(device.type)
+        cause = str(error).strip()[:100]
+        logging.warning("Work on %s cannot be recorded (%s); it is launched piece by piece.", device.type, cause)
+        return None
+    return graph.replay
 
 
 def seed_everything(seed: int) -> None:

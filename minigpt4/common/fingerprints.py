@@ -1,5 +1,6 @@
 """Which file is this really? Told by the names and shapes in it, never by its own name."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,34 @@ def kind_of_bytes(path: Path) -> str | None:
     return None if head else "it is empty"
 
 
+def content_of(path: Path, device: str = "cpu") -> Any:
+    """What a file of weights holds, memory-mapped; pickles may hold tensors only, and archives no more than their size.
+
+    Raises:
+        Exception: zip, pickle and safetensors readers each have exceptions of their own.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch compresses nothing
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it holds")
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location=device, weights_only=True)  # files of before torch 1.6
+
+
 def identify(path: Path) -> str:
     """``kind_of`` for a file on the disk, whatever it is; its tensors stay unread."""
     if not path.is_file():
         return "no plain file"
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return kind_of(load_file(path))
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        content = content_of(path, "meta")
         return kind_of(content) if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    except Exception:  # every reader has exceptions of its own, and not to know is an answer
+    except Exception:  # not to know is an answer
         return kind_of_bytes(path) or "no file of weights"

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.fingerprints import kind_of, kind_of_bytes
+from minigpt4.common.fingerprints import content_of, kind_of, kind_of_bytes
 from minigpt4.common.utils import parse_json
 
 _URL = re.compile(r"^https?://")
@@ -145,25 +144,12 @@ def read_file(path: Path, key: str) -> dict:
     if not path.is_file():
         raise UserError(f"{key}: {path} is no file; expected one of {', '.join(_FILE_TYPES)}.")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
         if path.suffix not in _FILE_TYPES:
             raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(_FILE_TYPES)}.")
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch compresses nothing
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("it unpacks to more than it holds")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            content = torch.load(path, map_location="cpu", weights_only=True)  # files of before torch 1.6
+        content = content_of(path)
     except UserError:
         raise
-    except Exception as error:  # zip, pickle and safetensors readers each have exceptions of their own
+    except Exception as error:  # the readers' own, of many kinds
         cause = kind_of_bytes(path) or str(error).strip().split("\n")[0][:160]
         raise UserError(
             f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); "

@@ -20,6 +20,7 @@ from minigpt4.conversation.generation import GenerationOptions, generate, stream
 from minigpt4.conversation.pictures import read_picture
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
 from minigpt4.conversation.templates import CONV_VISION, Conversation, SeparatorStyle
+from minigpt4.models.kv_cache import KVCache
 from minigpt4.models.mini_gpt4 import IMAGE_MARK, IMAGE_SLOT, MiniGPT4
 
 __all__ = ["CONV_VISION", "Answer", "Chat", "Conversation", "SeparatorStyle", "StoppingCriteriaSub"]
@@ -225,8 +226,9 @@ class Chat:
         embeds, mask = self._embed(rows, img_lists)
         tokenizer = self.model.llama_tokenizer
         arguments = embeds[:, known:], mask, each, tokenizer.bos_token_id, tokenizer.eos_token_id
+        token_lists = self._token_lists(*arguments, prefix.cache if len(rows) == 1 else None)
         try:
-            for row, ids, is_end in self._token_lists(*arguments, prefix.cache):
+            for row, ids, is_end in token_lists:
                 answer = answers[row]
                 answer.ids += ids
                 answer.seconds = time.perf_counter() - begin
@@ -240,6 +242,7 @@ class Chat:
             prefix = None
             raise
         finally:
+            token_lists.close()  # now the cache has everything
             if len(rows) == 1 and prefix is not None:
                 self.prefixes.put(prefix, rows[0] + answers[0].ids, img_lists[0])
             for conv, answer in zip(convs, answers, strict=True):
@@ -247,7 +250,13 @@ class Chat:
                     conv.append_message(conv.roles[1], answer.text)
 
     def _token_lists(
-        self, embeds: Tensor, mask: Tensor, options: Sequence[GenerationOptions], bos: int, eos: int, cache: Any
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        options: Sequence[GenerationOptions],
+        bos: int,
+        eos: int,
+        cache: KVCache | None,
     ) -> Iterator[tuple[int, list[int], bool]]:
         """(row, its next ids, whether it ended by itself): one by one, or by beam search all at once."""
         llm = self.model.llama_model
@@ -259,7 +268,7 @@ class Chat:
                 yield row, [token_id], is_end
 
     def _embed(self, rows: Sequence[list[int]], img_lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Contexts to LM inputs [B, T, L] and mask [B, T], padded on the left, so that all end where answers begin."""
+        """Contexts to LM inputs [B, T, L] and mask [B, T] on the CPU, padded on the left: all end together."""
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.model.llama_tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -268,7 +277,7 @@ class Chat:
             mask[i, width - len(row) :] = 1
         images = [image for image_list in img_lists for image in image_list]
         embeds = self.model.embed(ids.to(self.device), torch.cat(images) if images else None)
-        return embeds, mask.to(self.device)
+        return embeds, mask
 
     def check_length(
         self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000

@@ -6,13 +6,15 @@ generated token (for min_length, the repetition penalty and the length penalty),
 Shapes: B rows, T context length, L width of the LM, V vocabulary, K beams.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from minigpt4.conversation import recorded
+from minigpt4.models.kv_cache import KVCache, read
+from minigpt4.models.llama import Llama
 
 TOP_K = 50
 
@@ -56,86 +58,62 @@ def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOption
         bos: id of the begin token, which the repetition penalty sees.
         eos: id of the end token, banned until ``min_length``.
     """
-    from transformers import (
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    history = torch.cat(
-        [torch.full_like(history[:, :1] if history.numel() else history.new_zeros(len(history), 1), bos), history], 1
-    )
+    history = torch.cat([history.new_full((len(history), 1), bos), history], 1)
     scores = logits
     if options.repetition_penalty != 1.0:
-        scores = RepetitionPenaltyLogitsProcessor(options.repetition_penalty)(history, scores)
+        seen = scores.gather(1, history)
+        seen = torch.where(seen < 0, seen * options.repetition_penalty, seen / options.repetition_penalty)
+        scores = scores.scatter(1, history, seen)
     if history.shape[1] < options.min_length:
         scores = scores.index_fill(1, torch.tensor([eos], device=scores.device), -torch.inf)
     if options.do_sample:
-        if options.temperature != 1.0:
-            # Divided by less, logits would leave the range of float32.
-            scores = TemperatureLogitsWarper(max(options.temperature, 1e-4))(history, scores)
-        scores = TopKLogitsWarper(TOP_K)(history, scores)
-        if options.top_p < 1.0:
-            scores = TopPLogitsWarper(options.top_p)(history, scores)
+        scores = scores / max(options.temperature, 1e-4)  # divided by less, logits would leave the range of float32
+        best = scores.topk(min(TOP_K, scores.shape[1])).values
+        scores = scores.masked_fill(scores < best[:, -1:], -torch.inf)
+        if options.top_p < 1.0:  # the smallest set of tokens that has this share together, and at least the best one
+            rising, order = scores.sort()
+            is_left_out = rising.softmax(-1).cumsum(-1) <= 1 - options.top_p
+            is_left_out[:, -1] = False
+            scores = scores.masked_fill(is_left_out.scatter(1, order, is_left_out), -torch.inf)
     return scores
 
 
 class _Decoder:
     """The LM with its cache: feeds embeddings or ids, gives the logits of the last position."""
 
-    def __init__(self, llm: nn.Module, mask: Tensor, cache: Any) -> None:
+    def __init__(self, llm: Llama, mask: Tensor, cache: KVCache | None) -> None:
         self.llm = llm
-        self.mask = mask  # [B, T so far], 0 where a row is padded on the left
-        self.cache = new_cache() if cache is None else cache
+        self.mask = mask  # [B, T so far] on the CPU, 0 where a row is padded on the left
+        self.cache = KVCache() if cache is None else cache
 
     def feed(self, embeds: Tensor) -> Tensor:
         """[B, t, L] -> float32 logits [B, V] of the last position."""
-        length = embeds.shape[1]
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-        hidden = self.llm.model(
-            inputs_embeds=embeds,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
-        return self.llm.lm_head(hidden[:, -1]).float()
+        return self.llm.lm_head(read(self.llm, embeds, self.mask, self.cache)).float()
 
     def feed_ids(self, ids: Tensor) -> Tensor:
         """The next id of each row [B] -> logits [B, V]."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
-        return self.feed(self.llm.get_input_embeddings()(ids).unsqueeze(1))
+        return self.feed(self.llm.model.embed_tokens(ids).unsqueeze(1))
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: list[int]) -> None:
         """Keeps the given rows of cache and mask, in that order."""
-        self.cache.reorder_cache(rows)
+        self.cache.reorder(rows)
         self.mask = self.mask[rows]
 
     def branch(self, count: int) -> "_Decoder":
         """A decoder with ``count`` copies of the only row; this one's cache stays as it is."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_repeat_interleave(count)
-        return _Decoder(self.llm, self.mask.repeat_interleave(count, 0), cache)
-
-
-def new_cache() -> Any:
-    """An empty cache of keys and values, which grows as the LM reads."""
-    from transformers import DynamicCache
-
-    return DynamicCache()
+        return _Decoder(self.llm, self.mask.repeat_interleave(count, 0), self.cache.repeated(count))
 
 
 @torch.inference_mode()
 def generate(
-    llm: nn.Module,
+    llm: Llama,
     embeds: Tensor,
     mask: Tensor,
     options: GenerationOptions | Sequence[GenerationOptions],
     bos: int,
     eos: int,
-    cache: Any = None,
+    cache: KVCache | None = None,
 ) -> list[Generated]:
     """Continues each row of a batch of contexts; arguments as for ``stream``, which beam search does without.
 
@@ -156,24 +134,24 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    llm: nn.Module,
+    llm: Llama,
     embeds: Tensor,
     mask: Tensor,
     options: GenerationOptions | Sequence[GenerationOptions],
     bos: int,
     eos: int,
-    cache: Any = None,
+    cache: KVCache | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
     """Continues each row of a batch, token by token; a row that is done is computed no longer.
 
     Args:
-        llm: a causal LM of transformers.
+        llm: the LM.
         embeds: what the LM has yet to read [B, T, L], shorter rows padded on the left.
-        mask: int64 [B, cached + T], 0 on padding.
+        mask: int64 [B, cached + T] on the CPU, 0 on padding.
         options: for all rows, or a list of one for each.
         bos: id of the begin token.
         eos: id of the end token; a row ends with it or where ``options.stop`` says so.
-        cache: keys and values of what the LM has read already; it grows in place.
+        cache: what the LM has read already; that of a single row has also read all tokens but the last when this ends.
 
     Yields:
         (row, token id, whether the row ends with it other than by ``max_new_tokens``).
@@ -182,6 +160,29 @@ def stream(
     generators = [None if o.seed is None else torch.Generator(embeds.device).manual_seed(o.seed % 2**63) for o in each]
     decoder = _Decoder(llm, mask, cache)
     logits = decoder.feed(embeds)
+    num_tokens = max(o.max_new_tokens for o in each)
+    steps = recorded.take(llm, decoder.cache, mask, num_tokens) if num_tokens > 1 else None
+    if steps is None:
+        yield from _decode(decoder, logits, each, generators, bos, eos)
+        return
+    try:
+        yield from _decode(steps, logits, each, generators, bos, eos)
+    except Exception:
+        steps = None  # nobody knows what it has written
+        raise
+    finally:
+        if steps is not None:
+            steps.give_back(decoder.cache if len(each) == 1 else None)
+
+
+def _decode(
+    decoder: "_Decoder | recorded.Steps",
+    logits: Tensor,
+    each: Sequence[GenerationOptions],
+    generators: Sequence[torch.Generator | None],
+    bos: int,
+    eos: int,
+) -> Iterator[tuple[int, int, bool]]:
     rows: list[list[int]] = [[] for _ in each]
     running = list(range(len(each)))
     while True:
@@ -202,7 +203,7 @@ def stream(
         if not going:
             return
         if len(going) < len(running):
-            decoder.reorder(torch.tensor(going, device=embeds.device))
+            decoder.reorder(going)
             running = [running[place] for place in going]
             tokens = tokens[going]
         logits = decoder.feed_ids(tokens)
@@ -227,7 +228,7 @@ def _for_each(options: GenerationOptions | Sequence[GenerationOptions], count: i
 
 
 def _beam_search(
-    llm: nn.Module, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int, cache: Any
+    llm: Llama, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int, cache: KVCache | None
 ) -> Generated:
     """Beam search for one context [1, T, L], scored by sum of log-probabilities / length ** length_penalty.
 
@@ -280,7 +281,7 @@ def _beam_search(
         beams = [[*beams[source], token_id] for _, source, token_id in kept]
         sums = torch.tensor([total for total, _, _ in kept], device=device)
         if not is_done and len(beams[0]) < options.max_new_tokens:
-            decoder.reorder(torch.tensor([source for _, source, _ in kept], device=device))
+            decoder.reorder([source for _, source, _ in kept])
             logits = decoder.feed_ids(torch.tensor([token_id for _, _, token_id in kept], device=device))
     if not is_done:
         for total, ids in zip(sums.tolist(), beams, strict=True):

@@ -1,14 +1,12 @@
 """Keys and values of chats that may go on: a turn then costs only its own tokens."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minigpt4.conversation.generation import new_cache
+from minigpt4.models.kv_cache import KVCache
 from minigpt4.models.mini_gpt4 import IMAGE_SLOT
 
 
@@ -18,7 +16,7 @@ class Prefix:
 
     ids: list[int] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
-    cache: Any = field(default_factory=new_cache)
+    cache: KVCache = field(default_factory=KVCache)
 
     def shared(self, ids: Sequence[int], images: Sequence[Tensor]) -> int:
         """How many positions at the head of another context are the same, images included."""
@@ -35,12 +33,8 @@ class Prefix:
         return length
 
     def head(self, length: int) -> "Prefix":
-        """The first ``length`` positions, nothing copied; this prefix stays as it is, as caches grow by new tensors."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        if surplus := cache.get_seq_length() - length:
-            cache.crop(-surplus)
-        return Prefix(self.ids[:length], self.images, cache)
+        """The first ``length`` positions, nothing copied; this prefix stays as it is, whoever reads on."""
+        return Prefix(self.ids[:length], self.images, self.cache.head(length))
 
 
 class PrefixCache:
@@ -72,6 +66,6 @@ class PrefixCache:
 
     def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
         """Keeps a chat; ``ids`` are all its tokens, of which its cache may lack the last ones."""
-        prefix.ids, prefix.images = list(ids[: prefix.cache.get_seq_length()]), list(images)
+        prefix.ids, prefix.images = list(ids[: prefix.cache.length]), list(images)
         self._kept.append(prefix)
         del self._kept[: max(0, len(self._kept) - self.num_chats)]

@@ -24,7 +24,7 @@ from minigpt4.common.errors import UserError, see
 from minigpt4.doctor import data, language, memory
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, collect, refused, size
 from minigpt4.doctor.model import ModelFiles
-from minigpt4.models.llama import load_llama
+from minigpt4.models.llama_folder import load_llama
 
 SMALL_LM = 10**9  # bytes; the loss of an LM up to this size is computed without being asked for
 TINY_LM = 10**8  # bytes; up to here threads wait for each other longer than they work

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minigpt4.common.errors import see
 from minigpt4.common.fingerprints import VOCABULARIES
 from minigpt4.conversation.templates import TEMPLATES, choose_template, usual_template
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding
+from minigpt4.models.kv_cache import KVCache
+from minigpt4.models.llama import Llama
 
 KEY = "model.llama_model"
 SENTENCES = (
@@ -26,20 +28,20 @@ _FP16_MAX = 65504.0
 
 
 @torch.no_grad()
-def next_token_loss(llama: nn.Module, tokenizer: Any, texts: Sequence[str]) -> tuple[float, float]:
+def next_token_loss(llama: Llama, tokenizer: Any, texts: Sequence[str]) -> tuple[float, float]:
     """Means over all tokens of texts, in nats: of the loss of the next token, and of the prediction's own entropy."""
-    device, losses, entropies = llama.get_input_embeddings().weight.device, [], []
+    embedding, losses, entropies = llama.model.embed_tokens, [], []
     for text in texts:
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
-        ids = torch.tensor([ids], device=device)
-        hidden = llama.model(input_ids=ids, use_cache=False).last_hidden_state
+        ids, cache = torch.tensor([ids], device=embedding.weight.device), KVCache()
+        hidden = llama.model(embedding(ids), cache.expect(torch.ones(ids.shape), ids.device), cache)
         log_probs = llama.lm_head(hidden)[0, :-1].float().log_softmax(-1)
         losses.append(-log_probs.gather(1, ids[0, 1:, None]).squeeze(1))
         entropies.append(-(log_probs.exp() * log_probs).sum(-1))
     return torch.cat(losses).mean().item(), torch.cat(entropies).mean().item()
 
 
-def vitality(llama: nn.Module, tokenizer: Any, captions: Sequence[str] = ()) -> Finding:
+def vitality(llama: Llama, tokenizer: Any, captions: Sequence[str] = ()) -> Finding:
     """The true loss on plain sentences and on the run's own captions, against ln(vocabulary), which guessing has."""
     guess = math.log(llama.config.vocab_size)
     texts = {"plain sentences": SENTENCES, "captions of this run": captions[:MAX_CAPTIONS]}
@@ -64,8 +66,8 @@ def vitality(llama: nn.Module, tokenizer: Any, captions: Sequence[str] = ()) -> 
     return Finding("LM vitality", MISTAKE, f"{evidence}: {cause}", remedy + see("a-dead-language-model"), numbers)
 
 
-def _nonfinite(llama: nn.Module, tokenizer: Any, evidence: str) -> tuple[str, str]:
-    dtype = str(llama.get_input_embeddings().weight.dtype).removeprefix("torch.")
+def _nonfinite(llama: Llama, tokenizer: Any, evidence: str) -> tuple[str, str]:
+    dtype = str(llama.lm_head.weight.dtype).removeprefix("torch.")
     loss, _ = next_token_loss(llama.cpu().float(), tokenizer, SENTENCES)
     if math.isfinite(loss):
         told = f"{evidence}. In {dtype} it overflows: in float32 the loss is {loss:.2f}"

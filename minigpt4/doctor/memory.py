@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigpt4.common import device as devices
-from minigpt4.conversation.generation import new_cache
+from minigpt4.models.kv_cache import KVCache, read
 
 PARTS = {
     "vision": ("visual_encoder", "ln_vision", "Qformer", "query_tokens"),
@@ -173,17 +173,15 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
     parts = weight_bytes(model)
     image = ledger.empty((1, 3, image_size, image_size))
     ledger.peak = before = ledger.now
-    cache = new_cache()
+    cache = KVCache()
     with torch.no_grad(), ledger, ledger.attention:
         images, _ = model.encode_img(image)
-        embedding = model.llama_model.get_input_embeddings().weight
+        embedding = model.llama_model.model.embed_tokens.weight
         for length in (num_tokens - 1, 1):  # the question is read, the last token of the answer follows
             embeds = ledger.empty((1, length, embedding.shape[1]), embedding.dtype)
-            hidden = model.llama_model.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)[0]
-            logits = model.llama_model.lm_head(hidden[:, -1]).float()
+            mask = torch.ones(1, cache.length + length)
+            logits = model.llama_model.lm_head(read(model.llama_model, embeds, mask, cache)).float()
     del images, logits
-    parts["keys and values"] = sum(
-        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
-    )
+    parts["keys and values"] = sum(part.nbytes for layer in cache.layers for part in layer)
     parts["activations"] = max(0, ledger.peak - before - parts["keys and values"])
     return parts

@@ -10,12 +10,13 @@ from torch import nn
 from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.fingerprints import identify, kind_of
+from minigpt4.common.skeleton import skeleton
 from minigpt4.doctor import language
 from minigpt4.doctor.findings import OK, WARNING, Finding, collect, size
 from minigpt4.models import packed
 from minigpt4.models.eva_vit import round_vit_weights
 from minigpt4.models.int8 import to_int8
-from minigpt4.models.llama import build_llama, check_folder, check_vocabulary, check_weights
+from minigpt4.models.llama_folder import build_llama, check_folder, check_vocabulary, check_weights
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import bridge_weights, tower_weights, trained_part
 from minigpt4.models.mini_gpt4 import MiniGPT4, read_prompts
@@ -91,7 +92,7 @@ class ModelFiles:
         return model
 
     def _joined(self, llama: nn.Module, has_vision: bool = True) -> nn.Module:
-        with torch.device("meta"):
+        with skeleton():
             return MiniGPT4(
                 *(build_vision(self.cfg) if has_vision else (None, q_former_config(self.cfg))),
                 llama,

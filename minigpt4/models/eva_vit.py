@@ -124,7 +124,7 @@ class EvaViT(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for number, block in enumerate(self.blocks, 1):  # so that the sum over blocks stays of one size
             for layer in (block.attn.proj, block.mlp.fc2):
-                layer.weight.data.div_((2 * number) ** 0.5)
+                nn.init.trunc_normal_(layer.weight, std=0.02 / (2 * number) ** 0.5)
 
     def forward_features(self, image: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, N, E]."""

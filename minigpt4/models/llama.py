@@ -1,195 +1,227 @@
-"""The frozen language model: a Llama-family folder, streamed to its device and checked before it is believed."""
+"""Llama (Touvron et al., 2023): the decoder that Vicuna is, with the names of its published weights.
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+It is frozen wherever it is used here, and is asked in three ways: rows of a training batch, a chat that is read, and
+one token more of each row. They differ in attention alone, so whoever calls brings it: ``attend``.
+
+Shapes: tokens stand in any leading dimensions "…"; L width, I width of the MLP, H heads, G heads of keys and values,
+D width of a head, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.nn.functional import silu
 
-from minigpt4.common import device as devices
-from minigpt4.common import weights
-from minigpt4.common.errors import UserError, see
-from minigpt4.common.fingerprints import identify
-from minigpt4.common.utils import parse_json
-from minigpt4.models import packed
-from minigpt4.models.int8 import Int8Linear
-from minigpt4.models.parallel import local_slice
-
-KEY = "model.llama_model"
 MAX_LAYERS = 1000  # that a config.json may ask for; building them takes time whatever the files hold
 
-
-def load_llama(
-    folder: Path,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    prepare: Callable[[nn.Module], None] | None = None,
-) -> nn.Module:
-    """Loads a causal LM, every key accounted for, one tensor after the other from mapped files to the device.
-
-    Host memory holds one file's mapped pages at a time, and processes of a machine share them. On a CPU, weights that
-    are in ``dtype`` already stay mapped, so that all processes together hold them once.
-
-    Args:
-        folder: config.json beside .safetensors or .bin files (sharded or not).
-        dtype: of all weights; a 7B model takes 13.5 GB in a half precision.
-        device: where the weights go.
-        prepare: changes the built model on the meta device before its weights arrive: 8 bits, or slices over ranks.
-
-    Raises:
-        UserError: files are missing or damaged, keys do not fit, or the folder holds a raw delta.
-    """
-    model = build_llama(folder, dtype)
-    check_weights(model, folder)
-    if prepare is not None:
-        prepare(model)
-    _fill(model, folder, dtype, torch.device(device))
-    for module in model.modules():  # rotary frequencies are in no file: they follow from the configuration
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            fresh = type(module)(model.config).to(device)
-            for name, buffer in fresh.named_buffers(recurse=False):
-                module.register_buffer(name, buffer, persistent=False)
-    model.eval()
-    model.config.use_cache = True
-    return model
+# (number of the layer, queries […, H, D], keys and values of the new tokens […, G, D]) -> mixed values […, H, D].
+# The last layer may ask with fewer queries: those of the wanted tokens.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def build_llama(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The causal LM that a folder's config.json describes, frozen, on the meta device; reads no weights."""
-    import transformers
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants, by their names in config.json; the defaults are those of a file that leaves them out."""
 
-    check_folder(folder)
-    packed.register()
-    try:
-        # No code that a config.json may name: transformers would ask on the terminal whether to run it.
-        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        if not 0 < config.num_hidden_layers <= MAX_LAYERS:
-            raise ValueError(f"config.json asks for {config.num_hidden_layers:,} layers")
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=False, attn_implementation=packed.ATTENTION
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int = 32000
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (field.name for field in fields(self) if field.type in (int, int | None)):
+            if (value := getattr(self, name)) is None and name in ("num_key_value_heads", "head_dim"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+                told = f"{value:,}" if isinstance(value, int) else repr(value)[:50]
+                raise ValueError(f"config.json says {name} {told}; expected a number of a model")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"config.json asks for {self.num_hidden_layers:,} layers")
+        if self.hidden_act != "silu":
+            raise ValueError(f"config.json says hidden_act {self.hidden_act!r:.50}; expected 'silu', Llama's")
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError(
+                f"config.json says {self.num_attention_heads} heads of {self.head_dim}, {self.num_key_value_heads} of "
+                "them with keys; expected a multiple, of an even width"
             )
-    except Exception as error:  # whatever transformers makes of a strange config.json
-        cause = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
-    if not (hasattr(model, "lm_head") and hasattr(getattr(model, "model", None), "embed_tokens")):
-        raise UserError(f"{KEY}: {folder} holds a '{config.model_type}'; expected a language model of Llama's family.")
-    packed.slim(model)
-    model.requires_grad_(False)
-    return model
+        if not all(isinstance(value, int | float) and value > 0 for value in (self.rms_norm_eps, self.rope_theta)):
+            raise ValueError("config.json says an rms_norm_eps or rope_theta that is no number above 0")
+        self.frequencies()
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "LlamaConfig":
+        """From the content of a config.json, of today's form or older; ValueError where it describes no Llama."""
+        if content.get("model_type") != "llama":
+            kind = str(content.get("model_type"))[:50]
+            raise ValueError(f"config.json describes a '{kind}'; expected a language model of Llama's family")
+        known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
+        if isinstance(rope := content.get("rope_parameters"), Mapping):  # as transformers 5 writes both together
+            known |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": rope}
+        return cls(**known)
+
+    def frequencies(self) -> Tensor:
+        """How far a pair of a head's numbers turns from one position to the next, float32 [D / 2]."""
+        steps = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float()
+        plain = 1.0 / self.rope_theta ** (steps / self.head_dim)
+        scaling = self.rope_scaling or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, Mapping) else scaling
+        try:
+            if kind == "default":
+                return plain
+            factor = float(scaling["factor"])
+            if kind == "linear":
+                return plain / factor
+            if kind == "llama3":  # waves longer than the trained context are stretched, short ones stay
+                low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+                turns = float(scaling["original_max_position_embeddings"]) * plain / (2 * torch.pi)
+                share = ((turns - low) / (high - low)).clamp(0, 1)
+                return (1 - share) * plain / factor + share * plain
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"config.json's rope_scaling lacks a number for '{kind}' ({error})") from error
+        raise ValueError(f"config.json says rope_scaling {str(kind)[:50]!r}; expected default, linear or llama3")
 
 
-def check_weights(model: nn.Module, folder: Path) -> dict[str, Tensor]:
-    """Every name and shape in a folder against a built model, and the final norm's values; returns the mapped tensors.
+class Llama(nn.Module):
+    """The decoder with its output layer [V, L]."""
 
-    Nothing else is read, so a wrong folder is told before its gigabytes are.
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
 
-    Raises:
-        UserError: names or shapes differ, or the folder holds a raw delta.
-    """
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    found = {name: value for file in weight_files(folder) for name, value in weights.read_file(file, KEY).items()}
-    # Old files carry the rotary frequencies, which are computed today.
-    found = {name: value for name, value in found.items() if not str(name).endswith("rotary_emb.inv_freq")}
-    unknown = sorted(map(str, found.keys() - shapes.keys()))
-    misshapen = [
-        f"{name} {list(getattr(value, 'shape', []))} instead of {list(shapes[name])}"
-        for name, value in found.items()
-        if name in shapes
-        and not (weights.is_plain(value) and value.is_floating_point() and value.shape == shapes[name])
-    ]
-    is_tied = model.lm_head.weight is model.model.embed_tokens.weight  # then a folder may leave out the output layer
-    missing = sorted(shapes.keys() - found.keys() - ({"lm_head.weight"} if is_tied else set()))
-    if missing or unknown or misshapen:
-        raise UserError(
-            f"{KEY}: the files in {folder} do not fit its config.json: missing {missing[:3]}, "
-            f"unknown {unknown[:3]}, other shapes {sorted(misshapen)[:3]}; "
-            "the folder mixes two models or lacks a shard." + see("weights-that-do-not-fit")
-        )
-    norm = found["model.norm.weight"].float().abs().mean().item()
-    if norm < 0.05:  # in any trained Llama the final norm scales by about 1 or more; a difference of two is near 0
-        raise UserError(
-            f"{KEY}: {folder} looks like a raw delta (mean of the final norm is {norm:.4f}, in a real model near 1 or "
-            "above); add it to its base model first: python -m minigpt4.tools.apply_delta, see PrepareVicuna.md."
-            + see("a-dead-language-model")
-        )
-    return found
+    def tie_weights(self) -> None:
+        """Lets embeddings and output layer share their weights, where the configuration says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
 
-def _fill(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    names, num_threads = model.state_dict().keys(), torch.get_num_threads()
-    # Each worker takes whole tensors: mapped pages are read, checked and copied by several at once, and none waits for
-    # another at the end of each tensor, as the threads of one operation would.
-    with ThreadPoolExecutor(min(8, num_threads), initializer=_begin_worker, initargs=(device,)) as workers:
-        for file in weight_files(folder):
-            content = weights.read_file(file, KEY).items()
-            puts = [workers.submit(_put, model, *item, dtype, device, folder) for item in content if item[0] in names]
-            for put in puts:
-                put.result()
-    torch.set_num_threads(num_threads)  # of threads to come, as the autograd engine's
-    model.tie_weights()
+class Decoder(nn.Module):
+    """Embeddings, layers and the final norm."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._frequencies = {torch.device("cpu"): config.frequencies()}  # they are in no file, and on no meta device
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """Embeddings […, N, L] at positions […, N] to last hidden states, of all tokens or of the wanted ones.
+
+        Args:
+            x: what stands there.
+            positions: int64.
+            attend: see ``Attend``.
+            wanted: int64 [n], numbers in the last of the leading dimensions: […, n, L] comes out.
+        """
+        rotary = self._rotary(positions, x)
+        for layer in self.layers[:-1]:
+            x = layer(x, rotary, attend)
+        return self.norm(self.layers[-1](x, rotary, attend, wanted))
+
+    def _rotary(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines, and sines with the signs of a rotation, […, N, 1, D], in the precision of ``x``."""
+        if (frequencies := self._frequencies.get(x.device)) is None:
+            frequencies = self._frequencies[x.device] = self._frequencies[torch.device("cpu")].to(x.device)
+        angles = positions[..., None, None] * frequencies
+        cosines, sines = angles.cos(), angles.sin()
+        return torch.cat([cosines, cosines], -1).to(x.dtype), torch.cat([-sines, sines], -1).to(x.dtype)
 
 
-def _put(model: nn.Module, name: str, value: Tensor, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    parameter = getattr(module, leaf)
-    value = local_slice(value, parameter, device) if isinstance(parameter, DTensor) else value.to(device)
-    local = value.to_local() if isinstance(value, DTensor) else value
-    if local.sum().isnan():  # one pass, no copy; finite values never add up to NaN
-        raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again." + see("nan"))
-    value = value.to(dtype)
-    if isinstance(module, Int8Linear) and leaf == "weight":
-        module.take(value)
-    elif isinstance(module, Int8Linear):
-        module.register_buffer(leaf, value)
-    else:
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+class Layer(nn.Module):
+    """Attention and MLP, each behind a norm and beside what goes past."""
+
+    def __init__(self, config: LlamaConfig, number: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, number)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """[…, N, L] to the same, or to […, n, L] of the wanted tokens, which look at all."""
+        mixed = self.self_attn(self.input_layernorm(x), rotary, attend, wanted)
+        x = (x if wanted is None else x.index_select(-2, wanted)) + mixed
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def _begin_worker(device: torch.device) -> None:
-    torch.set_num_threads(1)
-    devices.use(device)
+class Attention(nn.Module):
+    """Projections and rotary positions (Su et al., 2021) around an attention that the caller brings."""
+
+    def __init__(self, config: LlamaConfig, number: int) -> None:
+        super().__init__()
+        self.number, self.head_dim = number, config.head_dim
+        linear = partial(nn.Linear, bias=config.attention_bias)
+        own, shared = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = linear(config.hidden_size, own)
+        self.k_proj = linear(config.hidden_size, shared)
+        self.v_proj = linear(config.hidden_size, shared)
+        self.o_proj = linear(own, config.hidden_size)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None) -> Tensor:
+        """[…, N, L] to […, N or n, L]."""
+        asking, turn = x, rotary
+        if wanted is not None:
+            asking, turn = x.index_select(-2, wanted), [table.index_select(-3, wanted) for table in rotary]
+        query = _rotated(self._heads(self.q_proj, asking), *turn)
+        key = _rotated(self._heads(self.k_proj, x), *rotary)
+        mixed = attend(self.number, query, key, self._heads(self.v_proj, x))
+        return self.o_proj(mixed.flatten(-2))
+
+    def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:
+        return linear(x).unflatten(-1, (-1, self.head_dim))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            return weights.shards(index, KEY)
-    raise UserError(f"{KEY}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Heads […, H, D] turned by their positions; the first half of a head's numbers pairs with the second."""
+    return torch.addcmul(x * cosines, x.roll(x.shape[-1] // 2, -1), sines)
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Raises UserError where the tokenizer knows ids for which the model has no embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (needed := max([len(tokenizer), *(i + 1 for i in tokenizer.all_special_ids)])) > rows:
-        raise UserError(
-            f"{KEY}: the tokenizer in {folder} has {needed} tokens, the model {rows} embeddings "
-            "(Vicuna v0 has 32001, v1.1 and later 32000); take both from the same version."
-            + see("the-wrong-vicuna-version")
-        )
+class MLP(nn.Module):
+    """The gated MLP, which keeps two of its wide tensors for the backward pass instead of three."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        linear = partial(nn.Linear, bias=config.mlp_bias)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[…, L] -> […, L]."""
+        return self.down_proj(_Gate.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
-    """Returns config.json of a model folder; raises UserError where the folder cannot be one, reading no weights."""
-    if not folder.is_dir():
-        raise UserError(
-            f"{KEY}: {folder} is a file ({identify(folder)}); expected the folder with config.json and the weight "
-            "files of the language model." + see("weights-that-do-not-fit")
-        )
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{KEY}: {folder} has no config.json; expected a Hugging Face model folder.")
-    config = parse_json((folder / "config.json").read_bytes(), f"{KEY}: {folder / 'config.json'}")
-    if not isinstance(config, dict):
-        raise UserError(f"{KEY}: {folder / 'config.json'} is no JSON object; copy it again.")
-    for index in folder.glob("*.index.json"):
-        weights.shards(index, KEY)
-    weight_files(folder)
-    return config
+class _Gate(torch.autograd.Function):
+    """silu(gate) * up; what silu gave is computed again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+        return of_gate, gradient * silu(gate)

@@ -20,7 +20,8 @@ from minigpt4.common.registry import registry
 from minigpt4.common.utils import IMAGE_MARK
 from minigpt4.models import packed
 from minigpt4.models.int8 import to_int8
-from minigpt4.models.llama import check_folder, check_vocabulary, load_llama
+from minigpt4.models.llama import Llama
+from minigpt4.models.llama_folder import check_folder, check_vocabulary, load_llama
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import load_trained_part, log_summary
 from minigpt4.models.parallel import shard_language_model
@@ -38,7 +39,7 @@ class MiniGPT4(Vision):
     Args:
         visual_encoder: images [B, 3, S, S] to tokens [B, N, W]; None where features come from a cache.
         Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; without vision its configuration alone.
-        llama_model: a causal LM of transformers.
+        llama_model: the LM, with which vision has to agree on nothing but L.
         llama_tokenizer: its tokenizer, with a pad token.
         num_query_token: Q.
         prompts: texts with ``<ImageHere>`` of which one is drawn for each batch; none in stage 1.
@@ -55,7 +56,7 @@ class MiniGPT4(Vision):
         self,
         visual_encoder: nn.Module | None,
         Qformer: QFormer | QFormerConfig,
-        llama_model: nn.Module,
+        llama_model: Llama,
         llama_tokenizer: Any,
         num_query_token: int = 32,
         prompts: Sequence[str] = (),
@@ -190,7 +191,7 @@ class MiniGPT4(Vision):
 
     def embed(self, ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
         """Ids [B, T] to LM inputs [B, T, L]; slots are filled, in order, from image embeddings [images, Q, L]."""
-        embeds = self.llama_model.get_input_embeddings()(ids.clamp(min=0))
+        embeds = self.llama_model.model.embed_tokens(ids.clamp(min=0))
         if image_embeds is None:
             return embeds
         return embeds.masked_scatter((ids == IMAGE_SLOT).unsqueeze(-1), image_embeds.to(embeds.dtype))
@@ -250,10 +251,10 @@ class MiniGPT4(Vision):
         # One copy to the device for all four; nothing in this step waits for the device.
         on_device = torch.cat(parts).to(image_embeds.device, non_blocking=True).split([len(part) for part in parts])
         tokens, slots, where, targets = on_device
-        embeds = self.llama_model.get_input_embeddings()(tokens.clamp(min=0))
+        embeds = self.llama_model.model.embed_tokens(tokens.clamp(min=0))
         embeds = embeds.index_copy(0, slots, image_embeds.flatten(0, 1).to(embeds.dtype))  # [N, L]
         rows = packed.Rows(mask.sum(1).tolist(), where, prefix.keys_and_values, embeds.device)
-        hidden = packed.run(self.llama_model, embeds, rows)  # [targets, L]
+        hidden = self.llama_model.model(embeds, rows.positions, rows, where)  # [targets, L]
         loss = packed.next_token_loss(hidden, self.llama_model.lm_head.weight, targets)
         return {"loss": loss, **counts, "num_targets": len(targets)}
 

@@ -5,9 +5,6 @@ Frozen weights never travel between copies: every process reads them from the sa
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.common import dist_utils
@@ -29,6 +26,9 @@ def shard_language_model(llama: nn.Module, device: torch.device) -> None:
     Token embeddings and output layer stay whole everywhere: they are used outside the decoder's own forward.
     Call it on the meta device, and fill the slices with ``local_slice``.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes a second to import
+
     mesh = init_device_mesh(device.type, (dist_utils.get_world_size(),))
     for layer in llama.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -37,6 +37,8 @@ def shard_language_model(llama: nn.Module, device: torch.device) -> None:
 
 def local_slice(whole: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
     """This rank's slice of a tensor, copied to the device, in the form of a sharded parameter."""
+    from torch.distributed.tensor import DTensor
+
     mesh = parameter.device_mesh
     slices = whole.chunk(mesh.size(), 0)
     mine = slices[mesh.get_local_rank()] if mesh.get_local_rank() < len(slices) else whole[:0]

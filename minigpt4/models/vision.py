@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
+from minigpt4.common.skeleton import skeleton
 from minigpt4.models.eva_vit import EVA_VIT_G, build_eva_vit, round_vit_weights
 from minigpt4.models.loading import load_vision
 from minigpt4.models.Qformer import QFormer, QFormerConfig
@@ -118,7 +119,7 @@ def vision_settings(cfg: Mapping[str, Any], device: torch.device) -> dict[str, A
 
 def build_vision(cfg: Mapping[str, Any]) -> tuple[nn.Module, QFormer]:
     """Vision tower and Q-Former of a ``model`` section, on the meta device."""
-    with torch.device("meta"):
+    with skeleton():
         vit = build_eva_vit(
             cfg.get("image_size", 224),
             cfg.get("drop_path_rate", 0.0),

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import log, sqrt
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
 
 from minigpt4.common.registry import registry
 from minigpt4.processors.pictures import Pictures, resizes_alike
@@ -86,12 +86,23 @@ class Blip2ImageTrainProcessor(_ImageProcessor):
         self.scale = min_scale, max_scale
 
     def part(self, image: Image.Image) -> Image.Image:
-        """A random rectangle, by torchvision's draws."""
-        top, left, height, width = transforms.RandomResizedCrop.get_params(image, self.scale, self.RATIO)
+        """A random rectangle, by the draws of torchvision's RandomResizedCrop."""
+        for _ in range(10):
+            area = image.width * image.height * torch.empty(1).uniform_(*self.scale).item()
+            ratio = torch.empty(1).uniform_(*map(log, self.RATIO)).exp().item()
+            width, height = round(sqrt(area * ratio)), round(sqrt(area / ratio))
+            if 0 < width <= image.width and 0 < height <= image.height:
+                top = torch.randint(image.height - height + 1, (1,)).item()
+                left = torch.randint(image.width - width + 1, (1,)).item()
+                return image.crop((left, top, left + width, top + height))
+        # None fits: the middle, as much of it as keeps within the ratios.
+        width = min(image.width, round(image.height * self.RATIO[1]))
+        height = min(image.height, round(image.width / self.RATIO[0]))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 
     def smallest_side(self, width: int, height: int) -> float:
-        """That of the smallest and most oblong rectangle, or of the one that torchvision takes where none fits."""
+        """That of the smallest and most oblong rectangle, or of the middle where none fits."""
         return min(width, height, sqrt(self.scale[0] * self.RATIO[0] * width * height))
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.optims import parameter_groups
+from minigpt4.common.optims import AdamW, parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader, validation_batches
 from minigpt4.models.parallel import replicate
@@ -73,7 +73,7 @@ class RunnerBase:
         init_lr = float(self.run_cfg.get("init_lr", 1e-4))
         groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
         beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
-        self.optimizer = torch.optim.AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
+        self.optimizer = AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
         if self.run_cfg.get("compile"):
             model.compile_parts()
         self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
