@@ -1,6 +1,7 @@
 """Clients, questions and lists of pictures that nobody hopes for: an error in a sentence, and the others go on."""
 
 import argparse
+import asyncio
 import base64
 import contextlib
 import json
@@ -13,6 +14,7 @@ from dataclasses import replace
 import picture_kinds
 import pytest
 from confined import told
+from fastapi import Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -220,6 +222,17 @@ def test_picture_that_is_refused(client, case, confined):
     data = PICTURES[case]
     found = posted(client, shown(data_url(data)))
     assert found.status_code in (400, 413) and "the picture" in found.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_request():
+    news = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(news)
+
+    with pytest.raises(api_requests.ApiError) as error:
+        asyncio.run(api_requests.read_body(Request({"type": "http", "method": "POST"}, receive), 100))
+    assert error.value.status == 400 and "broke off" in str(error.value.body)
 
 
 def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confined):

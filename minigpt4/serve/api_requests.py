@@ -11,6 +11,7 @@ from urllib.parse import unquote, urlsplit
 import httpx
 from fastapi import Request
 from pydantic import BaseModel, Field
+from starlette.requests import ClientDisconnect
 
 from minigpt4.common.errors import UserError
 
@@ -96,10 +97,13 @@ class ApiError(Exception):
 async def read_body(request: Request, most: int) -> bytes:
     """A request's body of at most so many bytes; ApiError 413 where it is larger."""
     data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > most:
-            raise ApiError(413, f"The request is larger than {most} bytes; send smaller pictures.", "too_large")
+    try:
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > most:
+                raise ApiError(413, f"The request is larger than {most} bytes; send smaller pictures.", "too_large")
+    except ClientDisconnect as error:
+        raise ApiError(400, "The request broke off.", "bad_request") from error  # nobody is there to read it
     return bytes(data)
 
 
