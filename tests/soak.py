@@ -57,7 +57,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Held:
-    """Of a process and its children at one moment."""
+    """By a process at one moment; the last number counts its children too."""
 
     mib: float
     files: int
@@ -76,12 +76,10 @@ class Watched:
     def look(self) -> None:
         """Takes a row; a process that ends meanwhile gives none."""
         try:
-            family = [self.process, *self.process.children(recursive=True)]
-            held = [(p.memory_full_info().uss, p.num_fds(), p.num_threads()) for p in family]
+            memory, processes = self.process.memory_full_info().uss, 1 + len(self.process.children(recursive=True))
+            self.rows.append(Held(memory / 2**20, self.process.num_fds(), self.process.num_threads(), processes))
         except psutil.Error:
             return
-        memory, files, threads = map(sum, zip(*held, strict=True))
-        self.rows.append(Held(memory / 2**20, files, threads, len(family)))
 
     def verdicts(self) -> list[Verdict]:
         """The least it held in the second quarter of its time, against the least in the last.
@@ -96,7 +94,8 @@ class Watched:
             [min(column) for column in zip(*map(astuple, rows), strict=True)]
             for rows in (self.rows[quarter : 2 * quarter], self.rows[-quarter:])
         )
-        rooms = (1.05 * early[0] + 8, early[1] + 2, early[2] + 2, early[3])
+        # Room for a loader's worker and a few connections, should they always be there when this looks.
+        rooms = (1.05 * early[0] + 8, early[1] + 8, early[2] + 4, early[3] + 2)
         return [
             Verdict(f"{self.name}: {what}", f"{a:.0f} to {b:.0f}", f"at most {room:.0f}", b <= room)
             for what, a, b, room in zip(("MiB", "open files", "threads", "processes"), early, late, rooms, strict=True)

@@ -63,9 +63,9 @@ def held(mib=100.0, files=10, threads=5, processes=2):
         ([held(mib=300.0)] * 4 + [held()] * 12, [True] * 4),  # warming up
         ([held(files=10 + i % 3 * 8) for i in range(16)], [True] * 4),  # coming and going
         ([held(mib=100.0 + 2 * i) for i in range(16)], [False, True, True, True]),
-        ([held(files=10 + i) for i in range(16)], [True, False, True, True]),
+        ([held(files=10 + 2 * i) for i in range(16)], [True, False, True, True]),
         ([held(threads=5 + i) for i in range(16)], [True, True, False, True]),
-        ([held(processes=2 + i // 4) for i in range(16)], [True, True, True, False]),
+        ([held(processes=2 + i // 2) for i in range(16)], [True, True, True, False]),
         ([held()] * 3, [False]),
     ],
 )
