@@ -1,20 +1,58 @@
-"""Checkpoint files: written whole or not at all, found again, pruned."""
+"""A run on the disk: its folder, and checkpoints that are written whole or not at all, found again, pruned."""
 
 import contextlib
 import json
 import logging
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minigpt4.common import weights
+from minigpt4.common import dist_utils, weights
 from minigpt4.common.errors import UserError, see
 
+RESUME_KEY = "run.resume_ckpt_path"
 BEST = "checkpoint_best.pth"
 _UNFINISHED = ".tmp"
+
+
+def find_resumed(run_cfg: Mapping[str, Any]) -> Path | None:
+    """The checkpoint to go on from: by ``run.resume: auto`` the newest below the output folder, or a named one."""
+    root, named = Path(run_cfg.get("output_dir", "output")), run_cfg.get("resume_ckpt_path")
+    if run_cfg.get("resume") == "auto":
+        if found := dist_utils.on_main(lambda: newest(root)):
+            return found
+        logging.info("run.resume: auto finds no checkpoint below %s: starting at the beginning.", root)
+    return weights.locate(named, RESUME_KEY) if named else None
+
+
+def find_folder(run_cfg: Mapping[str, Any], job_id: str, resumed: Path | None, config: Any) -> tuple[Path, bool]:
+    """The folder of a run that goes on in its own, or a new one with its configuration; and whether it is new.
+
+    Raises:
+        UserError: no folder can be made below ``run.output_dir``.
+    """
+    root = Path(run_cfg.get("output_dir", "output"))
+    if resumed is not None and run_cfg.get("resume") == "auto" and root in resumed.parents:
+        return resumed.parent, False
+
+    def make() -> Path:
+        for name in (f"{job_id}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))]):
+            folder = root / name
+            try:
+                folder.mkdir(parents=True)
+                config.save(folder / "config.yaml")
+                return folder
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise UserError(f"run.output_dir: {folder} cannot be made or written ({error}).") from error
+        raise UserError(f"run.output_dir: {root} holds 999 runs of the name {job_id}; give another folder.")
+
+    return dist_utils.on_main(make), True
 
 
 def write(content: dict[str, Any], path: Path) -> None:

@@ -18,14 +18,13 @@ from minigpt4.common import dist_utils, weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.optims import AdamW, parameter_groups
 from minigpt4.common.registry import registry
-from minigpt4.datasets.loader import TrainLoader, validation_batches
+from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
 from minigpt4.processors.pictures import Pictures
-from minigpt4.runners import checkpoints
+from minigpt4.runners import checkpoints, validation
+from minigpt4.runners.checkpoints import RESUME_KEY
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.stop import StopRequest
-
-RESUME_KEY = "run.resume_ckpt_path"
 
 
 @dataclass
@@ -86,8 +85,10 @@ class RunnerBase:
             warmup_start_lr=float(self.run_cfg.get("warmup_lr", -1)),
             decay_rate=self.run_cfg.get("lr_decay_rate"),
         )
-        self.resumed = self._find_resumed()
-        self.output_dir = self._make_output_dir(job_id)
+        self.resumed = checkpoints.find_resumed(self.run_cfg)
+        self.output_dir, is_new = checkpoints.find_folder(self.run_cfg, job_id, self.resumed, cfg)
+        if is_new:
+            self._log_line({"config": cfg.to_dict()})
         self.tracker = Tracker(self.run_cfg.get("tracker"), self.output_dir, cfg.to_dict())
         self.progress = EpochProgress(self.device, self.tracker)
 
@@ -110,40 +111,9 @@ class RunnerBase:
         batch = int(self.run_cfg.get("batch_size_train", 1)) * dist_utils.get_world_size()
         return max(1, sum(len(source) for source in sources) // batch)
 
-    def _find_resumed(self) -> Path | None:
-        """The checkpoint to go on from: by ``run.resume: auto`` the newest below the output folder, or a named one."""
-        root, named = Path(self.run_cfg.get("output_dir", "output")), self.run_cfg.get("resume_ckpt_path")
-        if self.run_cfg.get("resume") == "auto":
-            if found := dist_utils.on_main(lambda: checkpoints.newest(root)):
-                return found
-            logging.info("run.resume: auto finds no checkpoint below %s: starting at the beginning.", root)
-        return weights.locate(named, RESUME_KEY) if named else None
-
-    def _make_output_dir(self, job_id: str) -> Path:
-        root = Path(self.run_cfg.get("output_dir", "output"))
-        if self.resumed is not None and self.run_cfg.get("resume") == "auto" and root in self.resumed.parents:
-            return self.resumed.parent
-
-        def make() -> Path:
-            for name in (f"{job_id}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))]):
-                folder = root / name
-                try:
-                    folder.mkdir(parents=True)
-                    self.config.save(folder / "config.yaml")
-                    return folder
-                except FileExistsError:
-                    continue
-                except OSError as error:
-                    raise UserError(f"run.output_dir: {folder} cannot be made or written ({error}).") from error
-            raise UserError(f"run.output_dir: {root} holds 999 runs of the name {job_id}; give another folder.")
-
-        folder = dist_utils.on_main(make)
-        self._log_line({"config": self.config.to_dict()}, folder)
-        return folder
-
     @dist_utils.main_process
-    def _log_line(self, content: dict[str, Any], folder: Path | None = None) -> None:
-        with ((folder or self.output_dir) / "log.txt").open("a", encoding="utf-8") as file:
+    def _log_line(self, content: dict[str, Any]) -> None:
+        with (self.output_dir / "log.txt").open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
 
     def train(self) -> None:
@@ -190,7 +160,7 @@ class RunnerBase:
             num_workers=int(self.run_cfg.get("num_workers", 0)),
             seed=int(self.run_cfg.get("seed", 42)),
             pin_memory=devices.pins_memory(self.device),
-            resizes_later=self._resizes_on_device,
+            resizes_later=self.resizes_on_device,
         )
 
     def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
@@ -230,7 +200,7 @@ class RunnerBase:
         waits = not is_update and isinstance(self.wrapped_model, DistributedDataParallel)
         with self.wrapped_model.no_sync() if waits else nullcontext():
             with devices.autocast(self.device, self.amp_dtype):
-                output = self.task.train_step(self.wrapped_model, self._to_device(batch))
+                output = self.task.train_step(self.wrapped_model, self.to_device(batch))
             loss = output["loss"] / self.accum_grad_iters
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         self._bad_losses += ~output["loss"].detach().isfinite()
@@ -275,7 +245,9 @@ class RunnerBase:
                 "also does this." + see("nan")
             )
 
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with its tensors and pictures on the device; nothing is waited for."""
+
         def move(value: Any) -> Any:
             if isinstance(value, Pictures):
                 return value.on(self.device)
@@ -284,7 +256,8 @@ class RunnerBase:
         return {name: move(value) for name, value in batch.items()}
 
     @property
-    def _resizes_on_device(self) -> bool:
+    def resizes_on_device(self) -> bool:
+        """Whether crops reach the device in their own sizes."""
         return bool(self.run_cfg.get("resize_on_device", False))
 
     def evaluate(self) -> dict[str, float]:
@@ -297,36 +270,10 @@ class RunnerBase:
             found = {name: dataset[split] for name, dataset in self.datasets.items() if split in dataset}
             if not found:
                 raise UserError(f"No data set has a split '{split}'; give one build_info.{split}_storage.")
-            stats[f"{split}_loss"] = self._split_loss(found)
+            stats[f"{split}_loss"] = validation.mean_loss(self, found)
             logging.info("%s loss: %.4f", split, stats[f"{split}_loss"])
             self.tracker.log(self.state.step - 1, {f"{split} loss": stats[f"{split}_loss"]})
         return stats
-
-    def _split_loss(self, datasets: dict[str, Any]) -> float:
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)  # of losses and of target tokens
-        for name, dataset in datasets.items():
-            batches = validation_batches(
-                name,
-                dataset,
-                int(self.run_cfg.get("batch_size_eval", 1)),
-                int(self.run_cfg.get("num_workers", 0)),
-                int(self.run_cfg.get("seed", 42)),
-                pin_memory=devices.pins_memory(self.device),
-                resizes_later=self._resizes_on_device,
-            )
-            is_sharded = self.run_cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
-            counted = dist_utils.in_step(batches) if is_sharded else ((batch, True) for batch in batches)
-            with devices.local_seed(int(self.run_cfg.get("seed", 42))):  # the same prompts every time
-                for batch, is_own in counted:
-                    with devices.autocast(self.device, self.amp_dtype):
-                        output = self.task.valid_step(self.model, self._to_device(batch))
-                    if is_own and output["num_targets"]:
-                        sums += torch.tensor([output["loss"].item() * output["num_targets"], output["num_targets"]])
-        sums = dist_utils.all_sum(sums.float().to(self.device)).cpu()
-        if sums[1] == 0:
-            raise UserError(f"The validation split of {', '.join(datasets)} holds no usable sample.")
-        return (sums[0] / sums[1]).item()
 
     def save_checkpoint(self, name: str, loader: TrainLoader, stats: dict[str, float] | None = None) -> None:
         """Writes a checkpoint and, where the validation losses among ``stats`` got better, checkpoint_best.pth.
