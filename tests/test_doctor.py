@@ -175,6 +175,21 @@ def test_2_out_of_memory(diagnose, monkeypatch):
     assert found["memory, chat"].verdict in (OK, WARNING)
 
 
+def test_2_slices_over_cards(diagnose, monkeypatch):
+    """What a rank holds: all but the layers, its slice of them, and two whole layers."""
+    options = ("run.parallel=fsdp", "run.batch_size_train=2")
+    whole = sum(diagnose(*options)["memory, training"].numbers.values())
+    layer = 4 * (4 * 160 * 160 + 3 * 160 * 432 + 2 * 160)
+    for room, told in ((4 * layer / 3, "on 3 cards"), (0, None)):
+        capacity = int(whole - 4 * layer + 2 * layer + room)
+        monkeypatch.setattr(devices, "memory_left", lambda device, capacity=capacity: (capacity, capacity))
+        found = diagnose(*options)["memory, training"]
+        if told:
+            assert found.verdict == OK and told in found.evidence
+        else:
+            assert "on 3 cards" not in found.evidence
+
+
 @pytest.mark.parametrize("damage", ["raw delta", "random weights", "untrained", "zeros"])
 def test_3_a_dead_language_model(diagnose, llama, damage):
     def change(state):

@@ -199,6 +199,13 @@ def _training_memory(cfg: Any, files: ModelFiles, device: torch.device, captions
     capacity, _ = devices.memory_left(device)
     evidence, total = _told(parts, capacity)
     evidence += f" ({rows} rows of the longest texts)"
+    if cfg.run_cfg.get("parallel") == "fsdp":
+        layers = model.llama_model.model.layers
+        sliced = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
+        # A layer is whole while it computes, and the next one while it is fetched.
+        if (room := capacity - (total - sliced) - 2 * sliced // len(layers)) > 0:
+            evidence += f"; sliced by run.parallel: fsdp it fits on {math.ceil(sliced / room)} cards or more"
+            return Finding("memory, training", OK, evidence, numbers=parts)
     if total > capacity:
         fixed = total - parts["activations"]
         fits = int((capacity - fixed) / (parts["activations"] / rows))
