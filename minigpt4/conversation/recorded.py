@@ -30,8 +30,7 @@ def take(llm: Llama, cache: KVCache, mask: Tensor, num_tokens: int) -> "Steps | 
     """
     if not devices.records(llm.lm_head.weight.device):
         return None
-    batch, length = mask.shape
-    batch, size = 1 << (batch - 1).bit_length(), -(-(length + num_tokens) // 256) * 256
+    batch, size = 1 << (len(mask) - 1).bit_length(), room(mask.shape[1] + num_tokens)
     kept = _kept(llm)
     steps = next((steps for steps in kept if steps.holds(llm, batch, size)), None)
     if steps is not None:
@@ -42,6 +41,11 @@ def take(llm: Llama, cache: KVCache, mask: Tensor, num_tokens: int) -> "Steps | 
         return None
     steps.begin(cache, mask)
     return steps
+
+
+def room(num_tokens: int) -> int:
+    """S for a context and its answer: few different ones, so that what is recorded serves again."""
+    return -(-num_tokens // 256) * 256
 
 
 def _kept(llm: Llama) -> list["Steps"]:

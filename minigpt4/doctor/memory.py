@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigpt4.common import device as devices
+from minigpt4.conversation import recorded
 from minigpt4.models.kv_cache import KVCache, read
 
 PARTS = {
@@ -173,7 +174,7 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
     parts = weight_bytes(model)
     image = ledger.empty((1, 3, image_size, image_size))
     ledger.peak = before = ledger.now
-    cache = KVCache()
+    cache, rooms = KVCache(), []
     with torch.no_grad(), ledger, ledger.attention:
         images, _ = model.encode_img(image)
         embedding = model.llama_model.model.embed_tokens.weight
@@ -181,7 +182,10 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
             embeds = ledger.empty((1, length, embedding.shape[1]), embedding.dtype)
             mask = torch.ones(1, cache.length + length)
             logits = model.llama_model.lm_head(read(model.llama_model, embeds, mask, cache)).float()
+            if length > 1 and devices.records(device):  # what is recorded has room of its own
+                (_, heads, _, width), size = cache.layers[0][0].shape, recorded.room(num_tokens)
+                rooms = [ledger.empty((1, heads, size, width), embeds.dtype) for _ in range(2 * len(cache.layers))]
     del images, logits
-    parts["keys and values"] = sum(part.nbytes for layer in cache.layers for part in layer)
+    parts["keys and values"] = sum(part.nbytes for part in (*rooms, *(p for layer in cache.layers for p in layer)))
     parts["activations"] = max(0, ledger.peak - before - parts["keys and values"])
     return parts
