@@ -428,6 +428,7 @@ def soak(seconds: float, seed: int, folder: Path) -> tuple[list[Verdict], dict[s
     temporary.mkdir()
     shared_before = set(os.listdir("/dev/shm"))
     os.environ.update(TMPDIR=str(temporary), OMP_NUM_THREADS="1")
+    tempfile.tempdir = None  # it was looked up before
     write_data(folder / "data")
     server, rng = Server(folder, forked.free_port()), Random(seed)
     expected = server.answers()
