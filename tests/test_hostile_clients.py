@@ -24,7 +24,7 @@ from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api, api_requests
 from minigpt4.serve.api_requests import Limits
 from minigpt4.serve.batch import answer_batch, find_questions
-from minigpt4.serve.engine import Engine
+from minigpt4.serve.engine import Busy, Engine
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=4)
 NAME = "small"
@@ -270,6 +270,37 @@ def test_connections_are_counted(monkeypatch):
         port = probe.getsockname()[1]
     api.serve(None, "127.0.0.1", port)
     assert settings["limit_concurrency"] == api.MAX_CONNECTIONS
+
+
+def test_a_full_queue_is_told_to_the_client(client, monkeypatch):
+    def submit(self, request):
+        raise Busy
+
+    monkeypatch.setattr(Engine, "submit", submit)
+    found = posted(client, body())
+    assert found.status_code == 429 and found.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_fetched_picture_without_end_is_given_up(client, confined):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port, sent = server.getsockname()[1], []
+
+        def pour():
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+            with contextlib.suppress(OSError):
+                for _ in range(400):
+                    connection.sendall(b"x" * 2**16)
+                    sent.append(2**16)
+            connection.close()
+
+        thread = threading.Thread(target=pour)
+        thread.start()
+        found = posted(client, shown(f"http://127.0.0.1:{port}/a.png"))
+        thread.join()
+    assert found.status_code == 400 and "larger than" in found.text and sum(sent) < 2**24
 
 
 def test_a_picture_that_trickles_is_given_up(client, monkeypatch, confined):
