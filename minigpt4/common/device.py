@@ -241,32 +241,41 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-_CANNOT_RECORD = {"cpu", "mps"}
+_GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
+_CANNOT_RECORD: set[str] = set()  # kinds of devices on which it failed
 
 
 def records(device: torch.device) -> bool:
     """Whether ``record`` may give something; false once it has failed."""
-    return device.type not in _CANNOT_RECORD
+    backend = getattr(torch, device.type, None)
+    return device.type not in _CANNOT_RECORD and hasattr(backend, _GRAPHS.get(device.type, "?"))
 
 
 def record(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
     """Records work on fixed tensors, so that calling the result does it again in one launch; None where that fails.
 
-    ``work`` is done three times on the way.
+    ``work`` is done three times on the way. After a failure the device's allocator may hold on to what it has.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for it now.
     """
     try:
-        stream = torch.Stream(device)
+        graph, stream = getattr(getattr(torch, device.type), _GRAPHS[device.type])(), torch.Stream(device)
         synchronize(device)
-        with stream:  # libraries set themselves up, which cannot be recorded
+        with stream:
+            work()  # libraries set themselves up, which cannot be recorded
             work()
-            work()
-        graph = torch.accelerator.Graph(capture_error_mode="thread_local")
-        with stream, graph:
-            work()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         synchronize(device)
-    except (RuntimeError, NotImplementedError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, AttributeError, KeyError, TypeError) as error:
         _CANNOT_RECORD.add(device.type)
-        cause = str(error).strip()[:100]
+        cause = str(error.__context__ or error).strip()[:100]
         logging.warning("Work on %s cannot be recorded (%s); it is launched piece by piece.", device.type, cause)
         return None
     return graph.replay

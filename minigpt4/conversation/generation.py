@@ -79,12 +79,18 @@ def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOption
 
 
 class _Decoder:
-    """The LM with its cache: feeds embeddings or ids, gives the logits of the last position."""
+    """The LM with its cache: feeds embeddings or ids, gives the logits of the last position.
 
-    def __init__(self, llm: Llama, mask: Tensor, cache: KVCache | None) -> None:
+    Where the device records, the steps behind the first token are recorded ones; ``close`` brings them into the cache.
+    """
+
+    def __init__(self, llm: Llama, mask: Tensor, cache: KVCache | None, num_tokens: int = 0) -> None:
         self.llm = llm
         self.mask = mask  # [B, T so far] on the CPU, 0 where a row is padded on the left
+        self.is_cache_wanted = cache is not None
         self.cache = KVCache() if cache is None else cache
+        self.num_tokens = num_tokens  # to come at most
+        self.steps: recorded.Steps | None = None
 
     def feed(self, embeds: Tensor) -> Tensor:
         """[B, t, L] -> float32 logits [B, V] of the last position."""
@@ -92,17 +98,29 @@ class _Decoder:
 
     def feed_ids(self, ids: Tensor) -> Tensor:
         """The next id of each row [B] -> logits [B, V]."""
+        if self.num_tokens:
+            self.steps, self.num_tokens = recorded.take(self.llm, self.cache, self.mask, self.num_tokens), 0
+        if self.steps is not None:
+            return self.steps.feed_ids(ids)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
         return self.feed(self.llm.model.embed_tokens(ids).unsqueeze(1))
 
     def reorder(self, rows: list[int]) -> None:
         """Keeps the given rows of cache and mask, in that order."""
+        if self.steps is not None:
+            self.steps.reorder(rows)
+            return
         self.cache.reorder(rows)
         self.mask = self.mask[rows]
 
     def branch(self, count: int) -> "_Decoder":
         """A decoder with ``count`` copies of the only row; this one's cache stays as it is."""
         return _Decoder(self.llm, self.mask.repeat_interleave(count, 0), self.cache.repeated(count))
+
+    def close(self) -> None:
+        """Ends; a cache that was given has read all that was fed."""
+        if self.steps is not None:
+            self.steps.give_back(self.llm, self.cache if self.is_cache_wanted else None)
 
 
 @torch.inference_mode()
@@ -158,25 +176,19 @@ def stream(
     """
     each = _for_each(options, len(embeds))
     generators = [None if o.seed is None else torch.Generator(embeds.device).manual_seed(o.seed % 2**63) for o in each]
-    decoder = _Decoder(llm, mask, cache)
+    decoder = _Decoder(llm, mask, cache, max(o.max_new_tokens for o in each))
     logits = decoder.feed(embeds)
-    num_tokens = max(o.max_new_tokens for o in each)
-    steps = recorded.take(llm, decoder.cache, mask, num_tokens) if num_tokens > 1 else None
-    if steps is None:
-        yield from _decode(decoder, logits, each, generators, bos, eos)
-        return
     try:
-        yield from _decode(steps, logits, each, generators, bos, eos)
+        yield from _decode(decoder, logits, each, generators, bos, eos)
     except Exception:
-        steps = None  # nobody knows what it has written
+        decoder.steps = None  # nobody knows what they have written
         raise
     finally:
-        if steps is not None:
-            steps.give_back(decoder.cache if len(each) == 1 else None)
+        decoder.close()
 
 
 def _decode(
-    decoder: "_Decoder | recorded.Steps",
+    decoder: _Decoder,
     logits: Tensor,
     each: Sequence[GenerationOptions],
     generators: Sequence[torch.Generator | None],

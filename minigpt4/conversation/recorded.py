@@ -7,6 +7,8 @@ Shapes: B rows, S room for context and answer, H heads, G heads of keys and valu
 """
 
 from collections.abc import Callable
+from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from minigpt4.common import device as devices
 from minigpt4.models.kv_cache import KVCache
-from minigpt4.models.llama import Llama
+from minigpt4.models.llama import Attend, Llama
 
-_NUM_KEPT = 2  # recordings of a model, each with room for keys and values
+_NUM_KEPT = 2  # recordings of a model that there are at most, each with room for keys and values
+_MIN_TOKENS = 16  # of an answer that is worth recording for
+_kept: WeakKeyDictionary[Llama, list["Steps"]] = WeakKeyDictionary()
 
 
 def take(llm: Llama, cache: KVCache, mask: Tensor, num_tokens: int) -> "Steps | None":
@@ -28,15 +32,20 @@ def take(llm: Llama, cache: KVCache, mask: Tensor, num_tokens: int) -> "Steps | 
         mask: int64 [B, T] on the CPU, 0 on padding.
         num_tokens: that will be asked for at most.
     """
-    if not devices.records(llm.lm_head.weight.device):
+    if num_tokens < _MIN_TOKENS or not devices.records(llm.lm_head.weight.device):
         return None
     batch, size = 1 << (len(mask) - 1).bit_length(), room(mask.shape[1] + num_tokens)
-    kept = _kept(llm)
+    kept = _kept.setdefault(llm, [])
     steps = next((steps for steps in kept if steps.holds(llm, batch, size)), None)
     if steps is not None:
         kept.remove(steps)
     else:
-        steps = Steps(llm, batch, size, cache.layers[0][0])
+        del kept[: len(kept) - _NUM_KEPT + 1]
+        try:
+            steps = Steps(llm, batch, size, cache.layers[0][0])
+        except torch.OutOfMemoryError:  # the piecewise way needs no room of its own
+            kept.clear()
+            return None
     if steps.replay is None:
         return None
     steps.begin(cache, mask)
@@ -45,11 +54,7 @@ def take(llm: Llama, cache: KVCache, mask: Tensor, num_tokens: int) -> "Steps | 
 
 def room(num_tokens: int) -> int:
     """S for a context and its answer: few different ones, so that what is recorded serves again."""
-    return -(-num_tokens // 256) * 256
-
-
-def _kept(llm: Llama) -> list["Steps"]:
-    return llm.__dict__.setdefault("_kept_steps", [])
+    return max(256, 1 << (num_tokens - 1).bit_length())
 
 
 class Steps:
@@ -63,7 +68,7 @@ class Steps:
     """
 
     def __init__(self, llm: Llama, batch: int, size: int, like: Tensor) -> None:
-        self.llm, self.length = llm, 0
+        self.length = 0
         layers, (heads, width) = llm.config.num_hidden_layers, (like.shape[1], like.shape[3])
         self.layers = [[like.new_zeros(batch, heads, size, width) for _ in range(2)] for _ in range(layers)]
         self.mask = like.new_zeros(batch, 1, 1, size)  # added to the scores
@@ -72,11 +77,11 @@ class Steps:
         self.rows = torch.arange(batch, device=like.device)  # those that are still asked for
         self.logits = torch.zeros(batch, llm.config.vocab_size, device=like.device)
         self._weights = self._place(llm)
-        self.replay: Callable[[], None] | None = devices.record(self._step, like.device)
+        self.replay: Callable[[], None] | None = devices.record(partial(self._step, llm), like.device)
 
     @staticmethod
-    def _place(llm: Llama) -> tuple[int, int]:
-        return llm.model.embed_tokens.weight.data_ptr(), llm.lm_head.weight.data_ptr()
+    def _place(llm: Llama) -> list[int]:
+        return [tensor.data_ptr() for tensor in (*llm.parameters(), *llm.buffers())]
 
     def holds(self, llm: Llama, batch: int, size: int) -> bool:
         """Whether this was recorded of an LM where it is now, with as much room."""
@@ -87,6 +92,7 @@ class Steps:
         batch, self.length = mask.shape
         for own, read in zip(self.layers, cache.layers, strict=True):
             for mine, part in zip(own, read, strict=True):
+                mine.zero_()  # a mask hides numbers, but not what is none
                 mine[:batch, :, : self.length] = part[:, :, : self.length]
         hidden = torch.full(self.mask.shape, -torch.inf)
         hidden[..., 0] = 0.0  # rows that nobody asks for look at something
@@ -107,26 +113,30 @@ class Steps:
         """Goes on with the given ones of the rows that are asked for."""
         self.rows = self.rows[rows]
 
-    def give_back(self, cache: KVCache | None) -> None:
+    def give_back(self, llm: Llama, cache: KVCache | None) -> None:
         """Ends; a single row's ``cache`` then has read what was fed."""
         if cache is not None:
             cache.layers = [tuple(part[:1, :, : self.length].clone() for part in parts) for parts in self.layers]
             cache.length = self.length
-        _kept(self.llm).append(self)
-        del _kept(self.llm)[:-_NUM_KEPT]
+        kept = _kept.setdefault(llm, [])
+        kept.append(self)
+        del kept[:-_NUM_KEPT]
 
-    def _step(self) -> None:
+    def _step(self, llm: Llama) -> None:
         """Reads ``ids`` at ``positions`` into ``column``."""
         self.mask.index_fill_(3, self.column, 0.0)
-        x = self.llm.model.embed_tokens(self.ids).unsqueeze(1)
-        hidden = self.llm.model(x, self.positions.unsqueeze(1), self)
-        self.logits.copy_(self.llm.lm_head(hidden.squeeze(1)))
+        x = llm.model.embed_tokens(self.ids).unsqueeze(1)
+        hidden = llm.model(x, self.positions.unsqueeze(1), self)
+        self.logits.copy_(llm.lm_head(hidden.squeeze(1)))
         self.positions += 1
         self.column += 1
 
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of one token a row [B, 1, H, D] to all columns, of which the mask hides some: [B, 1, H, D]."""
-        keys, values = self.layers[number]
+    def of_layer(self, number: int) -> Attend:
+        """See ``llama.Attention``."""
+        return partial(self._attend, *self.layers[number])
+
+    def _attend(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of one token a row [B, 1, H, D] to all columns, of which the mask hides some: [B, 1, H, D]."""
         keys.index_copy_(2, self.column, key.transpose(1, 2))
         values.index_copy_(2, self.column, value.transpose(1, 2))
         query = query.squeeze(1).unflatten(1, (keys.shape[1], -1))  # heads that share keys stand where tokens would

@@ -141,7 +141,7 @@ def training(
     """Bytes by part at the height of a training step.
 
     Args:
-        model: fresh, on the meta device in the precisions of the run; afterwards good for ``chat`` only.
+        model: fresh, on the meta device in the precisions of the run; afterwards good for nothing else.
         device: of the run.
         amp: precision of autocast.
         image_size: S.
@@ -186,6 +186,9 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
                 (_, heads, _, width), size = cache.layers[0][0].shape, recorded.room(num_tokens)
                 rooms = [ledger.empty((1, heads, size, width), embeds.dtype) for _ in range(2 * len(cache.layers))]
     del images, logits
-    parts["keys and values"] = sum(part.nbytes for part in (*rooms, *(p for layer in cache.layers for p in layer)))
-    parts["activations"] = max(0, ledger.peak - before - parts["keys and values"])
+    parts["keys and values"] = sum(part.nbytes for layer in cache.layers for part in layer)
+    if rooms:
+        parts["recorded steps"] = sum(part.nbytes for part in rooms)
+    held = parts["keys and values"] + parts.get("recorded steps", 0)
+    parts["activations"] = max(0, ledger.peak - before - held)
     return parts

@@ -5,12 +5,13 @@ L width of the LM.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from minigpt4.models.llama import Llama
+from minigpt4.models.llama import Attend, Llama
 
 ROOM = 128  # tokens that a layer's tensors have room for beyond what is needed, whenever they have to grow
 
@@ -38,7 +39,11 @@ class KVCache:
         self._mask = self._mask if self._mask is None else self._mask.to(device, non_blocking=True)
         return (mask.cumsum(1) - 1).clamp(min=0)[:, self.length :].to(device, non_blocking=True)
 
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def of_layer(self, number: int) -> Attend:
+        """See ``llama.Attention``."""
+        return partial(self._attend, number)
+
+    def _attend(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What the last n of the new tokens [B, n, H, D] see of all, with those of [B, t, G, D]: [B, n, H, D]."""
         keys, values = self._write(number, key.transpose(1, 2), value.transpose(1, 2))
         num_queries = query.shape[1]
@@ -72,7 +77,8 @@ class KVCache:
 
     def reorder(self, rows: list[int]) -> None:
         """Keeps the given rows, in that order."""
-        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        index = torch.tensor(rows, device=self.layers[0][0].device)
+        self.layers = [(keys.index_select(0, index), values.index_select(0, index)) for keys, values in self.layers]
 
     def repeated(self, count: int) -> "KVCache":
         """Copies of each row, one after the other."""

@@ -1,7 +1,7 @@
 """Llama (Touvron et al., 2023): the decoder that Vicuna is, with the names of its published weights.
 
 It is frozen wherever it is used here, and is asked in three ways: rows of a training batch, a chat that is read, and
-one token more of each row. They differ in attention alone, so whoever calls brings it: ``attend``.
+one token more of each row. They differ in attention alone, so whoever calls brings it.
 
 Shapes: tokens stand in any leading dimensions "…"; L width, I width of the MLP, H heads, G heads of keys and values,
 D width of a head, V vocabulary.
@@ -10,7 +10,7 @@ D width of a head, V vocabulary.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,16 @@ from torch.nn.functional import silu
 
 MAX_LAYERS = 1000  # that a config.json may ask for; building them takes time whatever the files hold
 
-# (number of the layer, queries […, H, D], keys and values of the new tokens […, G, D]) -> mixed values […, H, D].
+# (queries […, H, D], keys and values of the new tokens […, G, D]) -> mixed values […, H, D].
 # The last layer may ask with fewer queries: those of the wanted tokens.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(Protocol):
+    """How tokens attend, which a caller of the decoder brings."""
+
+    def of_layer(self, number: int) -> Attend:
+        """For one layer, with what is kept of it: layers differ in tensors, not in numbers to compile for."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,12 @@ class LlamaConfig:
                 f"config.json says {self.num_attention_heads} heads of {self.head_dim}, {self.num_key_value_heads} of "
                 "them with keys; expected a multiple, of an even width"
             )
-        if not all(isinstance(value, int | float) and value > 0 for value in (self.rms_norm_eps, self.rope_theta)):
-            raise ValueError("config.json says an rms_norm_eps or rope_theta that is no number above 0")
-        self.frequencies()
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < 1e30:
+                raise ValueError(f"config.json says {name} {value!r:.50}; expected a number above 0")
+        if not (self.frequencies() > 0).all() or not self.frequencies().isfinite().all():
+            raise ValueError(f"config.json says rope_scaling {self.rope_scaling!s:.100}, which no position survives")
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "LlamaConfig":
@@ -74,7 +84,7 @@ class LlamaConfig:
             raise ValueError(f"config.json describes a '{kind}'; expected a language model of Llama's family")
         known = {field.name: content[field.name] for field in fields(cls) if field.name in content}
         if isinstance(rope := content.get("rope_parameters"), Mapping):  # as transformers 5 writes both together
-            known |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": rope}
+            known |= {"rope_scaling": rope} | {key: rope[key] for key in ("rope_theta",) if key in rope}
         return cls(**known)
 
     def frequencies(self) -> Tensor:
@@ -94,7 +104,7 @@ class LlamaConfig:
                 turns = float(scaling["original_max_position_embeddings"]) * plain / (2 * torch.pi)
                 share = ((turns - low) / (high - low)).clamp(0, 1)
                 return (1 - share) * plain / factor + share * plain
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise ValueError(f"config.json's rope_scaling lacks a number for '{kind}' ({error})") from error
         raise ValueError(f"config.json says rope_scaling {str(kind)[:50]!r}; expected default, linear or llama3")
 
@@ -121,23 +131,24 @@ class Decoder(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._frequencies = {torch.device("cpu"): config.frequencies()}  # they are in no file, and on no meta device
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attention: Attention, wanted: Tensor | None = None) -> Tensor:
         """Embeddings […, N, L] at positions […, N] to last hidden states, of all tokens or of the wanted ones.
 
         Args:
             x: what stands there.
             positions: int64.
-            attend: see ``Attend``.
+            attention: see there.
             wanted: int64 [n], numbers in the last of the leading dimensions: […, n, L] comes out.
         """
         rotary = self._rotary(positions, x)
-        for layer in self.layers[:-1]:
-            x = layer(x, rotary, attend)
-        return self.norm(self.layers[-1](x, rotary, attend, wanted))
+        last = len(self.layers) - 1
+        for number, layer in enumerate(self.layers):
+            x = layer(x, rotary, attention.of_layer(number), wanted if number == last else None)
+        return self.norm(x)
 
     def _rotary(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines, and sines with the signs of a rotation, […, N, 1, D], in the precision of ``x``."""
@@ -151,10 +162,10 @@ class Decoder(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP, each behind a norm and beside what goes past."""
 
-    def __init__(self, config: LlamaConfig, number: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, number)
+        self.self_attn = Projections(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -165,12 +176,12 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Attention(nn.Module):
+class Projections(nn.Module):
     """Projections and rotary positions (Su et al., 2021) around an attention that the caller brings."""
 
-    def __init__(self, config: LlamaConfig, number: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.number, self.head_dim = number, config.head_dim
+        self.head_dim = config.head_dim
         linear = partial(nn.Linear, bias=config.attention_bias)
         own, shared = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = linear(config.hidden_size, own)
@@ -185,7 +196,7 @@ class Attention(nn.Module):
             asking, turn = x.index_select(-2, wanted), [table.index_select(-3, wanted) for table in rotary]
         query = _rotated(self._heads(self.q_proj, asking), *turn)
         key = _rotated(self._heads(self.k_proj, x), *rotary)
-        mixed = attend(self.number, query, key, self._heads(self.v_proj, x))
+        mixed = attend(query, key, self._heads(self.v_proj, x))
         return self.o_proj(mixed.flatten(-2))
 
     def _heads(self, linear: nn.Module, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def build_llama(folder: Path, dtype: torch.dtype) -> Llama:
         config = LlamaConfig.of(content)
         with skeleton():
             model = Llama(config).to(dtype)
-    except (ValueError, RuntimeError) as error:  # the latter where sizes are beyond what a tensor can have
+    except (ValueError, ArithmeticError, RuntimeError) as error:  # the latter: sizes beyond what a tensor can have
         cause = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
     return model.requires_grad_(False)

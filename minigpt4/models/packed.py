@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of the longest, N tokens of all, P tokens of the prefix
 G heads of keys and values, D width of a head, L width of the LM.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from minigpt4.models.kv_cache import KVCache, read
-from minigpt4.models.llama import Llama
+from minigpt4.models.llama import Attend, Llama
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Rows:
 
     Args:
         lengths: tokens of each row.
-        wanted: numbers, among all tokens, of those whose last hidden state is asked for, int64 [n].
+        wanted: numbers, among all tokens, of those whose last hidden state is asked for, int64 [n], rising, n < N.
         prefix: keys and values [1, G, P, D] of each layer for what stands before every row.
         device: of the tokens.
     """
@@ -51,13 +52,17 @@ class Rows:
         """Position of each token in its row, prefix included, int64 [N]."""
         return self.places % self.longest + self.prefix_length
 
-    def __call__(self, number: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attention of each row's queries [N or n, H, D] to its keys and values [N, G, D]: [N or n, H, D]."""
+    def of_layer(self, number: int) -> Attend:
+        """See ``llama.Attention``."""
+        return partial(self._attend, self.prefix[number] if self.prefix else ())
+
+    def _attend(self, before: Sequence[Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of each row's queries [N or n, H, D] to its keys and values [N, G, D]: [N or n, H, D]."""
         places = self.places if len(query) == len(key) else self.places[self.wanted]
         query, key, value = self._grid(query, places), self._grid(key, self.places), self._grid(value, self.places)
-        if self.prefix:
-            before = (part.expand(len(self.lengths), -1, -1, -1) for part in self.prefix[number])
-            key, value = (torch.cat(parts, dim=2) for parts in zip(before, (key, value), strict=True))
+        if before:
+            keys, values = (part.expand(len(self.lengths), -1, -1, -1) for part in before)
+            key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
         mixed = scaled_dot_product_attention(
             *(query, key, value),
             attn_mask=self.mask,
@@ -117,5 +122,8 @@ def recompute_layers(llama: Llama) -> None:
     """Lets every layer keep its input alone for the backward pass and compute the rest again: less memory, slower."""
     from torch.utils.checkpoint import checkpoint
 
+    def forward(plain: Callable[..., Tensor], *args: Any) -> Tensor:
+        return checkpoint(plain, *args, use_reentrant=False) if torch.is_grad_enabled() else plain(*args)
+
     for layer in llama.model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(forward, layer.forward)
