@@ -498,7 +498,7 @@ def soak(seconds: float, seed: int, folder: Path) -> tuple[list[Verdict], dict[s
 
 def _none(what: str, found: Sequence[str]) -> Verdict:
     told = "; ".join(f"{count} × {name}" for name, count in Counter(found).most_common(3))
-    return Verdict(what, told or "0", "0", not found)
+    return Verdict(what, f"{len(found)}: {told}" if found else "0", "0", not found)
 
 
 def _left_behind() -> list[str]:

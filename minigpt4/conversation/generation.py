@@ -100,6 +100,8 @@ class _Decoder:
         """The next id of each row [B] -> logits [B, V]."""
         if self.num_tokens:
             self.steps, self.num_tokens = recorded.take(self.llm, self.cache, self.mask, self.num_tokens), 0
+            if self.steps is not None and not self.is_cache_wanted:
+                self.cache = KVCache()  # the steps have a copy
         if self.steps is not None:
             return self.steps.feed_ids(ids)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
