@@ -7,14 +7,18 @@ import re
 import resource
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
 import forked
+import psutil
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 from minigpt4.common.errors import UserError
+from minigpt4.datasets import loader
 from minigpt4.runners import checkpoints
 from quickstart import scenes
 
@@ -96,6 +100,37 @@ def test_killed_at_twenty_random_moments(command, whole, tmp_path):
                 break
             killed += 1
         assert_same(outcome(output_dir), expected)
+
+
+class Slow(IterableDataset):
+    def __iter__(self):
+        for _ in range(100):
+            time.sleep(0.3)
+            yield torch.ones(1000)
+
+
+@pytest.mark.parametrize("is_early", [False, True], ids=["at the first batch", "before a worker knows its rank"])
+def test_the_workers_of_a_killed_run_leave_nothing(tmp_path, monkeypatch, is_early):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begin = loader._begin_worker
+
+    def begin_late(rank, number):
+        while is_early and os.getppid() == rank:
+            time.sleep(0.01)
+        begin(rank, number)
+
+    monkeypatch.setattr(loader, "_begin_worker", begin_late)
+    pid = os.fork()
+    if not pid:
+        list(loader._run_loader(Slow(), 2, pin_memory=False))
+        os._exit(0)
+    while len(workers := psutil.Process(pid).children()) < 2:
+        time.sleep(0.01)
+    assert forked.kill_after(pid, 0.15) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for worker in alive:
+        worker.kill()
+    assert not alive and not list(tmp_path.iterdir())
 
 
 def die_inside(moment):

@@ -2,12 +2,15 @@
 
 import atexit
 import logging
+import multiprocessing.util
+import os
 import random
 import signal
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +84,15 @@ class _Batches(IterableDataset):
         return self.dataset.vis_processor.pack(images, self.resizes_later)
 
 
-def _outlive_signals(_: int) -> None:
-    """Lets a worker finish its batches while its rank, signalled along with it, finishes its step."""
+def _begin_worker(rank: int, _: int) -> None:
+    """Lets a worker finish its batches while its rank, signalled along with it, finishes its step.
+
+    A worker whose rank (a process) is killed ends, and leaves nothing.
+    """
+    if os.getppid() != rank:  # PyTorch watches whom it finds as parent a moment later: not a rank that is gone by now
+        raise SystemExit
+    # For handing over batches. A folder that is made while the worker ends would be removed by nobody.
+    multiprocessing.util.get_temp_dir()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The loader ends stuck workers by SIGTERM; the first one may have come from a scheduler.
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
@@ -110,7 +120,7 @@ def _run_loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterat
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=partial(_begin_worker, os.getpid()),
         generator=torch.Generator(),  # of its own: a loader begun anew must not move the model's random state
     )
     for batch in loader:
