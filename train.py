@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Configuration, process group, task, data, model, runner."""
+    """Configuration, process group, task, data, model, runner; one of several processes ends here."""
     args = parse_args()
     try:
         from minigpt4.common.errors import UserError
@@ -57,8 +57,8 @@ def main() -> None:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        dist_utils.leave()
+    else:
+        dist_utils.end()
 
 
 if __name__ == "__main__":

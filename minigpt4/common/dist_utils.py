@@ -1,5 +1,6 @@
 """Processes under torchrun: who am I, how many are we, and what do we agree on."""
 
+import atexit
 import functools
 import itertools
 import os
@@ -178,7 +179,15 @@ def exit_with(mistake: str) -> NoReturn:
     os._exit(1) if world > 1 else sys.exit(1)
 
 
-def leave() -> None:
-    """Leaves the process group, where there is one."""
+def end() -> None:
+    """Ends this process where it is one of several that are done; a single one returns, and ends as Python does.
+
+    Python's way out meets gloo's threads, which ask for the interpreter to give back what the last collectives held.
+    Where it is gone already the process aborts, and torchrun takes a finished run for a failed one.
+    """
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

@@ -28,8 +28,8 @@ def main() -> None:
         setup_task(cfg).build_datasets(cfg)
     except UserError as error:
         dist_utils.exit_with(str(error))
-    finally:
-        dist_utils.leave()
+    else:
+        dist_utils.end()
 
 
 if __name__ == "__main__":
