@@ -235,6 +235,11 @@ def pins_memory(device: torch.device) -> bool:
     return device.type not in ("cpu", "mps")
 
 
+def streams(device: torch.device) -> Any | None:
+    """The module (torch.cuda, torch.npu) with whose streams copies run beside computing; None where there are none."""
+    return _module(device) if device.type in _BACKENDS else None
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device's work."""
     if device.type != "cpu":

@@ -20,11 +20,11 @@ from minigpt4.common.optims import AdamW, parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
-from minigpt4.processors.pictures import Pictures
 from minigpt4.runners import checkpoints, validation
 from minigpt4.runners.checkpoints import RESUME_KEY
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.stop import StopRequest
+from minigpt4.runners.to_device import ToDevice
 
 
 @dataclass
@@ -57,6 +57,7 @@ class RunnerBase:
         self.task = task
         self.datasets = datasets
         self.device = devices.of_run(self.run_cfg)
+        self.to_device = ToDevice(self.device)
         self.model = model.to(self.device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped_model = replicate(model, self.device)
@@ -244,16 +245,6 @@ class RunnerBase:
                 f"{state.step}. Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision "
                 "also does this." + see("nan")
             )
-
-    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch with its tensors and pictures on the device; nothing is waited for."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, Pictures):
-                return value.on(self.device)
-            return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-        return {name: move(value) for name, value in batch.items()}
 
     @property
     def resizes_on_device(self) -> bool:
