@@ -103,16 +103,19 @@ def test_killed_at_twenty_random_moments(command, whole, tmp_path):
 
 
 class Slow(IterableDataset):
+    def __init__(self, batch, seconds):
+        self.batch, self.seconds = batch, seconds
+
     def __iter__(self):
         for _ in range(100):
-            time.sleep(0.3)
-            yield torch.ones(1000)
+            time.sleep(self.seconds)
+            yield self.batch
 
 
-@pytest.mark.parametrize("is_early", [False, True], ids=["at the first batch", "before a worker knows its rank"])
-def test_the_workers_of_a_killed_run_leave_nothing(tmp_path, monkeypatch, is_early):
+@pytest.mark.parametrize("moment", ["at the first batch", "before a worker knows its rank", "waiting for a pipe"])
+def test_the_workers_of_a_killed_run_leave_nothing(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    begin = loader._begin_worker
+    begin, is_early, is_full = loader._begin_worker, moment.startswith("before"), moment.startswith("waiting")
 
     def begin_late(rank, number):
         while is_early and os.getppid() == rank:
@@ -120,13 +123,19 @@ def test_the_workers_of_a_killed_run_leave_nothing(tmp_path, monkeypatch, is_ear
         begin(rank, number)
 
     monkeypatch.setattr(loader, "_begin_worker", begin_late)
+    batches = Slow("a caption" * 10_000, 0.01) if is_full else Slow(torch.ones(1000), 0.3)
     pid = os.fork()
     if not pid:
-        list(loader._run_loader(Slow(), 2, pin_memory=False))
-        os._exit(0)
+        try:
+            for _ in loader._run_loader(batches, 2, pin_memory=False):
+                time.sleep(60 * is_full)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 30
     while len(workers := psutil.Process(pid).children()) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert forked.kill_after(pid, 0.15) == -signal.SIGKILL
+    assert forked.kill_after(pid, 1.0 if is_full else 0.15) == -signal.SIGKILL
     _, alive = psutil.wait_procs(workers, timeout=30)
     for worker in alive:
         worker.kill()

@@ -5,7 +5,11 @@ import logging
 import multiprocessing.util
 import os
 import random
+import shutil
 import signal
+import sys
+import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,15 +91,27 @@ class _Batches(IterableDataset):
 def _begin_worker(rank: int, _: int) -> None:
     """Lets a worker finish its batches while its rank, signalled along with it, finishes its step.
 
-    A worker whose rank (a process) is killed ends, and leaves nothing.
+    Args:
+        rank: the process that the worker belongs to, whose end is the worker's too.
     """
-    if os.getppid() != rank:  # PyTorch watches whom it finds as parent a moment later: not a rank that is gone by now
-        raise SystemExit
-    # For handing over batches. A folder that is made while the worker ends would be removed by nobody.
-    multiprocessing.util.get_temp_dir()
+    # Made now and not when the first batch is handed over: a worker that is ending then would not remove it.
+    folder = multiprocessing.util.get_temp_dir()
+    threading.Thread(target=_end_with, args=(rank, folder), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The loader ends stuck workers by SIGTERM; the first one may have come from a scheduler.
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def _end_with(rank: int, folder: str) -> None:
+    """Ends a worker whose rank was killed, whatever it does then.
+
+    PyTorch's own watch misses a rank that is killed before it begins, and a worker that waits for room in a pipe which
+    nobody reads any more.
+    """
+    while os.getppid() == rank:
+        time.sleep(1)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 _running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
@@ -121,6 +137,8 @@ def _run_loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterat
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=partial(_begin_worker, os.getpid()),
+        # A child of this process, not of a server of forks.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         generator=torch.Generator(),  # of its own: a loader begun anew must not move the model's random state
     )
     for batch in loader:

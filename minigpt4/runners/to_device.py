@@ -9,7 +9,7 @@ from minigpt4.processors.pictures import Pictures
 
 
 class ToDevice:
-    """Puts the tensors and pictures of batches on a device while it still computes the step before; waits for nothing.
+    """Puts the tensors and pictures of batches on a device while it still computes the step before.
 
     The host hands out a step long before it is computed, and the next batch's copy right behind it. On a stream of its
     own that copy begins when the step before last is done, whose memory it may then take: two batches are there at a
@@ -21,7 +21,7 @@ class ToDevice:
         self._streams = devices.streams(device)
         self._own = self._streams and self._streams.Stream(device)
         self._queued: Any = None  # an event behind what was handed out when the batch before this one came
-        self._batch: dict[str, Any] | None = None  # held until the next one has its memory
+        self._last: list[dict[str, Any]] = []  # two batches, each held until the stream has waited for its step
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch with its tensors and pictures on the device; to be used up before the next one is asked for."""
@@ -31,10 +31,11 @@ class ToDevice:
         if self._queued is not None:
             self._own.wait_event(self._queued)
         self._queued = present.record_event()
+        del self._last[:-1]
         with self._streams.stream(self._own):
-            self._batch = self._move(batch)
+            self._last.append(self._move(batch))
         present.wait_stream(self._own)
-        return self._batch
+        return self._last[-1]
 
     def _move(self, batch: dict[str, Any]) -> dict[str, Any]:
         def move(value: Any) -> Any:
