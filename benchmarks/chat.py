@@ -9,6 +9,7 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 
 import demo
 from minigpt4.common import device as devices
+from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.models import MiniGPT4
@@ -114,7 +116,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     if args.cfg_path:
-        chat = demo.build_chat(argparse.Namespace(**vars(args), gpu_id=0, seed=0))
+        try:
+            chat = demo.build_chat(argparse.Namespace(**vars(args), gpu_id=0, seed=0))
+        except UserError as error:
+            sys.exit(f"error: {error}")
         size = chat.vis_processor.image_size
     else:
         chat, size = middling_chat(devices.pick()), 224
