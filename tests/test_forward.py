@@ -1,10 +1,12 @@
 """Training rows, logits, losses and gradients of both stages."""
 
+import copy
 import random
 
 import pytest
 import torch
 from golden_data import close, read_json, read_tensors
+from torch import nn
 
 from minigpt4.common.errors import UserError
 from minigpt4.models import packed as packed_rows
@@ -181,6 +183,30 @@ def test_layers_that_are_computed_again_give_the_same_numbers(build):
         loss.backward()
         results.append((loss.item(), model.llama_proj.weight.grad))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+def test_any_number_of_layers_is_compiled_in_few_graphs(build, monkeypatch):
+    """Were a beginning read by compiled layers, each would be a function of its own, and the ninth is given up."""
+    from torch._dynamo.utils import counters
+
+    model, compile_module = build(), nn.Module.compile
+    layers = model.llama_model.model.layers
+    layers.extend(copy.deepcopy(layers[0]) for _ in range(12 - len(layers)))
+    batch = {"image": IMAGES, "text_input": ["a", "a red circle", "two words"]}
+    expected = model(batch)["loss"]
+    model._prefixes = None
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **settings: compile_module(self, backend="eager", **settings)
+    )
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        model.compile_parts()
+        for captions in (batch["text_input"], ["some words more", "b", "c"], ["d", "e", "f"]):
+            loss = model(batch | {"text_input": captions})["loss"]
+            loss.backward()
+            assert captions is not batch["text_input"] or torch.allclose(loss, expected, atol=1e-6)
+    assert 3 <= counters["stats"]["unique_graphs"] - before <= 6
 
 
 def test_rows_of_other_lengths_do_not_touch_each_other(model):

@@ -151,7 +151,12 @@ class MiniGPT4(Vision):
         load_trained_part(self, path)
 
     def compile_parts(self) -> None:
-        """Compiles the decoder's layers, for any number of tokens, and the vision side, which always sees one shape."""
+        """Compiles the decoder's layers, for any number of tokens, and the vision side, which always sees one shape.
+
+        Beginnings are read before: they grow a cache layer by layer, and each layer would be a function of its own to
+        compile, of which PyTorch gives up the ninth and with it all others.
+        """
+        self._read_prefixes()
         for layer in self.llama_model.model.layers:
             layer.compile(dynamic=True)
         for block in self.visual_encoder.blocks if hasattr(self, "visual_encoder") else ():
@@ -261,16 +266,19 @@ class MiniGPT4(Vision):
     def _common_prefix(self, ids: Tensor) -> "_Prefix":
         """What stands before the image in all rows alike, if the frozen LM has read it beforehand."""
         if self._prefixes is None:
-            # All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts.
-            prompts = self.prompt_list or [IMAGE_MARK]
-            prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_MARK}")] * ("{}" in self.prompt_template)
-            slots = [[self.llama_tokenizer.bos_token_id, *self.slots(prompt)] for prompt in prompts]
-            keys = sorted({tuple(row[: row.index(IMAGE_SLOT)]) for row in slots})
-            self._prefixes = {key: packed.keys_and_values(self.llama_model, list(key)) for key in keys}
+            self._read_prefixes()
         key = tuple(ids[0, : int((ids[0] == IMAGE_SLOT).nonzero()[0])].tolist())
         if key in self._prefixes and (ids[:, : len(key)] == ids[:1, : len(key)]).all():
             return _Prefix(len(key), self._prefixes[key])
         return _Prefix(0, [])
+
+    def _read_prefixes(self) -> None:
+        """All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts."""
+        prompts = self.prompt_list or [IMAGE_MARK]
+        prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_MARK}")] * ("{}" in self.prompt_template)
+        slots = [[self.llama_tokenizer.bos_token_id, *self.slots(prompt)] for prompt in prompts]
+        keys = sorted({tuple(row[: row.index(IMAGE_SLOT)]) for row in slots})
+        self._prefixes = {key: packed.keys_and_values(self.llama_model, list(key)) for key in keys}
 
 
 class _Prefix(NamedTuple):
