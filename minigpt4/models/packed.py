@@ -102,11 +102,13 @@ class _Loss(torch.autograd.Function):
         gradients = []
         for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = (part.to(weight.dtype) @ weight.T).float()
-            normalizer = logits.logsumexp(1, keepdim=True)
-            total += (normalizer - logits.gather(1, wanted[:, None])).sum()
+            logits -= logits.amax(1, keepdim=True)
+            right = logits.gather(1, wanted[:, None])
+            share = logits.exp_()  # in place: there is one tensor [chunk, V]
+            sums = share.sum(1, keepdim=True)
+            total += (sums.log() - right).sum()
             if ctx.needs_input_grad[0]:
-                share = logits.sub_(normalizer).exp_()  # the softmax, in place
-                share.scatter_add_(1, wanted[:, None], share.new_full((1, 1), -1.0).expand(len(wanted), 1))
+                share.div_(sums).scatter_add_(1, wanted[:, None], share.new_full((1, 1), -1.0).expand(len(wanted), 1))
                 gradients.append((share.to(weight.dtype) @ weight).to(hidden.dtype))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients).div_(len(targets)))
