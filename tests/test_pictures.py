@@ -17,9 +17,9 @@ from minigpt4.datasets.datasets import PairDataset
 from minigpt4.datasets.datasets.pairs import Pair
 from minigpt4.datasets.datasets.sample import Place, decode_image
 from minigpt4.datasets.loader import TrainLoader, validation_batches
-from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
+from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, pictures
 from minigpt4.processors.blip_processors import MEAN, STD
-from minigpt4.processors.pictures import Pictures, resizes_alike
+from minigpt4.processors.pictures import Pictures, device_resizes, resizes_alike
 
 DEVICES = sorted({"cpu", devices.best()})
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -55,7 +55,10 @@ def test_the_device_resizes_as_pillow_does(device, side, levels):
     processor = Blip2ImageEvalProcessor(side)
     images = [noise(w, h, seed, levels) for seed, (w, h) in enumerate(sides(side))]
     assert all(processor.crop(image) is image for image in images)  # nothing is resized before
-    on_device = processor.pack(images, resizes_later=True).on(device).cpu()
+    packed = processor.pack(images, resizes_later=True)
+    on_device = packed.on(device).cpu()
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert torch.equal(packed.on(device).cpu(), on_device)
     resized = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
     assert torch.equal(on_device, torch.stack(list(map(as_torchvision(lambda image: image), resized))))
 
@@ -82,6 +85,20 @@ def test_same_draws_and_pixels_as_torchvision(size, resizes_later):
         assert torch.equal(torch.get_rng_state(), state)
         torch.manual_seed(seed)
         assert torch.equal(processor(image), expected)
+
+
+def test_accelerators_resize_unless_their_numbers_are_others(monkeypatch, caplog):
+    cpu, accelerator = torch.device("cpu"), torch.device("meta")
+    assert device_resizes(True, cpu) and not device_resizes(None, cpu) and not device_resizes(False, accelerator)
+    assert not caplog.text
+    assert not device_resizes(None, accelerator) and "fails" in caplog.text  # nothing can be read on meta
+
+    def in_bfloat16(*args):
+        return [part.bfloat16().float() for part in exact(*args)]
+
+    exact = pictures._filters
+    monkeypatch.setattr(pictures, "_filters", in_bfloat16)
+    assert not device_resizes(True, cpu) and "gives other pixels than Pillow" in caplog.text
 
 
 def test_large_and_oblong_pictures_are_resized_at_once():

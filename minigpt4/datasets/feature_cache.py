@@ -29,6 +29,7 @@ from minigpt4.common.utils import parse_json
 from minigpt4.datasets.datasets.pairs import ListedDataset
 from minigpt4.datasets.datasets.sample import Place, Sample, SkipSample
 from minigpt4.datasets.loader import validation_batches
+from minigpt4.processors.pictures import device_resizes
 
 KEY = "run.feature_cache"
 _CODE = (
@@ -156,6 +157,7 @@ def _fill(
     rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
     logging.info("Computing features of %d of %d parts of %s.", len(lacking), len(files), dataset.name)
     seed, skipped = int(run_cfg.get("seed", 42)), Counter()
+    resizes_later = device_resizes(run_cfg.get("resize_on_device"), device)
     for part in tqdm(lacking[rank::world], desc=f"{dataset.name} features", unit="part", disable=rank > 0):
         view = _Part(dataset, part, crops)
         batches = validation_batches(
@@ -166,6 +168,7 @@ def _fill(
             seed,
             pin_memory=devices.pins_memory(device),
             is_whole=True,
+            resizes_later=resizes_later,
         )
         rows: dict[int, tuple[Tensor, str]] = {}
         for batch in batches:

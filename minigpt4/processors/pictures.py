@@ -1,11 +1,13 @@
 """Pictures as bytes on their way to the device, and what becomes of them there: the model's pixels.
 
-A loader worker decodes, cuts and packs; bytes are a quarter of what floats would be. The device normalises, and where
-it is good at that it resizes too, by Pillow's own integer arithmetic. Wherever that is done, the numbers are the same.
+A loader worker decodes, cuts and packs; bytes are a quarter of what floats would be. The device normalises, and an
+accelerator resizes too, by products of matrices that are Pillow's own integer arithmetic. Wherever that is done, the
+numbers are the same.
 
 Shapes: B batch, h and w of a picture, S image side, K taps of a filter.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,6 +21,7 @@ from torch.utils.data import get_worker_info
 
 _SUPPORT = 2.0  # of the bicubic filter, in pixels of the coarser side
 _PRECISION_BITS = 22  # of Pillow's filter coefficients
+_UNIT = float(1 << 12)  # of the upper half of a coefficient
 
 
 @dataclass
@@ -86,32 +89,64 @@ def resizes_alike(height: int, width: int, side: int) -> bool:
     return side <= 2 * min(height, width) and max(height, width) <= 2 * side
 
 
+def device_resizes(wanted: bool | None, device: torch.device) -> bool:
+    """Whether crops go to a device in their own sizes: as wanted, else to accelerators, if they resize as Pillow does.
+
+    That is tried with a picture, as not every kind computes products of float32 as such.
+    """
+    if not (device.type != "cpu" if wanted is None else wanted):
+        return False
+    values = numpy.random.default_rng(0).choice(numpy.array([0, 255], numpy.uint8), (229, 251, 3))
+    picture = Image.fromarray(values)
+    early, late = ([picture.resize((224, 224), Image.Resampling.BICUBIC)], [picture])
+    try:
+        found = [Pictures.pack(images, 224, (0.0,) * 3, (1.0,) * 3).on(device) for images in (early, late)]
+        if torch.equal(*found):
+            return True
+        problem = "gives other pixels than Pillow"
+    except RuntimeError as error:
+        problem = f"fails ({error})"
+    logging.warning("Resizing on %s %s; the loader's workers resize.", device.type, problem)
+    return False
+
+
 def _resize(data: Tensor, sizes: list[tuple[int, int]], side: int) -> Tensor:
-    """Pictures, one behind the other, to uint8 [B, 3, S, S], resized as by Pillow: along rows, then columns."""
+    """Pictures, one behind the other, to whole numbers [B, 3, S, S], float32: along rows, then columns, as Pillow."""
     heights, widths = zip(*sizes, strict=True)
-    pixels = data.new_empty(len(sizes), 3, max(heights), max(widths))
+    pixels = torch.zeros(len(sizes), max(heights), 3, max(widths), device=data.device)
     parts = data.split([3 * height * width for height, width in sizes])
-    for i, (part, (height, width)) in enumerate(zip(parts, sizes, strict=True)):
-        pixels[i, :, :height, :width] = part.view(3, height, width)
-    return _resize_along(2, _resize_along(3, pixels, widths, side), heights, side)
+    for picture, part, (height, width) in zip(pixels, parts, sizes, strict=True):
+        picture[:height, :, :width] = part.view(3, height, width).transpose(0, 1)
+    with torch.autocast(data.device.type, enabled=False):
+        by_rows = (pixels.flatten(1, 2) @ part.mT for part in _filters(widths, side, data.device))
+        columns = _shifted(*by_rows).unflatten(1, (-1, 3)).flatten(2)  # [B, h, 3 * S]
+        by_columns = (part @ columns for part in _filters(heights, side, data.device))
+        return _shifted(*by_columns).unflatten(2, (3, side)).transpose(1, 2)
 
 
-def _resize_along(dim: int, pixels: Tensor, sizes: Sequence[int], side: int) -> Tensor:
-    starts, weights, num_taps = zip(*(_filter(size, side) for size in sizes), strict=True)
-    shape, spread = list(pixels.shape), [len(sizes), 1, 1, 1]
-    shape[dim] = spread[dim] = side
-    first = torch.stack(starts).to(pixels.device, non_blocking=True)  # [B, S]
-    taps = torch.stack(weights).to(pixels.device, non_blocking=True)  # [B, K, S]
-    total = torch.full(shape, 1 << (_PRECISION_BITS - 1), dtype=torch.int32, device=pixels.device)
-    for k in range(max(num_taps)):
-        index = (first + k).clamp(max=pixels.shape[dim] - 1).view(spread).expand(shape)
-        total += pixels.gather(dim, index).int() * taps[:, k].view(spread)
-    return (total >> _PRECISION_BITS).clamp_(0, 255).to(torch.uint8)
+def _filters(sizes: Sequence[int], side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Upper and lower halves of Pillow's integer filters as matrices, float32 [B, S, largest size].
+
+    Of the 23 bits of a coefficient each half has 11, and sums of its products with bytes have fewer than 24. Products
+    of these matrices are exact, in float32 and in TF32 and added in any order.
+    """
+    first, weights = map(torch.stack, zip(*(_taps(size, side) for size in sizes), strict=True))
+    index = (first[..., None] + torch.arange(weights.shape[-1])).to(device, non_blocking=True)  # [B, S, K]
+    matrices = torch.zeros(len(sizes), side, max(sizes) + weights.shape[-1], device=device)
+    matrices = matrices.scatter_(2, index, weights.to(device, non_blocking=True))[..., : max(sizes)]
+    upper = (matrices / _UNIT).round()
+    return upper, matrices - upper * _UNIT
+
+
+def _shifted(upper: Tensor, lower: Tensor) -> Tensor:
+    """Sums of both halves to bytes, as float32: what Pillow's shift leaves of the whole, half a step added before."""
+    step = (1 << _PRECISION_BITS) / _UNIT
+    return (((lower / _UNIT).floor_() + upper + step / 2) / step).floor_().clamp_(0, 255)
 
 
 @lru_cache(maxsize=4096)
-def _filter(size: int, side: int) -> tuple[Tensor, Tensor, int]:
-    """Pillow's bicubic filter from ``size`` to ``side``: first taps, int64 [S], weights, int32 [K, S], taps used.
+def _taps(size: int, side: int) -> tuple[Tensor, Tensor]:
+    """Pillow's bicubic filter from ``size`` to ``side``: first taps, int64 [S], and weights, whole numbers [S, K].
 
     The doubles are computed and rounded in the order of Pillow's Resample.c (precompute_coeffs).
     """
@@ -129,4 +164,4 @@ def _filter(size: int, side: int) -> tuple[Tensor, Tensor, int]:
     weight = weight / numpy.cumsum(weight, axis=0)[-1]  # cumsum adds in order, sum does not
     scaled = weight * (1 << _PRECISION_BITS)
     rounded = (scaled + numpy.copysign(0.5, scaled)).astype(numpy.int32)
-    return torch.from_numpy(first), torch.from_numpy(rounded), int((last - first).max())
+    return torch.from_numpy(first), torch.from_numpy(rounded.T.astype(numpy.float32))

@@ -20,6 +20,7 @@ from minigpt4.common.optims import AdamW, parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
+from minigpt4.processors.pictures import device_resizes
 from minigpt4.runners import checkpoints, validation
 from minigpt4.runners.checkpoints import RESUME_KEY
 from minigpt4.runners.progress import EpochProgress, Tracker
@@ -58,6 +59,7 @@ class RunnerBase:
         self.datasets = datasets
         self.device = devices.of_run(self.run_cfg)
         self.to_device = ToDevice(self.device)
+        self.resizes_later = device_resizes(self.run_cfg.get("resize_on_device"), self.device)
         self.model = model.to(self.device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped_model = replicate(model, self.device)
@@ -161,7 +163,7 @@ class RunnerBase:
             num_workers=int(self.run_cfg.get("num_workers", 0)),
             seed=int(self.run_cfg.get("seed", 42)),
             pin_memory=devices.pins_memory(self.device),
-            resizes_later=self.resizes_on_device,
+            resizes_later=self.resizes_later,
         )
 
     def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
@@ -245,11 +247,6 @@ class RunnerBase:
                 f"{state.step}. Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision "
                 "also does this." + see("nan")
             )
-
-    @property
-    def resizes_on_device(self) -> bool:
-        """Whether crops reach the device in their own sizes."""
-        return bool(self.run_cfg.get("resize_on_device", False))
 
     def evaluate(self) -> dict[str, float]:
         """The mean loss per target token of every validation and test split, over all ranks."""

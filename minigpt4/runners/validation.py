@@ -28,7 +28,7 @@ def mean_loss(runner: "RunnerBase", datasets: dict[str, Any]) -> float:
         batches = validation_batches(
             *(name, dataset, batch_size, num_workers, seed),
             pin_memory=devices.pins_memory(device),
-            resizes_later=runner.resizes_on_device,
+            resizes_later=runner.resizes_later,
         )
         is_sharded = cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
         counted = dist_utils.in_step(batches) if is_sharded else ((batch, True) for batch in batches)
