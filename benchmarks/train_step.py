@@ -1,14 +1,19 @@
 """Time and memory of a training step beside the plain way of computing it, interleaved in one process.
 
 python -m benchmarks.train_step --preset small --stage 1 --compare plain
+python -m benchmarks.train_step --preset small --stage 1 --compile --compare uncompiled
 python -m benchmarks.train_step --preset 7b --stage 1 --batch 64 --feature-cache --json rows.json
 
 Weights are random and made on the device. The plain way is what a direct port does: eager attention everywhere, logits
-and loss at every position, rows padded to the longest behind a mask, nothing computed once, nothing compiled.
+and loss at every position, rows padded to the longest behind a mask, nothing computed once, nothing compiled. With
+``--compile``, compiled files of earlier runs are not used, so that what compiling takes is seen.
 """
 
 import argparse
+import os
 import random
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +33,7 @@ from minigpt4.models.eva_vit import build_eva_vit
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import Llama, LlamaConfig
 from minigpt4.models.llama_tokenizer import load_tokenizer
+from minigpt4.models.mini_gpt4 import IGNORED
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -171,6 +177,13 @@ def formula_flops(preset: Preset, num_tokens: int, batch: int, num_targets: int,
     return lm + batch * (vit + q)
 
 
+def means(model: MiniGPT4, batches: list[dict[str, Any]]) -> list[float]:
+    """Tokens of a batch without and with padding, and targets."""
+    packed = [model.pack(batch["text_input"], model.choose_prompts(batch))[1:] for batch in batches]
+    counts = [(mask.sum(), mask.numel(), (labels != IGNORED).sum()) for mask, labels in packed]
+    return [float(sum(each)) / len(batches) for each in zip(*counts, strict=True)]
+
+
 def stepper(model: MiniGPT4, batches: list[dict[str, Any]], device: torch.device, is_plain: bool) -> Callable[[], None]:
     """A function that does one training step on the next batch."""
     optimizer = AdamW(parameter_groups(model, 0.05), lr=1e-4)
@@ -222,13 +235,16 @@ def main() -> None:
     parser.add_argument("--feature-cache", action="store_true", help="features are read, vision is not in memory")
     parser.add_argument("--llm-precision", choices=("int8",), help="instead of the device's half precision")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the LM's layers and the vision side")
-    parser.add_argument("--compare", choices=("plain",))
+    parser.add_argument("--compare", choices=("plain", "uncompiled"), help="a second way, in turns with the first")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
     args = parser.parse_args()
     device, preset = devices.pick(args.device), PRESETS[args.preset]
     about = hardware.describe(device)
+    if args.compile:
+        fresh = tempfile.TemporaryDirectory()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = fresh.name
     torch.manual_seed(0)
     random.seed(0)
     mean = args.caption_tokens or {1: 12, 2: 80}[args.stage]
@@ -241,23 +257,22 @@ def main() -> None:
     cached = [{"features": features, "text_input": batch["text_input"]} for batch in batches]
 
     steps, models = {}, {}
-    ours = build(preset, device, args.stage, is_plain=False, has_vision=not args.feature_cache)
-    if args.llm_precision == "int8":
-        to_int8(ours.llama_model)
+    ways = ["ours"] + [args.compare] * (args.compare is not None)
+    for way in ways:
+        is_plain, has_vision = way == "plain", way == "plain" or not args.feature_cache
+        models[way] = build(preset, device, args.stage, is_plain, has_vision)
+        if args.llm_precision == "int8" and not is_plain:
+            to_int8(models[way].llama_model)
+        steps[way] = stepper(models[way], batches if has_vision else cached, device, is_plain)
+    ours = models["ours"]
+    num_tokens, num_padded, num_targets = means(ours, batches)
     if args.compile:
         ours.compile_parts()
-    models["ours"] = ours
-    steps["ours"] = stepper(ours, cached if args.feature_cache else batches, device, is_plain=False)
-    if args.compare:
-        models["plain"] = build(preset, device, args.stage, is_plain=True, has_vision=True)
-        steps["plain"] = stepper(models["plain"], batches, device, is_plain=True)
-
-    with torch.no_grad(), devices.autocast(device, devices.half_dtype(device)):
-        counts = [ours(batch) for batch in (cached if args.feature_cache else batches)]
-    num_tokens, num_padded, num_targets = (
-        sum(count[name] for count in counts) / len(counts)
-        for name in ("num_tokens", "num_padded_tokens", "num_targets")
-    )
+    begin = time.perf_counter()
+    for _ in batches:
+        steps["ours"]()
+    devices.synchronize(device)
+    first = time.perf_counter() - begin
     flops = formula_flops(preset, num_tokens, args.batch, num_targets, not args.feature_cache)
     with FlopCounterMode(display=False) as counter:
         steps["ours"]()
@@ -268,6 +283,7 @@ def main() -> None:
     for _ in batches:  # other lengths again: nothing may be compiled any more
         steps["ours"]()
     num_recompiled = counters["stats"]["unique_graphs"] - num_graphs
+    compiling = first - len(batches) * times["ours"]
     used = {}
     if device.type == "cpu":  # one thread: threads that wait for each other would count as work
         torch.set_num_threads(1)
@@ -296,7 +312,8 @@ def main() -> None:
         "dtype": str(devices.half_dtype(device)).removeprefix("torch."),
         "feature_cache": args.feature_cache,
         "llm_precision": args.llm_precision or "half",
-        "compile": args.compile and f"{num_graphs} graphs, {num_recompiled} of them in steady state",
+        "compile": args.compile
+        and f"{num_graphs} graphs in {compiling:.1f} s, {num_recompiled} of them in steady state",
         "mean_tokens_a_row": round(num_tokens / args.batch, 1),
         "padded_length": round(num_padded / args.batch, 1),
         "gflop_by_formula": round(flops / 1e9, 1),
@@ -308,8 +325,12 @@ def main() -> None:
     if args.compare:
         for key in ("ms a step", "CPU ms on one thread", "peak above, MiB"):
             if rows[1][key]:
-                print(f"\nours / plain, {key}: {rows[0][key] / rows[1][key]:.3f}", end="")
+                print(f"\nours / {args.compare}, {key}: {rows[0][key] / rows[1][key]:.3f}", end="")
         print()
+    if args.compile and args.compare == "uncompiled":
+        saved = times["uncompiled"] - times["ours"]
+        steps_to_win = f"{compiling / saved:.0f} steps" if saved > 0 else "no number of steps"
+        print(f"compiling took {compiling:.1f} s, won back after {steps_to_win}")
 
 
 if __name__ == "__main__":
