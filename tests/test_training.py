@@ -161,6 +161,18 @@ def test_existing_folder_is_never_used(make_runner):
     assert make_runner(run_of("stage1")).output_dir != make_runner(run_of("stage1")).output_dir
 
 
+def test_layers_are_compiled_where_that_pays(make_runner, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(MiniGPT4, "compile_parts", lambda _: compiled.append(True))
+    compiled = []
+    make_runner(run_of("stage1", compile=True))
+    assert not compiled and "run.compile: not on cpu" in caplog.text
+    monkeypatch.setattr(devices, "gains_by_compiling", lambda _: True)
+    make_runner(run_of("stage1", compile=True))
+    make_runner(run_of("stage1", compile=False))
+    assert compiled == [True]
+
+
 def test_nonfinite_losses_are_left_out_and_then_stop_the_run(make_runner):
     runner = make_runner(run_of("stage1", max_nonfinite=3))
     before = runner.model.llama_proj.weight.detach().clone()

@@ -142,6 +142,11 @@ def has_int8(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
+def gains_by_compiling(device: torch.device) -> bool:
+    """Whether torch.compile writes kernels for it and more than products of matrices takes time there."""
+    return device.type == "cuda"
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Mixed precision in ``dtype``; none at all in float32."""
     if dtype == torch.float32:

@@ -153,8 +153,8 @@ class MiniGPT4(Vision):
     def compile_parts(self) -> None:
         """Compiles the decoder's layers, for any number of tokens, and the vision side, which always sees one shape.
 
-        Beginnings are read before: they grow a cache layer by layer, and each layer would be a function of its own to
-        compile, of which PyTorch gives up the ninth and with it all others.
+        Beginnings are read before: they grow a cache layer by layer, so that each layer would be a function of its own
+        to compile. PyTorch compiles eight of one kind and then none, the steps that follow included.
         """
         self._read_prefixes()
         for layer in self.llama_model.model.layers:

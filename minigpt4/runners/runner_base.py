@@ -76,8 +76,10 @@ class RunnerBase:
         groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
         beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
         self.optimizer = AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
-        if self.run_cfg.get("compile"):
+        if self.run_cfg.get("compile") and devices.gains_by_compiling(self.device):
             model.compile_parts()
+        elif self.run_cfg.get("compile"):
+            logging.info("run.compile: not on %s, where it would take longer than it saves.", self.device.type)
         self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
             optimizer=self.optimizer,
             max_epoch=self.max_epoch,
