@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--draft", action="store_true", help="ours decodes large JPEGs at a reduced scale")
     parser.add_argument("--compare", choices=["plain"], help="measure the plain way beside ours")
+    parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = devices.pick()
@@ -265,7 +266,10 @@ def main() -> None:
     print("\n| step | us a sample |\n|---|---|")
     for name, value in result["steps, us a sample"].items():
         print(f"| {name} | {value} |")
-    print(json.dumps(result))
+    line = json.dumps(result)
+    print(line)
+    if args.json:
+        args.json.write_text(line + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

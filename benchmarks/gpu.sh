@@ -17,14 +17,16 @@ row limits hardware
 for model in 7b 13b; do
   row "$model-stage1" train_step --preset "$model" --stage 1 --batch 64
   row "$model-stage1-cached" train_step --preset "$model" --stage 1 --batch 64 --feature-cache
-  row "$model-stage1-cached-compiled" train_step --preset "$model" --stage 1 --batch 64 --feature-cache --compile
 done
-row 7b-stage1-compiled train_step --preset 7b --stage 1 --batch 64 --compile
+row 7b-stage1-compiled train_step --preset 7b --stage 1 --batch 64 --compile --compare uncompiled
+row 7b-stage1-cached-compiled train_step --preset 7b --stage 1 --batch 64 --feature-cache --compile --compare uncompiled
+row 13b-stage1-cached-compiled train_step --preset 13b --stage 1 --batch 64 --feature-cache --compile
 row 7b-stage1-plain train_step --preset 7b --stage 1 --batch 16 --compare plain
 row 7b-stage2 train_step --preset 7b --stage 2 --batch 12
 row 7b-stage2-cached train_step --preset 7b --stage 2 --batch 12 --feature-cache
 row 13b-stage2-int8 train_step --preset 13b --stage 2 --batch 1 --llm-precision int8
 row 7b-generate generate --preset 7b
+row pipeline data_pipeline --compare plain
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" | tee -a "$out/rows.md"
   exit 1

@@ -130,10 +130,9 @@ def _filters(sizes: Sequence[int], side: int, device: torch.device) -> tuple[Ten
     Of the 23 bits of a coefficient each half has 11, and sums of its products with bytes have fewer than 24. Products
     of these matrices are exact, in float32 and in TF32 and added in any order.
     """
-    first, weights = map(torch.stack, zip(*(_taps(size, side) for size in sizes), strict=True))
-    index = (first[..., None] + torch.arange(weights.shape[-1])).to(device, non_blocking=True)  # [B, S, K]
+    places, weights = map(torch.stack, zip(*(_taps(size, side, device) for size in sizes), strict=True))
     matrices = torch.zeros(len(sizes), side, max(sizes) + weights.shape[-1], device=device)
-    matrices = matrices.scatter_(2, index, weights.to(device, non_blocking=True))[..., : max(sizes)]
+    matrices = matrices.scatter_(2, places, weights)[..., : max(sizes)]
     upper = (matrices / _UNIT).round()
     return upper, matrices - upper * _UNIT
 
@@ -145,9 +144,10 @@ def _shifted(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _taps(size: int, side: int) -> tuple[Tensor, Tensor]:
-    """Pillow's bicubic filter from ``size`` to ``side``: first taps, int64 [S], and weights, whole numbers [S, K].
+def _taps(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pillow's bicubic filter from ``size`` to ``side``: places, int64 [S, K], and whole weights, float32 [S, K].
 
+    They stay on the device: the host would wait for them, copied with each batch from memory that is not page-locked.
     The doubles are computed and rounded in the order of Pillow's Resample.c (precompute_coeffs).
     """
     scale = size / side
@@ -164,4 +164,4 @@ def _taps(size: int, side: int) -> tuple[Tensor, Tensor]:
     weight = weight / numpy.cumsum(weight, axis=0)[-1]  # cumsum adds in order, sum does not
     scaled = weight * (1 << _PRECISION_BITS)
     rounded = (scaled + numpy.copysign(0.5, scaled)).astype(numpy.int32)
-    return torch.from_numpy(first), torch.from_numpy(rounded.T.astype(numpy.float32))
+    return torch.from_numpy((tap + first).T).to(device), torch.from_numpy(rounded.T.astype(numpy.float32)).to(device)
