@@ -107,10 +107,11 @@ def ways(shards: list[str], batch_size: int, names: list[str], draft: bool) -> d
         processor = Blip2ImageTrainProcessor(IMAGE_SIZE, draft=draft)
         dataset = ShardDataset("bench", shards, processor, BlipCaptionProcessor(), BUFFER)
         settings = {"batch_size": batch_size, "iters_per_epoch": 10**5, "num_workers": 1, "seed": 0}
-        return TrainLoader({"bench": dataset}, {}, **settings, resizes_later=resizes_later).epoch(0)
+        return TrainLoader({"bench": dataset}, {}, **settings, **pinned, resizes_later=resizes_later).epoch(0)
 
+    pinned = {"pin_memory": devices.pins_memory(devices.pick())}
     found = {"device resizes": lambda: ours(True), "worker resizes": lambda: ours(False)}
-    found["plain"] = lambda: iter(DataLoader(PlainShards(shards), batch_size, num_workers=1))
+    found["plain"] = lambda: iter(DataLoader(PlainShards(shards), batch_size, num_workers=1, **pinned))
     return {name: found[name] for name in names}
 
 

@@ -163,11 +163,12 @@ def test_existing_folder_is_never_used(make_runner):
 
 def test_layers_are_compiled_where_that_pays(make_runner, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(MiniGPT4, "compile_parts", lambda _: compiled.append(True))
+    monkeypatch.setattr(MiniGPT4, "compile_parts", lambda _: compiled.append(torch.is_autocast_enabled("cpu")))
     compiled = []
     make_runner(run_of("stage1", compile=True))
     assert not compiled and "run.compile: not on cpu" in caplog.text
     monkeypatch.setattr(devices, "gains_by_compiling", lambda _: True)
+    monkeypatch.setattr(RunnerBase, "_amp_dtype", lambda _: torch.bfloat16)
     make_runner(run_of("stage1", compile=True))
     make_runner(run_of("stage1", compile=False))
     assert compiled == [True]

@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 
 _SUPPORT = 2.0  # of the bicubic filter, in pixels of the coarser side
 _PRECISION_BITS = 22  # of Pillow's filter coefficients
+_AT_ONCE = 16  # pictures that are resized together: a whole batch of 64 would take 240 to 440 MB
 _UNIT = float(1 << 12)  # of the upper half of a coefficient
 
 
@@ -92,13 +93,13 @@ def resizes_alike(height: int, width: int, side: int) -> bool:
 def device_resizes(wanted: bool | None, device: torch.device) -> bool:
     """Whether crops go to a device in their own sizes: as wanted, else to accelerators, if they resize as Pillow does.
 
-    That is tried with a picture, as not every kind computes products of float32 as such.
+    That is tried with two pictures, as not every kind computes products of float32 as such.
     """
     if not (device.type != "cpu" if wanted is None else wanted):
         return False
-    values = numpy.random.default_rng(0).choice(numpy.array([0, 255], numpy.uint8), (229, 251, 3))
-    picture = Image.fromarray(values)
-    early, late = ([picture.resize((224, 224), Image.Resampling.BICUBIC)], [picture])
+    draw, black_and_white = numpy.random.default_rng(0), numpy.array([0, 255], numpy.uint8)
+    late = [Image.fromarray(draw.choice(black_and_white, (h, w, 3))) for h, w in ((229, 251), (130, 400))]
+    early = [picture.resize((224, 224), Image.Resampling.BICUBIC) for picture in late]
     try:
         found = [Pictures.pack(images, 224, (0.0,) * 3, (1.0,) * 3).on(device) for images in (early, late)]
         if torch.equal(*found):
@@ -111,24 +112,30 @@ def device_resizes(wanted: bool | None, device: torch.device) -> bool:
 
 
 def _resize(data: Tensor, sizes: list[tuple[int, int]], side: int) -> Tensor:
-    """Pictures, one behind the other, to whole numbers [B, 3, S, S], float32: along rows, then columns, as Pillow."""
-    heights, widths = zip(*sizes, strict=True)
-    pixels = torch.zeros(len(sizes), max(heights), 3, max(widths), device=data.device)
+    """Pictures, one behind the other, to whole numbers [B, 3, S, S], float32."""
     parts = data.split([3 * height * width for height, width in sizes])
+    starts = range(0, len(sizes), _AT_ONCE)
+    return torch.cat([_resized(parts[i : i + _AT_ONCE], sizes[i : i + _AT_ONCE], side) for i in starts])
+
+
+def _resized(parts: Sequence[Tensor], sizes: Sequence[tuple[int, int]], side: int) -> Tensor:
+    """As Pillow does: along rows, then columns."""
+    (heights, widths), device = zip(*sizes, strict=True), parts[0].device
+    pixels = torch.zeros(len(sizes), max(heights), 3, max(widths), device=device)
     for picture, part, (height, width) in zip(pixels, parts, sizes, strict=True):
         picture[:height, :, :width] = part.view(3, height, width).transpose(0, 1)
-    with torch.autocast(data.device.type, enabled=False):
-        by_rows = (pixels.flatten(1, 2) @ part.mT for part in _filters(widths, side, data.device))
+    with torch.autocast(device.type, enabled=False):
+        by_rows = (pixels.flatten(1, 2) @ part.mT for part in _filters(widths, side, device))
         columns = _shifted(*by_rows).unflatten(1, (-1, 3)).flatten(2)  # [B, h, 3 * S]
-        by_columns = (part @ columns for part in _filters(heights, side, data.device))
+        by_columns = (part @ columns for part in _filters(heights, side, device))
         return _shifted(*by_columns).unflatten(2, (3, side)).transpose(1, 2)
 
 
 def _filters(sizes: Sequence[int], side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Upper and lower halves of Pillow's integer filters as matrices, float32 [B, S, largest size].
 
-    Of the 23 bits of a coefficient each half has 11, and sums of its products with bytes have fewer than 24. Products
-    of these matrices are exact, in float32 and in TF32 and added in any order.
+    Both halves of a coefficient are at most 2^11, and sums of its products with bytes stay under 2^24: products of
+    these matrices are exact, in float32 and in TF32 and added in any order.
     """
     places, weights = map(torch.stack, zip(*(_taps(size, side, device) for size in sizes), strict=True))
     matrices = torch.zeros(len(sizes), side, max(sizes) + weights.shape[-1], device=device)
@@ -147,8 +154,9 @@ def _shifted(upper: Tensor, lower: Tensor) -> Tensor:
 def _taps(size: int, side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pillow's bicubic filter from ``size`` to ``side``: places, int64 [S, K], and whole weights, float32 [S, K].
 
-    They stay on the device: the host would wait for them, copied with each batch from memory that is not page-locked.
-    The doubles are computed and rounded in the order of Pillow's Resample.c (precompute_coeffs).
+    They stay on the device: the host would wait for them, copied with each batch from memory that is not page-locked,
+    as it does when a size comes for the first time. The doubles are computed and rounded in the order of Pillow's
+    Resample.c (precompute_coeffs).
     """
     scale = size / side
     filter_scale = max(scale, 1.0)

@@ -77,9 +77,10 @@ class RunnerBase:
         beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
         self.optimizer = AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
         if self.run_cfg.get("compile") and devices.gains_by_compiling(self.device):
-            model.compile_parts()
+            with devices.autocast(self.device, self.amp_dtype):  # as in a step, which attends to what is read here
+                model.compile_parts()
         elif self.run_cfg.get("compile"):
-            logging.info("run.compile: not on %s, where it would take longer than it saves.", self.device.type)
+            logging.info("run.compile: not on %s, where it is not known to save more than it takes.", self.device.type)
         self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
             optimizer=self.optimizer,
             max_epoch=self.max_epoch,
