@@ -167,7 +167,7 @@ def test_layers_are_compiled_where_that_pays(make_runner, monkeypatch, caplog):
     compiled = []
     make_runner(run_of("stage1", compile=True))
     assert not compiled and "run.compile: not on cpu" in caplog.text
-    monkeypatch.setattr(devices, "gains_by_compiling", lambda _: True)
+    monkeypatch.setattr(devices, "compiles", lambda _: True)
     monkeypatch.setattr(RunnerBase, "_amp_dtype", lambda _: torch.bfloat16)
     make_runner(run_of("stage1", compile=True))
     make_runner(run_of("stage1", compile=False))

@@ -142,8 +142,8 @@ def has_int8(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def gains_by_compiling(device: torch.device) -> bool:
-    """Whether torch.compile writes kernels for it and more than products of matrices takes time there."""
+def compiles(device: torch.device) -> bool:
+    """Whether ``run.compile`` is for it: PyTorch itself writes kernels for CUDA; on a CPU they gained nothing."""
     return device.type == "cuda"
 
 

@@ -273,7 +273,10 @@ class MiniGPT4(Vision):
         return _Prefix(0, [])
 
     def _read_prefixes(self) -> None:
-        """All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts."""
+        """Lets the LM read whatever may stand before the images of a batch.
+
+        All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts.
+        """
         prompts = self.prompt_list or [IMAGE_MARK]
         prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_MARK}")] * ("{}" in self.prompt_template)
         slots = [[self.llama_tokenizer.bos_token_id, *self.slots(prompt)] for prompt in prompts]

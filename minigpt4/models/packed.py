@@ -104,11 +104,12 @@ class _Loss(torch.autograd.Function):
             logits = (part.to(weight.dtype) @ weight.T).float()
             logits -= logits.amax(1, keepdim=True)
             right = logits.gather(1, wanted[:, None])
-            share = logits.exp_()  # in place: there is one tensor [chunk, V]
-            sums = share.sum(1, keepdim=True)
+            powers = logits.exp_()  # in place: there is one tensor [chunk, V]
+            sums = powers.sum(1, keepdim=True)
             total += (sums.log() - right).sum()
             if ctx.needs_input_grad[0]:
-                share.div_(sums).scatter_add_(1, wanted[:, None], share.new_full((1, 1), -1.0).expand(len(wanted), 1))
+                share = powers.div_(sums)  # the softmax
+                share.scatter_add_(1, wanted[:, None], share.new_full((1, 1), -1.0).expand(len(wanted), 1))
                 gradients.append((share.to(weight.dtype) @ weight).to(hidden.dtype))
         if gradients:
             ctx.save_for_backward(torch.cat(gradients).div_(len(targets)))

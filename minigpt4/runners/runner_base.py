@@ -76,7 +76,7 @@ class RunnerBase:
         groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
         beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
         self.optimizer = AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
-        if self.run_cfg.get("compile") and devices.gains_by_compiling(self.device):
+        if self.run_cfg.get("compile") and devices.compiles(self.device):
             with devices.autocast(self.device, self.amp_dtype):  # as in a step, which attends to what is read here
                 model.compile_parts()
         elif self.run_cfg.get("compile"):
