@@ -36,29 +36,31 @@ def main() -> None:
         setup_logger()
         cfg = Config(args).check()
         device = dist_utils.init_distributed_mode(cfg.run_cfg)
-        dist_utils.check_same(cfg.to_dict())
+        dist_utils.assert_same_config(cfg.to_dict())
         setup_logger()  # again: now the ranks are known
         devices.seed_everything(int(cfg.run_cfg.get("seed", 42)) + dist_utils.get_rank())
         cfg.pretty_print()
-        dist_utils.on_main(lambda: look_ahead(cfg, device))
+        dist_utils.run_on_main(lambda: look_ahead(cfg, device))
         task = setup_task(cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
         warn_if_dead(model)
         runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
-        runner_class(cfg=cfg, job_id=dist_utils.agree(now()), task=task, model=model, datasets=datasets).train()
+        runner_class(
+            cfg=cfg, job_id=dist_utils.broadcast_object(now()), task=task, model=model, datasets=datasets
+        ).train()
     except UserError as error:
-        dist_utils.exit_with(str(error))
+        dist_utils.abort(str(error))
     except RuntimeError as error:
         if lost := dist_utils.explain_lost_peer(error):
-            dist_utils.exit_with(lost)
+            dist_utils.abort(lost)
         if lacking := devices.explain_out_of_memory(error, "run.batch_size_train"):
-            dist_utils.exit_with(lacking)
+            dist_utils.abort(lacking)
         raise
     except KeyboardInterrupt:
         sys.exit(130)
     else:
-        dist_utils.end()
+        dist_utils.shutdown()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def middling_chat(device: torch.device) -> Chat:
     vit = build_eva_vit(224, vit_config={"patch_size": 14, "embed_dim": 384, "depth": 8, "num_heads": 6})
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
     q_former = QFormer(QFormerConfig(**sizes, encoder_width=384))
-    llama = Llama(config).to(devices.half_dtype(device))
+    llama = Llama(config).to(devices.default_dtype(device))
     model = MiniGPT4(vit, q_former, llama, tokenizer)
     return Chat(model, Blip2ImageEvalProcessor(224), device)
 

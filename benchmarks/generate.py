@@ -105,7 +105,7 @@ def main() -> None:
     bandwidth = hardware.measured_bandwidth(device)
     rows = []
     for batch in args.batch:
-        embeds = torch.randn(batch, args.context, preset.lm[0], device=device).to(devices.half_dtype(device))
+        embeds = torch.randn(batch, args.context, preset.lm[0], device=device).to(devices.default_dtype(device))
         mask = torch.ones(batch, args.context, dtype=torch.long)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in llms}
         for i in range(1 + args.repeats):  # in turns; the first one does not count
@@ -128,7 +128,7 @@ def main() -> None:
             )
     about = hardware.describe(device) | {
         "preset": args.preset,
-        "dtype": str(devices.half_dtype(device)).removeprefix("torch."),
+        "dtype": str(devices.default_dtype(device)).removeprefix("torch."),
         "llm_precision": args.llm_precision or "half",
         "context": args.context,
         "tokens": args.tokens,

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from minigpt4.common import device as devices
-from minigpt4.common.device_import import version
+from minigpt4.common.torch_setup import package_version
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine and the versions, as plain values."""
     name, num_bytes = devices.describe(device)
-    packages = {package: version(package) for package in ("torch", "transformers")}
+    packages = {package: package_version(package) for package in ("torch", "transformers")}
     return {
         "device": name,
         "kind": device.type,

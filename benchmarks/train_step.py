@@ -71,7 +71,7 @@ def build_llama(preset: Preset, device: torch.device, is_plain: bool) -> nn.Modu
     width, depth, heads, inner = preset.lm
     sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
     sizes |= {"intermediate_size": inner, "vocab_size": preset.vocabulary}
-    torch.set_default_dtype(devices.half_dtype(device))
+    torch.set_default_dtype(devices.default_dtype(device))
     with device:
         if is_plain:
             config = transformers.LlamaConfig(**sizes, attn_implementation="eager")
@@ -84,7 +84,7 @@ def build_llama(preset: Preset, device: torch.device, is_plain: bool) -> nn.Modu
 
 def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_vision: bool) -> MiniGPT4:
     """A model with random weights, made on the device in the precisions of a real run."""
-    half, llama = devices.half_dtype(device), build_llama(preset, device, is_plain)
+    half, llama = devices.default_dtype(device), build_llama(preset, device, is_plain)
     vit_width, vit_depth, vit_heads, ratio = preset.vit
     q_width, q_depth, q_heads = preset.q_former
     with device:
@@ -188,7 +188,7 @@ def stepper(model: MiniGPT4, batches: list[dict[str, Any]], device: torch.device
     """A function that does one training step on the next batch."""
     optimizer = AdamW(parameter_groups(model, 0.05), lr=1e-4)
     turn = iter(range(10**9))
-    dtype = devices.half_dtype(device)
+    dtype = devices.default_dtype(device)
 
     def step() -> None:
         samples = dict(batches[next(turn) % len(batches)])
@@ -269,7 +269,7 @@ def main() -> None:
     if args.compare:
         steps[args.compare]()  # whatever a process does once is done
     if args.compile:
-        with devices.autocast(device, devices.half_dtype(device)):
+        with devices.autocast(device, devices.default_dtype(device)):
             ours.compile_parts()
     begin = time.perf_counter()
     for _ in batches:
@@ -279,7 +279,7 @@ def main() -> None:
     flops = formula_flops(preset, num_tokens, args.batch, num_targets, not args.feature_cache)
     with FlopCounterMode(display=False) as counter:
         steps["ours"]()
-    rate = hardware.measured_matrix_rate(device, devices.half_dtype(device))
+    rate = hardware.measured_matrix_rate(device, devices.default_dtype(device))
     bandwidth = hardware.measured_bandwidth(device)
     times = hardware.interleaved(steps, device, args.repeats, 2)
     for _ in batches:  # other lengths again: nothing may be compiled any more
@@ -311,7 +311,7 @@ def main() -> None:
         "preset": args.preset,
         "stage": args.stage,
         "batch": args.batch,
-        "dtype": str(devices.half_dtype(device)).removeprefix("torch."),
+        "dtype": str(devices.default_dtype(device)).removeprefix("torch."),
         "feature_cache": args.feature_cache,
         "llm_precision": args.llm_precision or "half",
         "compile": args.compile

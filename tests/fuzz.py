@@ -53,7 +53,7 @@ from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
 from minigpt4.datasets.datasets.sample import Place, SkipSample, check_caption, decode_image
 from minigpt4.datasets.datasets.tar_files import expand_shards, key_and_suffix
 from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_MARK, IMAGE_SLOT, MiniGPT4, read_prompts
+from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPT4, read_prompts
 from minigpt4.processors import BlipCaptionProcessor
 from minigpt4.serve.api_requests import ApiError, Limits, load_picture, parse
 from minigpt4.serve.batch import find_questions
@@ -157,7 +157,9 @@ TEXTS = st.one_of(
     st.text(max_size=40),
     st.text(st.sampled_from(' \t\n.!"()*#:;~aB<>/sé狗\0\ud800'), max_size=60),
     st.lists(
-        st.sampled_from([IMAGE_MARK, "</s>", "<s>", "<unk>", "###", "Human: ", " ", "a dog", "</Img>", "\n", "狗"]),
+        st.sampled_from(
+            [IMAGE_PLACEHOLDER, "</s>", "<s>", "<unk>", "###", "Human: ", " ", "a dog", "</Img>", "\n", "狗"]
+        ),
         max_size=8,
     ).map("".join),
 )
@@ -277,7 +279,7 @@ def filter_cap(case: bytes) -> None:
 @target(st.lists(with_seed(ROW), max_size=4).map(b"\n".join), 1.5)
 def lists_of_ones_own(case: bytes) -> None:
     for pair in or_told(lambda: read_pairs(written("own.jsonl", case), "key")) or []:
-        assert isinstance(pair.caption, str) and IMAGE_MARK not in (pair.instruction or "")
+        assert isinstance(pair.caption, str) and IMAGE_PLACEHOLDER not in (pair.instruction or "")
 
 
 @target(st.lists(with_seed(ROW), max_size=4).map(b"\n".join), 1.5)
@@ -498,7 +500,9 @@ class Packer:
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
 
 
-PROMPTS = st.one_of(st.just(IMAGE_MARK), st.tuples(TEXTS, TEXTS).map(lambda parts: IMAGE_MARK.join(parts)))
+PROMPTS = st.one_of(
+    st.just(IMAGE_PLACEHOLDER), st.tuples(TEXTS, TEXTS).map(lambda parts: IMAGE_PLACEHOLDER.join(parts))
+)
 BATCHES = st.lists(st.tuples(TEXTS, PROMPTS), min_size=1, max_size=5)
 
 
@@ -517,14 +521,14 @@ def packing(case: tuple[list[tuple[str, str]], int, str]) -> None:
         assert mask[i].tolist() == [1] * length + [0] * (ids.shape[1] - length)
         wanted = [IGNORED if t == tokenizer.pad_token_id else t for t in target_ids]
         assert labels[i].tolist() == [IGNORED] * len(prefix) + wanted + [IGNORED] * (ids.shape[1] - length)
-        assert (ids[i] == IMAGE_SLOT).sum() == 3 * prompt.count(IMAGE_MARK)
+        assert (ids[i] == IMAGE_SLOT).sum() == 3 * prompt.count(IMAGE_PLACEHOLDER)
         assert not (labels[i] == IMAGE_SLOT).any()
 
 
 @target(st.tuples(st.one_of(st.binary(max_size=60), TEXTS.map(lambda text: text.encode(errors="replace"))), TEXTS), 1)
 def prompt_files(case: tuple[bytes, str]) -> None:
     for prompt in or_told(lambda: read_prompts(str(written("prompts.txt", case[0])), case[1] + "{}")) or []:
-        assert prompt.count(IMAGE_MARK) >= 1
+        assert prompt.count(IMAGE_PLACEHOLDER) >= 1
 
 
 MESSAGES = st.lists(st.tuples(st.integers(0, 3), TEXTS), max_size=10)
@@ -542,7 +546,7 @@ def trimming(case: tuple[str, list[tuple[int, str]], str, int]) -> None:
             num_images += 1
             conv.append_message(conv.roles[0], IMAGE_MESSAGE)
         else:
-            conv.append_message(conv.roles[kind % 2], text.replace(IMAGE_MARK, ""))
+            conv.append_message(conv.roles[kind % 2], text.replace(IMAGE_PLACEHOLDER, ""))
     if or_told(lambda: chat.ask(question, conv) or True) is None:
         return
     found = or_told(lambda: chat._context_ids(conv, num_images, room))

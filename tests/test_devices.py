@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minigpt4.common import device as devices
-from minigpt4.common import device_import
+from minigpt4.common import torch_setup
 from minigpt4.common.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ def test_no_other_module_names_a_vendor():
     found = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
         for file in files
-        if not file.name.startswith("device")
+        if file.name not in ("device.py", "torch_setup.py")
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
         if vendors.search(line)
     ]
@@ -66,10 +66,10 @@ def test_backends():
 
 def test_mismatched_releases(monkeypatch):
     installed = {"torch_npu": "2.9.0.post2", "torch": "2.13.0+cpu"}
-    monkeypatch.setattr(device_import, "version", installed.get)
-    assert "torch_npu 2.9.0.post2 is installed beside torch 2.13.0+cpu" in device_import.npu_mismatch()
+    monkeypatch.setattr(torch_setup, "package_version", installed.get)
+    assert "torch_npu 2.9.0.post2 is installed beside torch 2.13.0+cpu" in torch_setup.npu_mismatch()
     installed["torch_npu"] = "2.13.0.post1"
-    assert device_import.npu_mismatch() is None
+    assert torch_setup.npu_mismatch() is None
 
 
 def fake_torch_npu(folder, version, failure):

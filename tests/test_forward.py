@@ -11,7 +11,7 @@ from torch import nn
 from minigpt4.common.errors import UserError
 from minigpt4.models import packed as packed_rows
 from minigpt4.models.kv_cache import KVCache
-from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_MARK, IMAGE_SLOT, read_prompts
+from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_PLACEHOLDER, IMAGE_SLOT, read_prompts
 
 FORWARD = read_json("forward.json")
 IMAGES = read_tensors("vision")["image"]
@@ -31,7 +31,7 @@ def stage(request, model, monkeypatch):
 
 
 def packed(model, info):
-    return model.pack(info["text_input"], [info.get("prompt_used", IMAGE_MARK)] * 3)
+    return model.pack(info["text_input"], [info.get("prompt_used", IMAGE_PLACEHOLDER)] * 3)
 
 
 def test_rows(stage):
@@ -98,7 +98,7 @@ def test_end_token_written_out_in_a_caption(model, monkeypatch):
     tokenizer = model.llama_tokenizer
     rows = [ids[mask == 1] for ids, mask in zip(golden["text_input_ids"], golden["text_attention_mask"], strict=True)]
     texts = ["a</s> b", tokenizer.decode(rows[1]).removesuffix("\n")]
-    ids, mask, labels = model.pack(texts, [IMAGE_MARK] * 2)
+    ids, mask, labels = model.pack(texts, [IMAGE_PLACEHOLDER] * 2)
     assert [model.tokens(text + "\n") for text in texts] == [row.tolist() for row in rows]
     assert torch.equal(mask, golden["attention_mask"]) and torch.equal(labels, golden["labels"])
     assert (ids[mask == 1] == tokenizer.eos_token_id).sum() == 1

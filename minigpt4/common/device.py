@@ -16,8 +16,8 @@ from typing import Any
 import numpy
 import torch
 
-from minigpt4.common.device_import import npu_mismatch, version
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.torch_setup import npu_mismatch, package_version
 
 _BACKENDS = {"npu": "hccl", "cuda": "nccl"}
 _VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
@@ -80,7 +80,7 @@ def pick(wanted: str = "auto", index: int | None = None, is_strict: bool = False
 
 
 def _why_absent(kind: str) -> str:
-    if kind == "npu" and version("torch_npu") is None:
+    if kind == "npu" and package_version("torch_npu") is None:
         return "torch_npu is not installed: pip install -r requirements-npu.txt."
     if kind == "cuda" and not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is built without CUDA: install the CUDA build of the same version."
@@ -124,7 +124,7 @@ def is_from_backend(error: Exception) -> bool:
     return any(name in str(error) for name in names)
 
 
-def half_dtype(device: torch.device) -> torch.dtype:
+def default_dtype(device: torch.device) -> torch.dtype:
     """The precision that frozen weights and autocast use by default: bf16, else fp16; float32 on a CPU."""
     if device.type == "cpu":
         return torch.float32

@@ -68,7 +68,7 @@ def init_distributed_mode(run_cfg: Any) -> torch.device:
             dist.init_process_group(
                 devices.backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout
             )
-            agree(None)  # whoever cannot be reached shows here
+            broadcast_object(None)  # whoever cannot be reached shows here
         except (dist.DistError, RuntimeError, ValueError) as error:
             raise UserError(_why_apart(error)) from error
     return device
@@ -94,9 +94,9 @@ def explain_lost_peer(error: Exception) -> str | None:
     )
 
 
-def check_same(config: dict[str, Any]) -> None:
+def assert_same_config(config: dict[str, Any]) -> None:
     """Raises UserError on all ranks where one was started with another configuration (plain containers)."""
-    first, *others = gather(_flat(config))
+    first, *others = gather_objects(_flat(config))
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
@@ -112,7 +112,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
-def on_main(function: Callable[[], Result]) -> Result:
+def run_on_main(function: Callable[[], Result]) -> Result:
     """Runs a function on the main process; its result, or its UserError, reaches every rank."""
     outcome = (None, None)
     if is_main_process():
@@ -120,13 +120,13 @@ def on_main(function: Callable[[], Result]) -> Result:
             outcome = (function(), None)
         except UserError as error:
             outcome = (None, str(error))
-    result, mistake = agree(outcome)
+    result, mistake = broadcast_object(outcome)
     if mistake is not None:
         raise UserError(mistake)
     return result
 
 
-def agree(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Returns rank 0's value on every rank."""
     if get_world_size() == 1:
         return value
@@ -135,7 +135,7 @@ def agree(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """Returns every rank's value on every rank, in rank order."""
     if get_world_size() == 1:
         return [value]
@@ -144,7 +144,7 @@ def gather(value: Any) -> list[Any]:
     return box
 
 
-def in_step(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
+def lockstep(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
     """Lets all ranks take as many items as the one with the most, for work that they can only do together.
 
     Yields:
@@ -152,20 +152,20 @@ def in_step(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
     """
     spare = None
     for item in itertools.chain(items, itertools.repeat(None)):
-        if not any(gather(item is not None)):
+        if not any(gather_objects(item is not None)):
             return
-        spare = agree(item) if spare is None else spare
+        spare = broadcast_object(item) if spare is None else spare
         yield (item, True) if item is not None else (spare, False)
 
 
-def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sums a tensor over the ranks, in place; sums and not means, as not every backend has those."""
     if get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
-def exit_with(mistake: str) -> NoReturn:
+def abort(mistake: str) -> NoReturn:
     """Ends this process with a message on the console.
 
     A mistake that all ranks make is told once: the others wait a little, in which torchrun ends them.
@@ -179,7 +179,7 @@ def exit_with(mistake: str) -> NoReturn:
     os._exit(1) if world > 1 else sys.exit(1)
 
 
-def end() -> None:
+def shutdown() -> None:
     """Ends this process where it is one of several that are done; a single one returns, and ends as Python does.
 
     Python's way out meets gloo's threads, which ask for the interpreter to give back what the last collectives held.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from minigpt4.common.errors import UserError
 
-IMAGE_MARK = "<ImageHere>"  # where a prompt has its image; no text from outside may bring one
+IMAGE_PLACEHOLDER = "<ImageHere>"  # where a prompt has its image; no text from outside may bring one
 MAX_FILE_BYTES = 2**27  # of a picture; more is read into no memory
 # What Pillow decodes itself. It would open more, EPS among it, for which it starts Ghostscript.
 _PICTURE_KINDS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
@@ -40,7 +40,7 @@ def read_plain_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Image.open for the usual kinds of pictures; an OSError for others and for what would take for ever to decode."""
     if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > _MAX_SCANS:
         raise OSError(f"it is drawn in more than {_MAX_SCANS} scans")

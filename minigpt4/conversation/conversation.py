@@ -21,11 +21,11 @@ from minigpt4.conversation.pictures import read_picture
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
 from minigpt4.conversation.templates import CONV_VISION, Conversation, SeparatorStyle
 from minigpt4.models.kv_cache import KVCache
-from minigpt4.models.mini_gpt4 import IMAGE_MARK, IMAGE_SLOT, MiniGPT4
+from minigpt4.models.mini_gpt4 import IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPT4
 
 __all__ = ["CONV_VISION", "Answer", "Chat", "Conversation", "SeparatorStyle", "StoppingCriteriaSub"]
 
-IMAGE_MESSAGE = f"<Img>{IMAGE_MARK}</Img>"
+IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
 
 @dataclass
@@ -96,8 +96,8 @@ class Chat:
         """
         if not text.strip():
             raise UserError("The question is empty; write what you want to know.")
-        if IMAGE_MARK in text:
-            raise UserError(f"A question cannot contain {IMAGE_MARK}; upload the image instead.")
+        if IMAGE_PLACEHOLDER in text:
+            raise UserError(f"A question cannot contain {IMAGE_PLACEHOLDER}; upload the image instead.")
         last = conv.messages[-1] if conv.messages else None
         if last is not None and last[0] == conv.roles[0] and last[1].endswith("</Img>"):
             last[1] = f"{last[1]} {text}"
@@ -305,7 +305,7 @@ class Chat:
         """Ids of the prompt with image slots, of at most ``room``: the oldest turns go first, images stay."""
         prompt_conv = conv.copy()
         prompt_conv.append_message(conv.roles[1], None)
-        num_marks = prompt_conv.get_prompt().count(IMAGE_MARK)
+        num_marks = prompt_conv.get_prompt().count(IMAGE_PLACEHOLDER)
         if num_marks != num_images:
             raise UserError(f"The conversation shows {num_marks} images and {num_images} were given; start a new chat.")
 
@@ -335,10 +335,10 @@ def _drop_oldest_turn(conv: Conversation) -> bool:
     for i, (role, text) in enumerate(conv.messages[:-2]):
         if role == conv.roles[1]:
             question = conv.messages[i - 1] if i else None
-            images = (question[1] or "").count(IMAGE_MARK) if question else 0
+            images = (question[1] or "").count(IMAGE_PLACEHOLDER) if question else 0
             conv.messages[max(i - 1, 0) : i + 1] = [[conv.roles[0], IMAGE_MESSAGE] for _ in range(images)]
             return True
-        if IMAGE_MARK not in (text or ""):
+        if IMAGE_PLACEHOLDER not in (text or ""):
             del conv.messages[i]
             return True
     return False

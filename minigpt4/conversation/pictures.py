@@ -7,7 +7,7 @@ import numpy
 from PIL import Image, ImageOps
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.utils import open_picture, read_plain_file
+from minigpt4.common.utils import open_image, read_plain_file
 
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a camera's picture has a quarter of that
 
@@ -28,7 +28,7 @@ def read_picture(source: str | Path | bytes | Image.Image, name: str | None = No
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = source
             if not isinstance(image, Image.Image):
-                image = open_picture(source if isinstance(source, bytes) else read_plain_file(Path(source)))
+                image = open_image(source if isinstance(source, bytes) else read_plain_file(Path(source)))
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{name} has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read, make it smaller."

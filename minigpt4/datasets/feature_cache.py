@@ -133,10 +133,10 @@ def with_features(cfg: Any, datasets: Mapping[str, Mapping[str, Any]], device: t
         for split, dataset in splits.items():
             crops = int(cfg.run_cfg.get("feature_crops", 1)) if split == "train" else 1
             folder = root / f"{name}-{split}"
-            dist_utils.on_main(functools.partial(_claim, folder, _fingerprint(cfg, dataset, crops)))
+            dist_utils.run_on_main(functools.partial(_claim, folder, _fingerprint(cfg, dataset, crops)))
             files = [folder / f"part-{i:05}.safetensors" for i in range(dataset.num_parts)]
             lacking = [i for i, file in enumerate(files) if not file.is_file()]
-            lacking = dist_utils.agree(lacking)
+            lacking = dist_utils.broadcast_object(lacking)
             if lacking:
                 vision = vision or _vision(cfg, device)
                 _fill(dataset, files, lacking, crops, vision, cfg.run_cfg, device)
@@ -180,7 +180,7 @@ def _fill(
             skipped.update(batch["skipped"])
         _write(files[part], rows, crops, (vision.query_tokens.shape[1], vision.query_tokens.shape[2]))
     log_skipped(skipped, dataset.name)
-    dist_utils.gather(None)  # whoever goes on needs the others' parts
+    dist_utils.gather_objects(None)  # whoever goes on needs the others' parts
 
 
 def _write(file: Path, rows: dict[int, tuple[Tensor, str]], crops: int, shape: tuple[int, int]) -> None:

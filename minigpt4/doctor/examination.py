@@ -19,8 +19,8 @@ from torch import nn
 
 from minigpt4.common import device as devices
 from minigpt4.common.config import Config
-from minigpt4.common.device_import import PACKAGES, npu_mismatch
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.torch_setup import PACKAGES, npu_mismatch
 from minigpt4.doctor import data, language, memory
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, collect, refused, size
 from minigpt4.doctor.model import ModelFiles
@@ -98,7 +98,7 @@ def _unmet_requirements() -> Iterator[str]:
 
 def _device(run_cfg: Mapping[str, Any], device: torch.device) -> Finding:
     total, free = devices.memory_left(device)
-    half = str(devices.half_dtype(device)).removeprefix("torch.")
+    half = str(devices.default_dtype(device)).removeprefix("torch.")
     told = f"{device}, {size(total)} of memory, {size(free)} free, computes in {half}"
     wanted = str(run_cfg.get("device", "auto")).partition(":")[0]
     if wanted not in ("auto", device.type):
@@ -108,7 +108,7 @@ def _device(run_cfg: Mapping[str, Any], device: torch.device) -> Finding:
 
 
 def _precision(cfg: Any, device: torch.device, llm_dtype: torch.dtype) -> Finding:
-    run_cfg, half = cfg.config.get("run") or {}, devices.half_dtype(device)
+    run_cfg, half = cfg.config.get("run") or {}, devices.default_dtype(device)
     fp16 = [
         key
         for key, value in (

@@ -129,7 +129,7 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
 
 def amp_dtype(run_cfg: Mapping[str, Any], device: torch.device) -> torch.dtype:
     """The precision in which a run computes its steps."""
-    half, wanted = devices.half_dtype(device), run_cfg.get("amp_dtype")
+    half, wanted = devices.default_dtype(device), run_cfg.get("amp_dtype")
     if not run_cfg.get("amp", False) or half == torch.float32:
         return torch.float32
     return devices.DTYPES[wanted] if wanted else half

@@ -37,7 +37,7 @@ class ModelFiles:
         self.cfg = cfg
         self.device = device
         wanted = cfg.get("llm_dtype")
-        self.llm_dtype = devices.DTYPES[wanted] if wanted else devices.half_dtype(device)
+        self.llm_dtype = devices.DTYPES[wanted] if wanted else devices.default_dtype(device)
         self.folder: Path | None = None
         self.config: dict[str, Any] = {}
         self.tokenizer: Any = None
@@ -87,7 +87,7 @@ class ModelFiles:
         model = self._joined(llama, has_vision)
         dtype = devices.DTYPES[self.cfg.get("vit_precision", "fp16")]
         if has_vision and self.cfg.get("freeze_vit", True) and dtype != torch.float32:
-            keeps_float32 = devices.half_dtype(self.device) == torch.float32
+            keeps_float32 = devices.default_dtype(self.device) == torch.float32
             round_vit_weights(model.visual_encoder, dtype, keep_float32=keeps_float32)
         return model
 

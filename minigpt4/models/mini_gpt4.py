@@ -17,7 +17,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
-from minigpt4.common.utils import IMAGE_MARK
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models import packed
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import Llama
@@ -123,7 +123,7 @@ class MiniGPT4(Vision):
         ckpt = weights.locate(cfg["ckpt"], "model.ckpt") if cfg.get("ckpt") else None
         prompts = read_prompts(cfg.get("prompt_path"), cfg.get("prompt_template", ""))
 
-        llm_dtype = devices.DTYPES[cfg["llm_dtype"]] if cfg.get("llm_dtype") else devices.half_dtype(device)
+        llm_dtype = devices.DTYPES[cfg["llm_dtype"]] if cfg.get("llm_dtype") else devices.default_dtype(device)
         tokenizer = load_tokenizer(llama_folder)
         llama = load_llama(llama_folder, llm_dtype, device, _preparation(cfg, device, is_sharded))
         check_vocabulary(llama, tokenizer, llama_folder)
@@ -187,7 +187,7 @@ class MiniGPT4(Vision):
 
     def slots(self, text: str) -> list[int]:
         """Ids of a prompt in which ``<ImageHere>`` stands for an image: Q slots each, the text between apart."""
-        first, *rest = text.split(IMAGE_MARK)
+        first, *rest = text.split(IMAGE_PLACEHOLDER)
         ids = self.tokens(first) if first else []
         for segment in rest:
             ids += [IMAGE_SLOT] * self.num_query_token
@@ -224,12 +224,13 @@ class MiniGPT4(Vision):
 
     def choose_prompts(self, samples: Mapping[str, Any]) -> list[str]:
         """A prompt a row: the sample's own instruction, else one that is drawn for the whole batch, else none."""
-        drawn = random.choice(self.prompt_list) if self.prompt_list else IMAGE_MARK
+        drawn = random.choice(self.prompt_list) if self.prompt_list else IMAGE_PLACEHOLDER
         instructions = samples.get("instruction") or [None] * len(samples["text_input"])
         if any(instructions) and "{}" not in self.prompt_template:
             raise UserError("Samples have instructions, but model.prompt_template is not set; see the stage-2 YAML.")
         return [
-            self.prompt_template.format(f"<Img>{IMAGE_MARK}</Img> {text}") if text else drawn for text in instructions
+            self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}</Img> {text}") if text else drawn
+            for text in instructions
         ]
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Any]:
@@ -277,8 +278,8 @@ class MiniGPT4(Vision):
 
         All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts.
         """
-        prompts = self.prompt_list or [IMAGE_MARK]
-        prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_MARK}")] * ("{}" in self.prompt_template)
+        prompts = self.prompt_list or [IMAGE_PLACEHOLDER]
+        prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}")] * ("{}" in self.prompt_template)
         slots = [[self.llama_tokenizer.bos_token_id, *self.slots(prompt)] for prompt in prompts]
         keys = sorted({tuple(row[: row.index(IMAGE_SLOT)]) for row in slots})
         self._prefixes = {key: packed.keys_and_values(self.llama_model, list(key)) for key in keys}
@@ -325,9 +326,13 @@ def read_prompts(path: str | None, template: str) -> list[str]:
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"model.prompt_path: {file} cannot be read as UTF-8 text ({error}).") from error
-    lines = [line for line in text.splitlines() if IMAGE_MARK in line]
+    lines = [line for line in text.splitlines() if IMAGE_PLACEHOLDER in line]
     if not lines:
-        raise UserError(f"model.prompt_path: no line of {file} contains {IMAGE_MARK}; each prompt needs it once.")
-    if twice := [line for line in lines if line.count(IMAGE_MARK) > 1]:
-        raise UserError(f"model.prompt_path: a line of {file} has {IMAGE_MARK} more than once: '{twice[0][:80]}'.")
+        raise UserError(
+            f"model.prompt_path: no line of {file} contains {IMAGE_PLACEHOLDER}; each prompt needs it once."
+        )
+    if twice := [line for line in lines if line.count(IMAGE_PLACEHOLDER) > 1]:
+        raise UserError(
+            f"model.prompt_path: a line of {file} has {IMAGE_PLACEHOLDER} more than once: '{twice[0][:80]}'."
+        )
     return [template.format(line) for line in lines]

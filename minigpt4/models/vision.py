@@ -108,7 +108,7 @@ def q_former_config(cfg: Mapping[str, Any]) -> QFormerConfig:
 def vision_settings(cfg: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """The constructor's arguments beside the parts."""
     freeze_vit = cfg.get("freeze_vit", True)
-    is_float32 = devices.half_dtype(device) == torch.float32 or not freeze_vit
+    is_float32 = devices.default_dtype(device) == torch.float32 or not freeze_vit
     return {
         "num_query_token": cfg.get("num_query_token", 32),
         "freeze_vit": freeze_vit,
@@ -133,5 +133,5 @@ def load(vision: Vision, files: tuple[Path, Path], cfg: Mapping[str, Any], devic
     """Puts the weights of both files into a built vision side, rounded as ``vit_precision`` asks."""
     load_vision(vision, *files)
     dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")] if cfg.get("freeze_vit", True) else torch.float32
-    keeps_float32 = devices.half_dtype(device) == torch.float32
+    keeps_float32 = devices.default_dtype(device) == torch.float32
     round_vit_weights(vision.visual_encoder, dtype, keep_float32=keeps_float32)

@@ -19,11 +19,11 @@ BEST = "checkpoint_best.pth"
 _UNFINISHED = ".tmp"
 
 
-def find_resumed(run_cfg: Mapping[str, Any]) -> Path | None:
+def find_resume_checkpoint(run_cfg: Mapping[str, Any]) -> Path | None:
     """The checkpoint to go on from: by ``run.resume: auto`` the newest below the output folder, or a named one."""
     root, named = Path(run_cfg.get("output_dir", "output")), run_cfg.get("resume_ckpt_path")
     if run_cfg.get("resume") == "auto":
-        if found := dist_utils.on_main(lambda: newest(root)):
+        if found := dist_utils.run_on_main(lambda: newest(root)):
             return found
         logging.info("run.resume: auto finds no checkpoint below %s: starting at the beginning.", root)
     return weights.locate(named, RESUME_KEY) if named else None
@@ -52,7 +52,7 @@ def find_folder(run_cfg: Mapping[str, Any], job_id: str, resumed: Path | None, c
                 raise UserError(f"run.output_dir: {folder} cannot be made or written ({error}).") from error
         raise UserError(f"run.output_dir: {root} holds 999 runs of the name {job_id}; give another folder.")
 
-    return dist_utils.on_main(make), True
+    return dist_utils.run_on_main(make), True
 
 
 def write(content: dict[str, Any], path: Path) -> None:
@@ -116,7 +116,7 @@ def prune(folder: Path, keep_last: int | None) -> None:
             path.unlink(missing_ok=True)
 
 
-def take_back(folder: Path, epoch: int, step: int) -> None:
+def truncate_logs(folder: Path, epoch: int, step: int) -> None:
     """Brings a run's folder to where a checkpoint was written: later lines of its logs and unfinished files go."""
     for path in folder.glob(f"checkpoint_*{_UNFINISHED}"):
         path.unlink()

@@ -143,7 +143,7 @@ class EpochProgress:
         return is_reported
 
     def _report(self, i: int, step: int, lr: float) -> None:
-        loss = dist_utils.all_sum(self._window_loss).item() / dist_utils.get_world_size()
+        loss = dist_utils.all_reduce_sum(self._window_loss).item() / dist_utils.get_world_size()
         now = time.perf_counter()
         seconds, window = max(now - self._window_start, 1e-9), self._window
         values = {
@@ -174,13 +174,13 @@ class EpochProgress:
     def finish(self) -> dict[str, float]:
         """Ends the epoch: tells what was skipped, and returns the mean loss over all ranks and the mean rate."""
         total: dict[str, Counter] = {}
-        for skipped in dist_utils.gather(self.skipped):
+        for skipped in dist_utils.gather_objects(self.skipped):
             for name, counts in skipped.items():
                 total.setdefault(name, Counter()).update(counts)
         for name, counts in total.items():
             log_skipped(counts, name)
         self.skipped = total
-        mean = dist_utils.all_sum(self._loss_sum.clone()) / (self.num_iters * dist_utils.get_world_size())
+        mean = dist_utils.all_reduce_sum(self._loss_sum.clone()) / (self.num_iters * dist_utils.get_world_size())
         seconds = time.perf_counter() - self._start
         logging.info(
             "Train: data epoch: [%d] Total time: %s (%.4f s / it)",

@@ -24,7 +24,7 @@ from minigpt4.processors.pictures import device_resizes
 from minigpt4.runners import checkpoints, validation
 from minigpt4.runners.checkpoints import RESUME_KEY
 from minigpt4.runners.progress import EpochProgress, Tracker
-from minigpt4.runners.stop import StopRequest
+from minigpt4.runners.signals import StopRequest
 from minigpt4.runners.to_device import ToDevice
 
 
@@ -91,7 +91,7 @@ class RunnerBase:
             warmup_start_lr=float(self.run_cfg.get("warmup_lr", -1)),
             decay_rate=self.run_cfg.get("lr_decay_rate"),
         )
-        self.resumed = checkpoints.find_resumed(self.run_cfg)
+        self.resumed = checkpoints.find_resume_checkpoint(self.run_cfg)
         self.output_dir, is_new = checkpoints.find_folder(self.run_cfg, job_id, self.resumed, cfg)
         if is_new:
             self._log_line({"config": cfg.to_dict()})
@@ -101,7 +101,7 @@ class RunnerBase:
     def _amp_dtype(self) -> torch.dtype:
         if not self.run_cfg.get("amp", False):
             return torch.float32
-        half, wanted = devices.half_dtype(self.device), self.run_cfg.get("amp_dtype")
+        half, wanted = devices.default_dtype(self.device), self.run_cfg.get("amp_dtype")
         if half == torch.float32:
             logging.info("run.amp: computing in float32, as this device has no faster half precision.")
             return half
@@ -192,7 +192,7 @@ class RunnerBase:
                 state.iteration += 1
                 if self.progress.add(i, state.step - 1, output, batch, lr, waited):
                     self._check_finite()
-                is_stopped = stop is not None and stop.is_agreed()
+                is_stopped = stop is not None and stop.should_stop()
                 if is_stopped or (save_every and state.step % save_every == 0):
                     self.save_checkpoint(f"checkpoint_step_{state.step}.pth", loader)
                 if is_stopped:
@@ -216,7 +216,7 @@ class RunnerBase:
 
     def _update(self) -> None:
         """Clips and applies the gradients; a group with a loss that is not finite is left out on all ranks."""
-        is_bad = (dist_utils.all_sum(self._bad_losses) > 0).float()
+        is_bad = (dist_utils.all_reduce_sum(self._bad_losses) > 0).float()
         self._left_out += is_bad
         self._in_a_row += 1
         self._in_a_row *= is_bad
@@ -290,9 +290,9 @@ class RunnerBase:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "epoch": self.state.epoch - 1,  # the last whole one, as in the reference
             "state": asdict(self.state),
-            "ranks": dist_utils.gather(rank_state),
+            "ranks": dist_utils.gather_objects(rank_state),
             "gradients": self._waiting_gradients(),
-            "bad_losses": dist_utils.all_sum(self._bad_losses.clone()).item(),
+            "bad_losses": dist_utils.all_reduce_sum(self._bad_losses.clone()).item(),
         }
 
         def write() -> None:
@@ -301,12 +301,14 @@ class RunnerBase:
                 checkpoints.write(devices.on_host(content), self.output_dir / file)
             checkpoints.prune(self.output_dir, self.run_cfg.get("keep_last"))
 
-        dist_utils.on_main(write)
+        dist_utils.run_on_main(write)
 
     def _waiting_gradients(self) -> list[torch.Tensor | None]:
         """Gradients of an unfinished accumulation group as their mean over the ranks, which is what an update takes."""
         world = dist_utils.get_world_size()
-        return [None if p.grad is None else (dist_utils.all_sum(p.grad.clone()) / world).cpu() for p in self.trained]
+        return [
+            None if p.grad is None else (dist_utils.all_reduce_sum(p.grad.clone()) / world).cpu() for p in self.trained
+        ]
 
     def _valid_splits(self) -> list[str]:
         return list(self.run_cfg.get("valid_splits") or [])
@@ -359,5 +361,5 @@ class RunnerBase:
                 "%s holds no random state for %d ranks; going on with fresh ones.", path, dist_utils.get_world_size()
             )
         if self.output_dir == path.parent:
-            dist_utils.on_main(lambda: checkpoints.take_back(path.parent, self.state.epoch, self.state.step))
+            dist_utils.run_on_main(lambda: checkpoints.truncate_logs(path.parent, self.state.epoch, self.state.step))
         logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)

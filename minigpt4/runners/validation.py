@@ -31,14 +31,14 @@ def mean_loss(runner: "RunnerBase", datasets: dict[str, Any]) -> float:
             resizes_later=runner.resizes_later,
         )
         is_sharded = cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
-        counted = dist_utils.in_step(batches) if is_sharded else ((batch, True) for batch in batches)
+        counted = dist_utils.lockstep(batches) if is_sharded else ((batch, True) for batch in batches)
         with devices.local_seed(seed):  # the same prompts every time
             for batch, is_own in counted:
                 with devices.autocast(device, runner.amp_dtype):
                     output = runner.task.valid_step(runner.model, runner.to_device(batch))
                 if is_own and output["num_targets"]:
                     sums += torch.tensor([output["loss"].item() * output["num_targets"], output["num_targets"]])
-    sums = dist_utils.all_sum(sums.float().to(device)).cpu()
+    sums = dist_utils.all_reduce_sum(sums.float().to(device)).cpu()
     if sums[1] == 0:
         raise UserError(f"The validation split of {', '.join(datasets)} holds no usable sample.")
     return (sums[0] / sums[1]).item()

@@ -27,9 +27,9 @@ def main() -> None:
         setup_logger()
         setup_task(cfg).build_datasets(cfg)
     except UserError as error:
-        dist_utils.exit_with(str(error))
+        dist_utils.abort(str(error))
     else:
-        dist_utils.end()
+        dist_utils.shutdown()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.utils import IMAGE_MARK, parse_json, read_plain_file
+from minigpt4.common.utils import IMAGE_PLACEHOLDER, parse_json, read_plain_file
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -213,10 +213,11 @@ def _read_jsonl(file: Path, key: str) -> list[Pair]:
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{key}: line {number} of {file} is {str(row)[:80]}; expected image and caption as texts.")
         instruction = row.get("instruction")
-        if instruction is not None and (not isinstance(instruction, str) or IMAGE_MARK in instruction):
+        if instruction is not None and (not isinstance(instruction, str) or IMAGE_PLACEHOLDER in instruction):
             text = str(instruction)[:80]
             raise UserError(
-                f"{key}: instruction in line {number} of {file} is '{text}'; expected a text without {IMAGE_MARK}."
+                f"{key}: instruction in line {number} of {file} is '{text}'; "
+                f"expected a text without {IMAGE_PLACEHOLDER}."
             )
         pairs.append(Pair(file.parent / texts[0], texts[1], instruction))
     if not pairs:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from minigpt4.common.utils import open_picture
+from minigpt4.common.utils import open_image
 
 ImageProcessor = Callable[[Image.Image], Any]
 TextProcessor = Callable[[str], str]
@@ -84,7 +84,7 @@ def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = open_picture(data)
+            image = open_image(data)
             if draft_size and (size := draft_size(*image.size)) != image.size:
                 image.draft("RGB", size)
             image.load()

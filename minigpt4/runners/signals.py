@@ -46,7 +46,7 @@ class StopRequest:
         elif time.monotonic() - self._asked_at > _SAME_SECONDS:
             sys.exit(128 + number)
 
-    def is_agreed(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now; called once a step by every rank, true on all of them at the same one."""
         if dist_utils.get_world_size() == 1:
             return self._asked_at is not None

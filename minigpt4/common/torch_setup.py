@@ -1,0 +1,90 @@
+"""Imports torch and torchvision where an installation would keep them from loading, or explains what to do.
+
+torch_npu loads itself whenever torch is imported. Without CANN, or beside a torch that it was not built for, the import
+of torch itself fails. Nothing here may import torch at module level.
+"""
+
+import importlib.util
+import os
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch_npu")  # whose versions matter most
+_AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+_SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",)
+_SCHEMAS += tuple(schema.replace("nms", "qnms") for schema in _SCHEMAS)
+_libraries: list[object] = []  # a schema lives as long as the Library that declared it
+
+
+def import_torch() -> None:
+    """Imports torch and makes torchvision importable beside it.
+
+    Raises:
+        ImportError: torch is not installed, or torch_npu prevents its import; the message gives cause and remedy.
+    """
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"PyTorch cannot be imported ({error}); pip install -r requirements.txt.") from error
+    except (RuntimeError, OSError) as error:
+        raise ImportError(_explain(error)) from error
+    _declare_missing_operators()
+
+
+def _declare_missing_operators() -> None:
+    """Declares ``torchvision::nms`` and ``::qnms`` where torchvision's own library of operators cannot be loaded.
+
+    PyPI has torchvision for one build of torch only. Beside another build its library does not load, and registering
+    the fake kernels of these two operators then fails at import time, which takes timm and transformers down with it.
+    Nothing here calls them, so declaring their schemas first is enough.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if _libraries or spec is None or spec.origin is None or "torchvision" in sys.modules:
+        return
+    try:
+        for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
+            torch.ops.load_library(library)
+        torch.ops.torchvision.nms  # noqa: B018  (the attribute access is the question)
+    except (OSError, AttributeError, RuntimeError):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        _libraries.append(library)
+        for schema in _SCHEMAS:
+            library.define(schema)
+
+
+def npu_mismatch() -> str | None:
+    """Returns a sentence if torch_npu is installed beside a torch of another release, else None."""
+    torch_npu, torch = package_version("torch_npu"), package_version("torch")
+    if torch_npu is None or torch is None or torch_npu.split(".")[:2] == torch.split(".")[:2]:
+        return None
+    return (
+        f"torch_npu {torch_npu} is installed beside torch {torch}; both have to be of the same release: "
+        "pip install -r requirements-npu.txt in an environment of its own."
+    )
+
+
+def package_version(package: str) -> str | None:
+    """Returns the installed version of a package, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _explain(error: Exception) -> str:
+    cause = str(error.__cause__ or error).strip().split("\n")[0]
+    if "torch_npu" not in f"{error}{error.__cause__}" and package_version("torch_npu") is None:
+        return f"PyTorch cannot be imported ({cause})."
+    if mismatch := npu_mismatch():
+        return mismatch
+    if "Two accelerators" in cause:
+        return f"{cause} Install one of the two, or set {_AUTOLOAD}=0 to run without the NPU."
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    where = f"ASCEND_HOME_PATH is {home}" if home else "ASCEND_HOME_PATH is not set"
+    return (
+        f"torch_npu is installed but cannot be loaded ({cause}); CANN seems to be missing ({where}). Install CANN and "
+        f"source its set_env.sh, or set {_AUTOLOAD}=0 to run without the NPU."
+    )
