@@ -26,8 +26,9 @@ import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import hypothesis
 import torch
@@ -183,7 +184,8 @@ def with_seed(strategy: st.SearchStrategy) -> st.SearchStrategy:
 
 # ---- configurations --------------------------------------------------------------------------------------------------
 
-KEYS = [key for section in (schema.RUN, schema.MODEL, schema.DATASET) for key in section]
+SECTIONS = (schema.RunConfig, schema.ModelConfig, schema.DatasetConfig)
+KEYS = [entry.name for section in SECTIONS for entry in fields(section)]
 SECTION = st.dictionaries(st.one_of(st.sampled_from(KEYS), TEXTS), VALUES, max_size=4)
 DATASETS = st.dictionaries(
     st.sampled_from(["laion", "cc_sbu_align", "image_text", "x"]), st.one_of(SECTION, VALUES), max_size=2
@@ -225,19 +227,23 @@ def options(case: list[str]) -> None:
     or_told(lambda: load(path, case))
 
 
-def value_for(expected: Any) -> st.SearchStrategy:
-    if isinstance(expected, set):
-        return st.sampled_from(sorted(expected))
+def value_for(hint: Any) -> st.SearchStrategy:
+    if get_origin(hint) not in (None, list, Literal):  # T | None
+        return value_for(get_args(hint)[0])
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
     kinds = {
         bool: st.booleans(),
         int: st.integers(1, 9),
+        float: st.floats(0, 0.9),
         str: st.sampled_from(["a", "b c", "1x", "狗"]),
-        list: st.just(["train"]),
     }
-    return kinds.get(expected, st.integers(1, 9).map(float))
+    return kinds.get(hint, st.just(["train"]))
 
 
-RUN = st.fixed_dictionaries({}, optional={key: value_for(expected) for key, expected in schema.RUN.items()})
+RUN = st.fixed_dictionaries(
+    {}, optional={key: value_for(hint) for key, hint in schema.type_hints(schema.RunConfig).items()}
+)
 
 
 @target(st.tuples(RUN, RUN), 0.4)

@@ -98,7 +98,7 @@ def test_saved_configuration_gives_the_same_run(small, tmp_path):
         (["run.amp=1"], ["run.amp", "1", "bool"]),
         (["run.train_splits=train"], ["run.train_splits", "'train'", "list"]),
         (["run.init_lr=fast"], ["run.init_lr", "'fast'", "float"]),
-        (["model.vit_precision=fp8"], ["model.vit_precision", "'fp8'", "bf16, fp16, fp32"]),
+        (["model.vit_precision=fp8"], ["model.vit_precision", "'fp8'", "one of fp32, fp16, bf16"]),
         (["model.vit_config=5"], ["model.vit_config", "5", "section"]),
         (["model.model_type=pretrain_vicuna13"], ["model_type", "pretrain_vicuna13"]),
         (["model.arch=mini_gpt5"], ["mini_gpt5", "mini_gpt4"]),

@@ -69,10 +69,8 @@ def test_stage_1_learns_and_writes(stage1):
 
 
 def test_resume_repeats_the_losses_bit_for_bit(world, stage1):
-    """Even where the device now resizes what the workers had resized before."""
     options = (
         "run.num_workers=2",
-        "run.resize_on_device=true",
         f"run.resume_ckpt_path={stage1}/checkpoint_0.pth",
         f"run.output_dir={world}/resumed",
     )

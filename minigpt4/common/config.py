@@ -12,9 +12,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minigpt4.common import schema
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
+from minigpt4.common.schema import DatasetConfig, ModelConfig, PreprocessConfig, RunConfig, read_section
 
 SECTIONS = ("run", "model", "preprocess", "datasets")
 MAX_BYTES = 2**20  # of a YAML file; the parser takes seconds for a megabyte
@@ -81,13 +81,13 @@ class Config:
         """
         with _explained(self._source):
             plain = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
-        schema.check(plain.get("run") or {}, schema.RUN, "run", self._source)
+        read_section(RunConfig, plain.get("run"), "run", self._source)
         if plain["model"].get("arch") == "mini_gpt4":
-            schema.check(plain["model"], schema.MODEL, "model", self._source)
-        schema.check(plain.get("preprocess") or {}, schema.PREPROCESS, "preprocess", self._source)
+            read_section(ModelConfig, plain["model"], "model", self._source)
+        read_section(PreprocessConfig, plain.get("preprocess"), "preprocess", self._source)
         for name, section in (plain.get("datasets") or {}).items():
-            extra = registry.get_builder_class(name).EXTRA_KEYS
-            schema.check(section or {}, schema.DATASET | extra, f"datasets.{name}", self._source)
+            is_own = not registry.get_builder_class(name).__module__.startswith("minigpt4.")
+            read_section(DatasetConfig, section, f"datasets.{name}", self._source, allow_unknown=is_own)
         return self
 
     @property

@@ -1,155 +1,334 @@
-"""Every key that a YAML file may hold, with its type. What is not here is a typing error, and gets told so."""
+"""Every configuration key with its type, default and meaning, and ``read_section``, which checks a section.
+
+docs/CONFIGURATION.md is generated from this file. A type with ``| None`` accepts null; its meaning says what null does.
+"""
+# ruff: noqa: RUF009 - key() returns a dataclasses.field
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common.errors import UserError, nearest
 
-Schema = dict[str, Any]  # key -> type, tuple of types, set of allowed values, or a schema of its own
-NUMBER = (int, float)
-PATHS = (str, list)
-FREE = object  # anything, for parts that check themselves
-COUNTS = (  # of which there has to be one
-    *("image_size", "patch_size", "embed_dim", "depth", "num_heads", "hidden_size", "num_hidden_layers"),
-    *("num_attention_heads", "num_query_token", "max_txt_len", "batch_size_train", "batch_size_eval"),
-    *("iters_per_epoch", "accum_grad_iters", "max_words"),
-)
+Section = TypeVar("Section")
+Precision = Literal["fp32", "fp16", "bf16"]
 
-_VIT = {"patch_size": int, "embed_dim": int, "depth": int, "num_heads": int, "mlp_ratio": NUMBER}
-_Q_FORMER = {
-    "hidden_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-    "intermediate_size": int,
-    "cross_attention_freq": int,
+_BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+_UNUSED = "Accepted for compatibility; not used."
+_TYPE_NAMES = {
+    bool: "true or false (bool)",
+    int: "a whole number (int)",
+    float: "a number (float)",
+    str: "text (in quotes)",
 }
-_PRECISIONS = {"fp32", "fp16", "bf16"}
-
-MODEL: Schema = {
-    "arch": str,
-    "model_type": str,
-    "image_size": int,
-    "drop_path_rate": NUMBER,
-    "use_grad_checkpoint": bool,
-    "vit_model": {"eva_clip_g"},  # the only one the reference has
-    "vit_precision": _PRECISIONS,
-    "vit_config": _VIT,
-    "vit_weights": str,
-    "freeze_vit": bool,
-    "freeze_qformer": bool,
-    "num_query_token": int,
-    "q_former_model": str,
-    "qformer_config": _Q_FORMER,
-    "llama_model": str,
-    "llm_dtype": _PRECISIONS,
-    "llm_precision": {"half", "int8"},
-    "llm_grad_checkpoint": bool,
-    "low_resource": bool,
-    "conversation": str,
-    "device_8bit": int,
-    "prompt": str,
-    "prompt_path": str,
-    "prompt_template": str,
-    "max_txt_len": int,
-    "end_sym": str,
-    "ckpt": str,
-}
-RUN: Schema = {
-    "task": str,
-    "runner": str,
-    "lr_sched": str,
-    "init_lr": NUMBER,
-    "min_lr": NUMBER,
-    "warmup_lr": NUMBER,
-    "lr_decay_rate": NUMBER,
-    "warmup_steps": int,
-    "weight_decay": NUMBER,
-    "beta2": NUMBER,
-    "max_epoch": int,
-    "iters_per_epoch": int,
-    "batch_size_train": int,
-    "batch_size_eval": int,
-    "num_workers": int,
-    "resize_on_device": bool,
-    "accum_grad_iters": int,
-    "clip_grad_norm": NUMBER,
-    "max_nonfinite": int,
-    "seed": int,
-    "output_dir": str,
-    "amp": bool,
-    "amp_dtype": _PRECISIONS,
-    "resume_ckpt_path": str,
-    "resume": {"auto"},
-    "compile": bool,
-    "feature_cache": str,
-    "feature_crops": int,
-    "save_every_iters": int,
-    "keep_last": int,
-    "parallel": {"ddp", "fsdp"},
-    "dist_timeout": NUMBER,
-    "strict_device": bool,
-    "evaluate": bool,
-    "train_splits": list,
-    "valid_splits": list,
-    "test_splits": list,
-    "log_freq": int,
-    "tracker": {"tensorboard", "wandb"},
-    "device": str,
-    "world_size": int,
-    "dist_url": str,
-    "distributed": bool,
-}
-_PROCESSORS = {
-    split: {
-        **{"name": str, "image_size": int, "min_scale": NUMBER, "max_scale": NUMBER},
-        **{"mean": list, "std": list, "draft": bool},
-    }
-    for split in ("train", "eval")
-}
-_TEXT_PROCESSORS = {split: {"name": str, "prompt": str, "max_words": int} for split in ("train", "eval")}
-_BUILD_INFO = {"storage": PATHS, "val_storage": PATHS, "test_storage": PATHS, "shuffle_buffer": int}
-DATASET: Schema = {
-    "data_type": str,
-    "build_info": _BUILD_INFO,
-    "vis_processor": _PROCESSORS,
-    "text_processor": _TEXT_PROCESSORS,
-    "sample_ratio": NUMBER,
-}
-PREPROCESS: Schema = {"vis_processor": _PROCESSORS, "text_processor": _TEXT_PROCESSORS}
+_REMOVED = {"run.resize_on_device": "it was removed: images are always resized by the loader's workers"}
 
 
-def check(section: Mapping[str, Any], schema: Schema, where: str, source: str) -> None:
-    """Holds a section against its schema.
+def key(default: Any, meaning: str, *, least: float = 0, below: float = math.inf) -> Any:
+    """Declares a key. Numbers are limited to ``least <= value < below``; a class as default is a nested section."""
+    metadata = {"meaning": meaning, "least": least, "below": below}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """Architecture of the vision tower; the defaults are those of EVA-ViT-g/14."""
+
+    patch_size: int = key(14, "Side of a patch in pixels.", least=1)
+    embed_dim: int = key(1408, "Width of the tokens.", least=1)
+    depth: int = key(39, "Number of blocks.", least=1)
+    num_heads: int = key(16, "Number of attention heads.", least=1)
+    mlp_ratio: float = key(4.3637, "Width of the MLP as a multiple of `embed_dim`.")
+
+
+@dataclass(frozen=True)
+class QFormerSettings:
+    """Architecture of the Q-Former; the defaults are those of BERT-base."""
+
+    hidden_size: int = key(768, "Width of the queries.", least=1)
+    num_hidden_layers: int = key(12, "Number of layers.", least=1)
+    num_attention_heads: int = key(12, "Number of attention heads.", least=1)
+    intermediate_size: int = key(3072, "Width of the feed-forward layers.", least=1)
+    cross_attention_freq: int = key(2, "Every n-th layer, from the first, attends to the image tokens.", least=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model: architecture, weights, precision and prompts."""
+
+    arch: str = key("mini_gpt4", "Registered model class; `minigpt4` is an alias.")
+    model_type: str = key("pretrain_vicuna", "Selects the default YAML; `pretrain_vicuna0` is an alias.")
+    image_size: int = key(224, "Side of the square input image in pixels.", least=1)
+    drop_path_rate: float = key(0.0, "Stochastic depth of the vision tower where it is trained.", below=1)
+    use_grad_checkpoint: bool = key(False, "Gradient checkpointing of the vision tower where it is trained.")
+    vit_model: Literal["eva_clip_g"] = key("eva_clip_g", "Vision tower.")
+    vit_precision: Precision = key("fp16", "Precision of the frozen vision tower's weights.")
+    vit_config: VitConfig = key(VitConfig, "Another size of the vision tower.")
+    vit_weights: str = key(_BLIP2 + "eva_vit_g.pth", "Vision tower: file, folder, URL or Hugging Face id.")
+    freeze_vit: bool = key(True, "Keep the vision tower and `ln_vision` frozen.")
+    freeze_qformer: bool = key(True, "Keep the Q-Former and its queries frozen.")
+    has_qformer: Literal[True] = key(True, "Accepted for compatibility; models without a Q-Former are not supported.")
+    num_query_token: int = key(32, "Number of queries, which is the number of image embeddings.", least=1)
+    q_former_model: str = key(
+        _BLIP2 + "blip2_pretrained_flant5xxl.pth",
+        "Q-Former, queries and `ln_vision`: file, folder, URL or Hugging Face id.",
+    )
+    qformer_config: QFormerSettings = key(QFormerSettings, "Another size of the Q-Former.")
+    llama_model: str = key("/path/to/vicuna/weights/", "Language model: folder or Hugging Face id.")
+    llm_dtype: Precision | None = key(None, "Precision of the language model; null: the best of the device.")
+    llm_precision: Literal["half", "int8"] = key("half", "`int8`: layers of the language model hold 8-bit weights.")
+    llm_grad_checkpoint: bool = key(False, "Gradient checkpointing of the language model: less memory, more time.")
+    low_resource: bool = key(False, "The reference's name for `llm_precision: int8`.")
+    device_8bit: int = key(0, _UNUSED)
+    conversation: str | None = key(None, "Chat template by name; null: the one that fits the prompts or the tokenizer.")
+    prompt: str = key("", _UNUSED)
+    prompt_path: str | None = key(None, "Text file of training prompts, one a line; null: captions without prompt.")
+    prompt_template: str = key("", "Text with one `{}` for the prompt, such as `'###Human: {} ###Assistant: '`.")
+    max_txt_len: int = key(32, "Captions are truncated to this number of tokens, `end_sym` included.", least=1)
+    end_sym: str = key("\n", "Text that ends a caption; generation stops at it.")
+    ckpt: str | None = key(None, "MiniGPT-4 checkpoint: file, URL or Hugging Face id; null: a new projection.")
+    lora_r: Literal[0] = key(0, "Accepted for compatibility; LoRA is not supported.")
+    lora_alpha: int = key(16, _UNUSED)
+    chat_template: bool = key(False, _UNUSED)
+    max_context_len: int = key(3800, _UNUSED, least=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: task, optimizer and schedule, batches, device, output."""
+
+    task: str = key("image_text_pretrain", "Registered task.")
+    runner: str = key("runner_base", "Registered runner.")
+    lr_sched: str = key("linear_warmup_cosine_lr", "Registered learning-rate schedule.")
+    init_lr: float = key(1e-4, "Learning rate at the end of the warm-up.")
+    min_lr: float = key(0.0, "Lowest learning rate of the decay.")
+    warmup_lr: float = key(-1.0, "Learning rate at the first step; negative: `init_lr`.", least=-1)
+    warmup_steps: int = key(0, "Steps of linear warm-up, counted over epochs.")
+    lr_decay_rate: float | None = key(None, "Factor per epoch of `linear_warmup_step_lr`; null: 1.")
+    weight_decay: float = key(0.05, "AdamW's weight decay; biases and norms have none.")
+    beta2: float = key(0.999, "AdamW's second beta.", below=1)
+    max_epoch: int = key(1, "Number of epochs.")
+    iters_per_epoch: int | None = key(None, "Iterations per epoch; null: one pass; shards need a number.", least=1)
+    batch_size_train: int = key(1, "Samples per iteration and process.", least=1)
+    batch_size_eval: int = key(1, "Samples per batch and process in validation.", least=1)
+    num_workers: int = key(0, "Loader processes for each training process; 0: the training process loads.")
+    accum_grad_iters: int = key(1, "Iterations whose gradients are averaged into one update.", least=1)
+    clip_grad_norm: float | None = key(None, "Largest norm of the gradient; null or 0: not clipped.")
+    max_nonfinite: int = key(20, "Updates in a row that may be skipped because of a non-finite loss.", least=1)
+    seed: int = key(42, "Seed of all random numbers; the rank is added.")
+    output_dir: str = key("output", "Each run writes a new folder below this one.")
+    amp: bool = key(False, "Automatic mixed precision.")
+    amp_dtype: Precision | None = key(None, "Precision of `amp`; null: the best of the device.")
+    resume_ckpt_path: str | None = key(None, "Checkpoint to resume from; null: none.")
+    resume: Literal["auto"] | None = key(None, "`auto`: resume from the newest checkpoint of `output_dir`; null: no.")
+    compile: bool = key(False, "Compile the model's layers where the device gains from it.")
+    feature_cache: str | None = key(None, "Folder for the outputs of the frozen vision side; null: no cache.")
+    feature_crops: int = key(1, "Random crops per image in the feature cache.", least=1)
+    save_every_iters: int | None = key(None, "Steps between checkpoints; null or 0: only after each epoch.")
+    keep_last: int | None = key(None, "Number of checkpoints to keep beside the best; null: all.", least=1)
+    parallel: Literal["ddp", "fsdp"] = key("ddp", "`fsdp` shards the language model over the processes.")
+    dist_timeout: float = key(1800.0, "Seconds that processes wait for each other.")
+    device: str = key("auto", "`auto`, `npu`, `cuda`, `mps` or `cpu`; the best available one if it is missing.")
+    strict_device: bool = key(False, "A missing device is an error.")
+    evaluate: bool = key(False, "Evaluate only, without training.")
+    train_splits: list[str] = key(["train"], "Splits to train on.")
+    valid_splits: list[str] = key([], "Splits to validate on after each epoch, e.g. `[val]`; they select the best.")
+    test_splits: list[str] = key([], "Splits whose loss is also measured after each epoch.")
+    log_freq: int = key(50, "Iterations between log lines.", least=1)
+    tracker: Literal["tensorboard", "wandb"] | None = key(None, "Experiment tracker; null: none.")
+    wandb_log: bool = key(False, "The later reference's name for `tracker: wandb`.")
+    job_name: str = key("", "Name of the run in wandb; empty: the name of its folder.")
+    world_size: int = key(1, _UNUSED + " torchrun sets the number of processes.")
+    dist_url: str = key("env://", "Where processes meet; torchrun sets the environment for `env://`.")
+    distributed: bool = key(True, _UNUSED + " torchrun starts several processes.")
+
+
+@dataclass(frozen=True)
+class ImageProcessorConfig:
+    """An image processor. Keys of processors that are not built in are not checked."""
+
+    BUILT_IN: ClassVar[tuple[str, ...]] = ("blip2_image_train", "blip2_image_eval")
+    name: str = key("blip2_image_train", "Registered image processor.")
+    image_size: int = key(224, "Side of the square result in pixels; equals `model.image_size`.", least=1)
+    min_scale: float = key(0.5, "Smallest share of the area that a random crop keeps.")
+    max_scale: float = key(1.0, "Largest share of the area that a random crop keeps.")
+    mean: list[float] | None = key(None, "Mean of each channel, from 0 to 1; null: CLIP's.")
+    std: list[float] | None = key(None, "Standard deviation of each channel, from 0 to 1; null: CLIP's.")
+    draft: bool = key(False, "Decode large JPEGs at 1/2, 1/4 or 1/8 size: faster, slightly different pixels.")
+
+
+@dataclass(frozen=True)
+class EvalImageProcessorConfig(ImageProcessorConfig):
+    """The image processor of validation and chat."""
+
+    name: str = key("blip2_image_eval", "Registered image processor.")
+
+
+@dataclass(frozen=True)
+class ImageProcessors:
+    """Image processors by split."""
+
+    train: ImageProcessorConfig = key(ImageProcessorConfig, "For training.")
+    eval: EvalImageProcessorConfig | None = key(None, "For validation and chat; null: `blip2_image_eval` of that size.")
+
+
+@dataclass(frozen=True)
+class TextProcessorConfig:
+    """A caption processor. Keys of processors that are not built in are not checked."""
+
+    BUILT_IN: ClassVar[tuple[str, ...]] = ("blip_caption",)
+    name: str = key("blip_caption", "Registered text processor.")
+    prompt: str = key("", "Text before each caption.")
+    max_words: int = key(50, "Captions are cut to this number of words.", least=1)
+
+
+@dataclass(frozen=True)
+class TextProcessors:
+    """Caption processors by split."""
+
+    train: TextProcessorConfig = key(TextProcessorConfig, "For training.")
+    eval: TextProcessorConfig | None = key(None, "For validation; null: as for training.")
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """Where the data of each split are."""
+
+    storage: str | list[str] | None = key(None, "Training data: folder, JSONL file or shards; null: no such split.")
+    val_storage: str | list[str] | None = key(None, "Data of the split `val`; null: no such split.")
+    test_storage: str | list[str] | None = key(None, "Data of the split `test`; null: no such split.")
+    shuffle_buffer: int = key(1000, "Samples of shards among which each worker draws.")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """A data set. Unknown keys of builders that are not built in are not checked."""
+
+    type: str = key("default", "Selects the builder's default YAML.")
+    data_type: str = key("images", _UNUSED)
+    build_info: BuildInfo = key(BuildInfo, "Where the data are.")
+    vis_processor: ImageProcessors = key(ImageProcessors, "Image processors.")
+    text_processor: TextProcessors = key(TextProcessors, "Caption processors.")
+    sample_ratio: float | None = key(None, "Share of the batches relative to other data sets; null: 1.")
+    batch_size: int | None = key(None, "Samples per iteration; null: `run.batch_size_train`.", least=1)
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Default processors of the reference's model YAML; accepted and not used."""
+
+    vis_processor: ImageProcessors = key(ImageProcessors, "Image processors.")
+    text_processor: TextProcessors = key(TextProcessors, "Caption processors.")
+
+
+def read_section(
+    cls: type[Section], section: Any, where: str, source: str = "", allow_unknown: bool = False
+) -> Section:
+    """Turns a configuration section into a checked instance with all defaults.
 
     Args:
-        section: plain containers.
-        schema: see above; a value of None is always allowed.
-        where: the section's dotted name, for messages.
+        cls: one of the dataclasses above.
+        section: a mapping or DictConfig (interpolations are resolved), an instance of ``cls``, which is returned
+            unchanged, or None for all defaults.
+        where: dotted name of the section, for messages.
         source: the YAML file, for messages.
+        allow_unknown: ignore unknown keys, for classes from outside this package.
 
     Raises:
-        UserError: an unknown key (with its nearest known neighbour), a value of another type, or a number below 0.
+        UserError: an unknown key, a value of the wrong type or out of range, or a blank value without a meaning.
     """
-    if not isinstance(section, Mapping):
-        raise UserError(f"{source}: {where} is {section!r}; expected a section with {', '.join(schema)}.")
-    for name, value in section.items():
-        key = f"{where}.{name}"
-        if name not in schema:
-            raise UserError(f"{source}: there is no key {key}.{nearest(str(name), schema)} Known: {', '.join(schema)}.")
-        expected = schema[name]
-        if value is None or expected is FREE:
-            continue
-        if isinstance(expected, dict):
-            check(value, expected, key, source)
-        elif isinstance(expected, set):
-            if value not in list(expected):  # in a set, a list or a section would not even be looked up
-                raise UserError(f"{source}: {key} is {value!r}; expected one of {', '.join(sorted(expected))}.")
-        else:
-            types = expected if isinstance(expected, tuple) else (expected,)
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                names = " or ".join(t.__name__ for t in types)
-                raise UserError(f"{source}: {key} is {value!r} ({type(value).__name__}); expected {names}.")
-            least = 1 if name in COUNTS else -1 if name == "warmup_lr" else 0  # a warm-up from -1 is none
-            if isinstance(value, int | float) and not least <= value < math.inf:
-                raise UserError(f"{source}: {key} is {value!r}; expected {least} or more.")
+    if isinstance(section, cls):
+        return section
+    prefix = f"{source}: " if source else ""
+    try:
+        plain = section if isinstance(section, DictConfig) else OmegaConf.create({"section": section}).section
+        if isinstance(plain, DictConfig):
+            plain = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        raise UserError(f"{prefix}{where} is not a valid section: {' '.join(str(error).split())}") from error
+    return _Reader(prefix, allow_unknown).read(cls, {} if plain is None else plain, where)
+
+
+@lru_cache
+def type_hints(cls: type) -> dict[str, Any]:
+    """The resolved type of every key of a section."""
+    hints = get_type_hints(cls)
+    return {entry.name: hints[entry.name] for entry in fields(cls)}
+
+
+class _Reader:
+    """Checks sections; ``prefix`` begins every message."""
+
+    def __init__(self, prefix: str, allow_unknown: bool) -> None:
+        self.prefix = prefix
+        self.allow_unknown = allow_unknown
+
+    def read(self, cls: type[Section], section: Any, where: str) -> Section:
+        hints = type_hints(cls)
+        if not isinstance(section, Mapping):
+            raise UserError(f"{self.prefix}{where} is {section!r}; expected a section with {', '.join(hints)}.")
+        built_in = getattr(cls, "BUILT_IN", None)
+        if built_in and section.get("name", cls().name) not in built_in:
+            return cls(**{name: value for name, value in section.items() if name in hints})
+        values = {}
+        for name, value in section.items():
+            if name in hints:
+                values[name] = self._value(cls, str(name), value, f"{where}.{name}")
+            elif f"{where}.{name}" in _REMOVED:
+                raise UserError(f"{self.prefix}remove {where}.{name}: {_REMOVED[f'{where}.{name}']}.")
+            elif not self.allow_unknown:
+                known = f"{nearest(str(name), hints)} Known: {', '.join(hints)}."
+                raise UserError(f"{self.prefix}there is no key {where}.{name}.{known}")
+        return replace(cls(), **values)
+
+    def _value(self, cls: type, name: str, value: Any, where: str) -> Any:
+        entry, hint = cls.__dataclass_fields__[name], type_hints(cls)[name]
+        choices = get_args(hint) if get_origin(hint) is UnionType or NoneType in get_args(hint) else (hint,)
+        if value is None and NoneType not in choices:
+            default = entry.default if entry.default is not MISSING else entry.default_factory()
+            use = "its keys" if is_dataclass(default) else repr(default)
+            raise UserError(f"{self.prefix}{where} is blank; give it a value, or remove the line to use {use}.")
+        if value is None:
+            return None
+        for choice in choices:
+            if is_dataclass(choice):
+                return self.read(choice, value, where)
+            if _is_instance(value, choice):
+                self._check_range(value, entry.metadata, where)
+                return float(value) if choice is float else value
+        expected = " or ".join(_describe(choice) for choice in choices if choice is not NoneType)
+        raise UserError(f"{self.prefix}{where} is {value!r} ({type(value).__name__}); expected {expected}.")
+
+    def _check_range(self, value: Any, metadata: Mapping[str, Any], where: str) -> None:
+        least, below = metadata["least"], metadata["below"]
+        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < below:
+            limit = f" and less than {below:g}" if below < math.inf else ""
+            raise UserError(f"{self.prefix}{where} is {value!r}; expected {least:g} or more{limit}.")
+
+
+def _is_instance(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(option) and value == option for option in get_args(hint))
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_instance(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _describe(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " * (len(get_args(hint)) > 1) + ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) is list:
+        return f"a list ({'[a, b]' if get_args(hint)[0] is str else '[0.1, 0.2]'})"
+    return _TYPE_NAMES[hint]

@@ -13,7 +13,7 @@ SPLITS = {"train": "storage", "val": "val_storage", "test": "test_storage"}
 class BaseDatasetBuilder:
     """Builds the splits of one data set from its section.
 
-    Subclasses give ``build_split``; keys of their own under the section go into ``EXTRA_KEYS`` with their types.
+    Subclasses give ``build_split``; keys of their own under the section are passed on unchecked.
 
     Args:
         cfg: the section under ``datasets``.
@@ -21,7 +21,6 @@ class BaseDatasetBuilder:
     """
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {}
-    EXTRA_KEYS: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, cfg: Mapping[str, Any] | None = None, name: str = "") -> None:
         self.config = cfg or {}
