@@ -17,9 +17,9 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-        self.take(linear.weight.detach())
+        self.quantize(linear.weight.detach())
 
-    def take(self, weight: Tensor) -> None:
+    def quantize(self, weight: Tensor) -> None:
         """Rounds a weight [out, in] and holds it in place of the present one."""
         weight = weight.float()
         scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127

@@ -124,7 +124,7 @@ def _put(model: Llama, name: str, value: Tensor, dtype: torch.dtype, device: tor
         raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; the files are damaged, copy them again." + see("nan"))
     value = value.to(dtype)
     if isinstance(module, Int8Linear) and leaf == "weight":
-        module.take(value)
+        module.quantize(value)
     elif isinstance(module, Int8Linear):
         module.register_buffer(leaf, value)
     else:

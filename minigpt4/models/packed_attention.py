@@ -1,0 +1,209 @@
+"""Attention of the frozen language model: packed training rows behind a shared prefix, and padded rows of a chat.
+
+Everything but attention works token by token, so the tokens of all rows are stored one after the other, without
+padding. transformers' decoders call ``attention_forward``, registered under ``NAME``. Given a ``PackedBatch`` it lays
+the tokens out in a grid, where right padding is invisible under causal attention, and prepends the keys and values of
+the prefix that all rows share. Without one it is PyTorch's scaled dot-product attention, as transformers calls it.
+
+Shapes: B rows, T tokens of the longest row, N tokens of all rows, P tokens of the prefix, H query heads, G key and
+value heads, D width of a head, L width of the LM, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+NAME = "minigpt4"
+
+
+@dataclass
+class PackedBatch:
+    """Positions of B rows of different lengths in one sequence of N tokens.
+
+    Args:
+        lengths: number of tokens of each row, without the prefix.
+        prefix: keys and values [1, G, P, D] of each layer, computed once for what all rows begin with.
+        device: of the tokens.
+    """
+
+    lengths: list[int]
+    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        self.longest = max(self.lengths)
+        self.prefix_length = self.prefix[0][0].shape[2] if self.prefix else 0
+        indices = [row * self.longest + torch.arange(length) for row, length in enumerate(self.lengths)]
+        self.indices = torch.cat(indices).to(self.device, non_blocking=True)  # [N], into the flattened grid [B * T]
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Position of each token in its row, prefix included, int64 [1, N]."""
+        return (self.indices % self.longest + self.prefix_length)[None]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N, ...] to [B, T, ...], zero where there is no token."""
+        grid = packed.new_zeros(len(self.lengths) * self.longest, *packed.shape[1:])
+        return grid.index_copy(0, self.indices, packed).unflatten(0, (len(self.lengths), self.longest))
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """[B, T, ...] to [N, ...]."""
+        return grid.flatten(0, 1).index_select(0, self.indices)
+
+    def mask(self, window: int | None = None) -> Tensor | None:
+        """Which keys a query sees, bool [T, P + T]; None where plain causal attention is the same."""
+        total = self.prefix_length + self.longest
+        window = None if window is None or window >= total else window
+        if window not in self._masks:
+            mask = None
+            if self.prefix_length or window:
+                mask = torch.ones(self.longest, total, dtype=torch.bool, device=self.device).tril(self.prefix_length)
+            self._masks[window] = mask if window is None else mask.triu(self.prefix_length - window + 1)
+        return self._masks[window]
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+        """Queries [1, H, N, D], keys and values [1, G, N, D] of a layer to [1, N, H, D]."""
+        query, key, value = (self.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
+        if self.prefix:
+            before = (part.expand(len(self.lengths), -1, -1, -1) for part in self.prefix[module.layer_idx])
+            key, value = (torch.cat(parts, 2) for parts in zip(before, (key, value), strict=True))
+        mask = self.mask(settings.pop("sliding_window"))
+        mixed, _ = _attention(query, key, value, mask, is_causal=mask is None, **settings)
+        return self.pack(mixed.transpose(1, 2))[None]
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed: PackedBatch | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function that transformers' decoder layers call.
+
+    Args:
+        module: the layer's attention module.
+        query: [B, H, T, D], rotary positions applied; with ``packed`` [1, H, N, D].
+        key, value: [B, G, S, D], those of a cache included; with ``packed`` [1, G, N, D].
+        attention_mask: bool [B or 1, 1, T, S] or None; not used with ``packed``.
+        dropout, scaling: as transformers passes them; a frozen LM has no dropout.
+        packed: the training rows.
+        softcap: logits are bounded by softcap * tanh(logits / softcap), as in Gemma 2.
+        sliding_window: number of latest tokens that a query sees.
+        **kwargs: what transformers passes for other attention functions.
+
+    Returns:
+        [B, T, H, D], and the attention weights [B, H, T, S] where ``output_attentions`` asks for them.
+
+    Raises:
+        NotImplementedError: the architecture's attention has terms that packed rows do not support.
+    """
+    if packed is not None:
+        if unsupported := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+            raise NotImplementedError(f"attention with {unsupported[0]} is not supported for packed rows")
+        mixed = packed.attend(
+            module, query, key, value, scaling=scaling, softcap=softcap, sliding_window=sliding_window
+        )
+        return mixed, None
+    if softcap is None and not kwargs.get("output_attentions"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    is_causal = attention_mask is None and query.shape[2] > 1
+    mixed, weights = _attention(query, key, value, attention_mask, is_causal, scaling, softcap, needs_weights=True)
+    return mixed.transpose(1, 2), weights
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    needs_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """[B, H, T, D] and [B, G, S, D] to [B, H, T, D]; by the formula where PyTorch's kernels do not compute it."""
+    if softcap is None and not needs_weights:
+        settings = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        mixed = scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, **settings)
+        return mixed, None
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril(key.shape[2] - query.shape[2])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights @ value, weights
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def next_token_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int = 256) -> Tensor:
+    """Mean cross-entropy in float32 (scalar) of hidden states [n, L] through a frozen output layer.
+
+    The gradient of the hidden states is computed along with the loss, so that the logits of one chunk exist at a time.
+
+    Args:
+        hidden: last hidden states at the positions that predict a target.
+        head: hidden states [n, L] to logits [n, V].
+        targets: int64 [n].
+        chunk: number of positions whose logits are computed together.
+    """
+    return _ChunkedLoss.apply(hidden, head, targets, chunk)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int) -> Tensor:
+        total, gradients = hidden.new_zeros((), dtype=torch.float32), []
+        for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                part = part.detach().requires_grad_(ctx.needs_input_grad[0])
+                loss = cross_entropy(head(part).float(), target, reduction="sum")
+            if ctx.needs_input_grad[0]:
+                gradients += torch.autograd.grad(loss, part)
+            total += loss.detach()
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients).div_(len(targets)))
+        return total / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (hidden_gradient,) = ctx.saved_tensors
+        return hidden_gradient * gradient.to(hidden_gradient.dtype), None, None, None
+
+
+def recompute_layers(layers: nn.ModuleList) -> None:
+    """Gradient checkpointing of frozen decoder layers in place: less memory, a second forward of each layer.
+
+    transformers' own switch works in training mode only, and a frozen LM stays in eval mode.
+    """
+
+    def forward(plain: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, **kwargs)
+
+    for layer in layers:
+        layer.forward = partial(forward, layer.forward)
