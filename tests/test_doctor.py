@@ -1,4 +1,5 @@
 """The doctor on sound set-ups and on those that users of the reference report: the true cause is named in each."""
+# ruff: noqa: F811  (fixtures are imported by name)
 
 import json
 import math
@@ -9,97 +10,17 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
+from doctor_world import ROOT, WEIGHTS, diagnose, edit, edit_json, llama, mistakes, the_mistake, with_vocabulary, world  # noqa: F401
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from minigpt4.common import device as devices
-from minigpt4.common import fingerprints
-from minigpt4.common.config import Config
-from minigpt4.common.errors import UserError
-from minigpt4.doctor import language, look_ahead, memory, warn_if_dead
+from minigpt4.doctor import language
 from minigpt4.doctor.examination import examine
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, worst
 from minigpt4.doctor.model import ModelFiles
-from minigpt4.models.llama_folder import load_llama
-from minigpt4.models.llama_tokenizer import load_tokenizer
-from quickstart import scenes
-
-ROOT = Path(__file__).parents[1]
-WEIGHTS = ROOT / "quickstart" / "weights"
-GUIDE = ROOT / "docs" / "TROUBLESHOOTING.md"
-STAGES = {1: "cc_sbu", 2: "cc_sbu_align"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    scenes.write_shards(folder / "shards", num_shards=2, scenes_per_shard=30, seed=1)
-    scenes.write_alignment(folder / "align", num_scenes=30, seed=2)
-    projection = {"llama_proj.weight": torch.randn(160, 128) / 10, "llama_proj.bias": torch.zeros(160)}
-    torch.save({"model": projection, "epoch": 3, "config": {}}, folder / "checkpoint_3.pth")
-    return folder
-
-
-@pytest.fixture
-def diagnose(world, tmp_path, monkeypatch):
-    """Examines a quickstart stage whose configuration is changed, and returns its findings by check."""
-    monkeypatch.chdir(ROOT)
-
-    def run(*changes, stage=2, **arguments):
-        storage = {1: "shards", 2: "align"}[stage]
-        options = [f"datasets.{STAGES[stage]}.build_info.storage={world / storage}", "run.device=cpu"]
-        options += [f"run.output_dir={tmp_path / 'output'}", *([f"model.ckpt={world}/checkpoint_3.pth"] * (stage == 2))]
-        settings = {"deep": False, "steps": 0, "samples": 8, "sheet": tmp_path / "sheet.png"} | arguments
-        file = f"train_configs/quickstart_stage{stage}.yaml"
-        found = examine(Namespace(cfg_path=file, options=[*options, *changes], **settings))
-        assert len({f.check for f in found}) == len(found)
-        return {f.check: f for f in found}
-
-    return run
-
-
-def mistakes(findings):
-    return {check: f for check, f in findings.items() if f.verdict == MISTAKE}
-
-
-def the_mistake(findings, check, *words):
-    """The only mistake among findings: its check, and its words in evidence and remedy."""
-    assert list(mistakes(findings)) == [check], {c: f.evidence for c, f in mistakes(findings).items()}
-    finding = findings[check]
-    text = f"{finding.evidence} {finding.remedy}"
-    assert not [word for word in words if word not in text], text
-    assert finding.remedy
-    return finding
-
-
-@pytest.fixture
-def llama(tmp_path):
-    """A copy of the small world's LM, to be damaged."""
-    return shutil.copytree(WEIGHTS / "llama", tmp_path / "llama")
-
-
-def edit(folder, change):
-    state = {name: value.float() for name, value in load_file(folder / "model.safetensors").items()}
-    change(state)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_json(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def with_vocabulary(folder, rows):
-    def change(state):
-        for name in ("model.embed_tokens.weight", "lm_head.weight"):
-            state[name] = torch.cat([state[name], state[name][:1].repeat(rows - len(state[name]), 1)])
-
-    edit(folder, change)
-    edit_json(folder / "config.json", vocab_size=rows)
-
 
 # sound set-ups
 
@@ -329,160 +250,3 @@ def test_10_files_that_are_none(diagnose, tmp_path):
 def test_11_a_disk_that_is_full(diagnose, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Namespace(free=10_000))
     the_mistake(diagnose(), "disk, checkpoints", "10 KB free", "keep_last", "#disk-full")
-
-
-# the parts
-
-
-@pytest.mark.parametrize(
-    ("shapes", "words"),
-    [
-        ({"llama_proj.weight": (5120, 768)}, "for a 13B LM"),
-        ({"llama_proj.weight": (4096, 5632)}, "Llama-2 variant"),
-        ({"model.embed_tokens.weight": (32001, 4096)}, "7B, vocabulary 32001 (Vicuna v0)"),
-        ({"model.embed_tokens.weight": (32000, 5120)}, "13B, vocabulary 32000 (LLaMA, or Vicuna from v1.1 on)"),
-        ({"model.layers.3.mlp.up_proj.weight": (4, 4)}, "one part of several"),
-        ({"tok_embeddings.weight": (32000, 4096)}, "Meta's own form"),
-        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (8, 4096)}, "LoRA"),
-        ({"query_tokens": (1, 32, 768), "t5_proj.weight": (4096, 768)}, "Q-Former"),
-        ({"pos_embed": (1, 257, 1408)} | {f"blocks.{i}.norm1.weight": (1408,) for i in range(40)}, "eva_vit_g.pth"),
-        ({"shared.weight": (1, 1), "encoder.block.0.layer.0.layer_norm.weight": (1,)}, "T5"),
-        ({"a": (1,), "b": (1,)}, "a, b"),
-        ({}, "without tensors"),
-    ],
-)
-def test_kinds_of_files(shapes, words):
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    assert words in fingerprints.kind_of(state) and words in fingerprints.kind_of({"model": state})
-
-
-def test_the_head_of_a_run_refuses_early_and_warns(world, monkeypatch, llama, caplog):
-    monkeypatch.chdir(ROOT)
-
-    def head(*options):
-        options = [f"model.ckpt={world}/checkpoint_3.pth", *options]
-        cfg = Config(Namespace(cfg_path="train_configs/quickstart_stage2.yaml", options=options)).check()
-        look_ahead(cfg, torch.device("cpu"))
-
-    head()
-    assert not caplog.records
-    with pytest.raises(UserError, match=r"model\.ckpt is still the placeholder.*\(1 more: python -m minigpt4\.doctor"):
-        head("model.ckpt=/path/to/ckpt.pth", "model.prompt_path=absent.txt")
-    with_vocabulary(llama, 32000)
-    head(f"model.llama_model={llama}")
-    assert {record.levelname for record in caplog.records} == {"WARNING"}
-    assert "answers would be garbage" in caplog.text
-
-
-def test_a_dead_model_is_told_at_the_head_of_training(llama, caplog):
-    tokenizer = load_tokenizer(llama)
-    warn_if_dead(Namespace(llama_model=load_llama(llama, torch.float32), llama_tokenizer=tokenizer))
-    assert not caplog.records
-    edit(llama, lambda state: state["lm_head.weight"].zero_())
-    warn_if_dead(Namespace(llama_model=load_llama(llama, torch.float32), llama_tokenizer=tokenizer))
-    assert "it predicts nothing (loss 6.64" in caplog.text and "#a-dead-language-model" in caplog.text
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("X out of memory."), RuntimeError("can't allocate memory")])
-def test_out_of_memory_is_explained(error):
-    told = devices.explain_out_of_memory(error, "run.batch_size_train")
-    assert "lower run.batch_size_train" in told and "#out-of-memory" in told
-    assert devices.explain_out_of_memory(RuntimeError("shape mismatch"), "") is None
-
-
-def test_every_link_into_the_guide_leads_somewhere():
-    def anchor(title):
-        return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-
-    text = GUIDE.read_text(encoding="utf-8")
-    anchors = {anchor(title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
-    named = set()
-    for file in [*(ROOT / "minigpt4").rglob("*.py"), ROOT / "train.py", ROOT / "demo.py"]:
-        code = file.read_text(encoding="utf-8")
-        named |= set(re.findall(r"""\bsee\(\s*"([^"]+)"\s*\)""", code))
-        named |= set(re.findall(r"TROUBLESHOOTING\.md#([\w-]+)", code)) - {"anchor"}
-        named |= set(re.findall(r'_ANCHOR = "([^"]+)"', code))
-    assert len(named) >= 10 and named <= anchors
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
-    for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
-        assert (GUIDE.parent / link).exists(), link
-
-
-# memory
-
-
-def test_weights_of_7b_by_part():
-    """A model of the full size, without a byte of memory."""
-    folder = {"vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    from minigpt4.models.llama import Llama, LlamaConfig
-    from minigpt4.models.mini_gpt4 import MiniGPT4
-    from minigpt4.models.vision import build_vision
-
-    with torch.device("meta"):
-        llm = Llama(LlamaConfig(**folder, num_attention_heads=32)).bfloat16()
-        model = MiniGPT4(*build_vision({}), llm, None)
-    sizes = memory.weight_bytes(model)
-    assert sizes["language model"] == pytest.approx(13.48e9, rel=1e-3)
-    assert sizes["projection"] == 4 * (768 * 4096 + 4096)
-
-
-@pytest.mark.parametrize("settings", [(), ("model.llm_grad_checkpoint=True",)], ids=["plain", "layers computed again"])
-def test_training_memory_is_what_an_exact_device_measures(world, tmp_path, settings):
-    """On the emulated device, which counts every byte of every tensor."""
-    build = pytest.importorskip("emulated_npu.build")
-    if build.compiler() is None:
-        pytest.skip("the emulated device is compiled, and no g++ is here")
-    build.install(tmp_path / "npu")
-    command = [sys.executable, "-m", "minigpt4.doctor", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--json"]
-    command += ["--steps", "2", "--sheet", tmp_path / "sheet.png", "--options", "run.device=npu", "run.num_workers=0"]
-    command += [f"datasets.cc_sbu.build_info.storage={world}/shards", f"run.output_dir={tmp_path}/out", *settings]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "npu"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = {row["check"]: row["numbers"] for row in json.loads(done.stdout)["findings"]}
-    measured = found["memory, measured"]
-    assert measured["predicted"] == pytest.approx(measured["measured"], rel=0.1)
-    assert measured["measured"] < sum(found["memory, training"].values())  # which is for the longest texts
-    assert found["time"]["step"] > 0 and found["time"]["steps"] == 800
-    assert not (tmp_path / "out").exists()
-
-
-CHAT = """
-import sys
-import torch
-from types import SimpleNamespace
-from minigpt4.common import device as devices
-from minigpt4.common.config import Config
-from minigpt4.conversation.conversation import CONV_VISION, Chat
-from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.doctor import memory
-from minigpt4.doctor.model import ModelFiles
-from minigpt4.models import MiniGPT4
-
-file, options = "eval_configs/quickstart_eval.yaml", ["model.ckpt=null"]
-cfg = Config(SimpleNamespace(cfg_path=file, options=options)).check().model_cfg
-device = devices.pick("npu", 0, True)
-chat, conv, images = Chat(MiniGPT4.from_config(cfg, device=device), None, device), CONV_VISION.copy(), []
-chat.upload_img(torch.rand(3, 64, 64), conv, images)
-chat.ask("word " * int(sys.argv[1]), conv)
-for answer in chat.stream(conv, images, GenerationOptions(max_new_tokens=3, do_sample=False)):
-    pass
-measured = devices.max_memory_mib(device) * 2**20
-files = ModelFiles(cfg, device)
-files.examine()
-print(measured, sum(memory.chat(files.build(), device, 64, answer.num_context + len(answer.ids) - 1).values()))
-"""
-
-
-@pytest.mark.parametrize("num_words", [10, 300])
-def test_chat_memory_is_what_an_exact_device_measures(tmp_path, num_words):
-    build = pytest.importorskip("emulated_npu.build")
-    if build.compiler() is None:
-        pytest.skip("the emulated device is compiled, and no g++ is here")
-    build.install(tmp_path / "npu")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'npu'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", CHAT, str(num_words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    measured, predicted = map(float, done.stdout.split()[-2:])
-    assert predicted == pytest.approx(measured, rel=0.1)

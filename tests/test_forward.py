@@ -9,8 +9,6 @@ from golden_data import close, read_json, read_tensors
 from torch import nn
 
 from minigpt4.common.errors import UserError
-from minigpt4.models import packed as packed_rows
-from minigpt4.models.kv_cache import KVCache
 from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_PLACEHOLDER, IMAGE_SLOT, read_prompts
 
 FORWARD = read_json("forward.json")
@@ -60,6 +58,8 @@ def test_embeddings_and_logits(stage):
     with torch.no_grad():
         embeds = model.embed(ids, model.encode_img(IMAGES)[0])
         assert close(embeds, golden["inputs_embeds"], 2e-5)
+        from minigpt4.models.kv_cache import KVCache
+
         llm, cache = model.llama_model, KVCache()
         logits = llm.lm_head(llm.model(embeds, cache.expect(mask, mask.device), cache))
     if "logits" in golden:
@@ -236,12 +236,14 @@ def test_beginnings_that_differ_within_a_batch_are_read_with_their_rows(build, p
 
 
 def test_a_loss_in_chunks_is_the_plain_one():
+    from minigpt4.models.packed import next_token_loss
+
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(11, 6, requires_grad=True), torch.randn(20, 6), torch.randint(20, (11,))
     plain = torch.nn.functional.cross_entropy(hidden @ weight.T, targets)
     (expected,) = torch.autograd.grad(plain, hidden)
-    loss = packed_rows.next_token_loss(hidden, weight, targets, chunk=4)
+    loss = next_token_loss(hidden, weight, targets, chunk=4)
     (gradient,) = torch.autograd.grad(loss, hidden)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradient, expected)
-    assert packed_rows.next_token_loss(hidden[:0], weight, targets[:0]).isnan()
+    assert next_token_loss(hidden[:0], weight, targets[:0]).isnan()

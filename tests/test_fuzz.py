@@ -16,10 +16,10 @@ def test_property(name):
     ("name", "change"),
     [
         ("filter_cap", ("minigpt4.common.utils.json.loads", lambda text: [][0])),
-        ("cleaning", ("fuzz.CLEANED", lambda text: text)),
-        ("packing", ("fuzz.IGNORED", 0)),
-        ("trimming", ("fuzz._drop_oldest_turn", lambda conv: False)),
-        ("pictures", ("fuzz.decode_image", lambda data: data.decode())),
+        ("cleaning", ("fuzz_data.CLEANED", lambda text: text)),
+        ("packing", ("fuzz_model.IGNORED", 0)),
+        ("trimming", ("fuzz_model._drop_oldest_turn", lambda conv: False)),
+        ("pictures", ("minigpt4.datasets.datasets.sample.decode_image", lambda data: data.decode())),
     ],
 )
 def test_a_property_that_does_not_hold_is_found(monkeypatch, name, change):

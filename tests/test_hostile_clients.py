@@ -19,7 +19,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 import demo
-from minigpt4.conversation.conversation import IMAGE_MESSAGE, Conversation, _drop_oldest_turn
+from minigpt4.conversation.conversation import IMAGE_MESSAGE, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api, api_requests
 from minigpt4.serve.api_requests import Limits
@@ -337,6 +337,8 @@ def test_dropping_by_halves_drops_as_one_by_one(chat, monkeypatch):
         conv.append_message(conv.roles[1], f"answer {i}" if i % 3 else None)
     conv.append_message(conv.roles[0], "the last one")
     num_images = conv.get_prompt().count("<ImageHere>")
+
+    from minigpt4.conversation.conversation import _drop_oldest_turn
 
     def one_by_one(room):
         rest: Conversation = conv.copy()

@@ -5,7 +5,7 @@ import torch
 from golden_data import close, read_json, read_tensors
 
 from minigpt4.conversation.conversation import CONV_VISION, Chat
-from minigpt4.conversation.generation import GenerationOptions, _Decoder
+from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.processors import Blip2ImageEvalProcessor
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
@@ -25,6 +25,8 @@ def upload(chat, number, conv, images):
 @pytest.fixture
 def seen_logits(monkeypatch):
     """All logits that decoders gave, and how many positions each call read."""
+    from minigpt4.conversation.generation import _Decoder
+
     logits, lengths, plain = [], [], _Decoder.feed
 
     def feed(self, embeds):
@@ -111,6 +113,8 @@ def test_a_stopped_answer_stays_in_the_chat_and_it_goes_on(new_chat):
 
 
 def test_a_failed_answer_leaves_nothing_behind(new_chat, monkeypatch):
+    from minigpt4.conversation.generation import _Decoder
+
     chat, conv = new_chat(4), CONV_VISION.copy()
     chat.ask(QUESTIONS[0], conv)
     with monkeypatch.context() as patch:

@@ -1,0 +1,91 @@
+"""The parts of the doctor: kinds of files, the checks at the head of a run, and the guide."""
+# ruff: noqa: F811  (fixtures are imported by name)
+
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+from doctor_world import GUIDE, ROOT, edit, llama, with_vocabulary, world  # noqa: F401
+
+from minigpt4.common import device as devices
+from minigpt4.common import fingerprints
+from minigpt4.common.config import Config
+from minigpt4.common.errors import UserError
+from minigpt4.doctor import look_ahead, warn_if_dead
+from minigpt4.models.llama_folder import load_llama
+from minigpt4.models.llama_tokenizer import load_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"llama_proj.weight": (5120, 768)}, "for a 13B LM"),
+        ({"llama_proj.weight": (4096, 5632)}, "Llama-2 variant"),
+        ({"model.embed_tokens.weight": (32001, 4096)}, "7B, vocabulary 32001 (Vicuna v0)"),
+        ({"model.embed_tokens.weight": (32000, 5120)}, "13B, vocabulary 32000 (LLaMA, or Vicuna from v1.1 on)"),
+        ({"model.layers.3.mlp.up_proj.weight": (4, 4)}, "one part of several"),
+        ({"tok_embeddings.weight": (32000, 4096)}, "Meta's own form"),
+        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (8, 4096)}, "LoRA"),
+        ({"query_tokens": (1, 32, 768), "t5_proj.weight": (4096, 768)}, "Q-Former"),
+        ({"pos_embed": (1, 257, 1408)} | {f"blocks.{i}.norm1.weight": (1408,) for i in range(40)}, "eva_vit_g.pth"),
+        ({"shared.weight": (1, 1), "encoder.block.0.layer.0.layer_norm.weight": (1,)}, "T5"),
+        ({"a": (1,), "b": (1,)}, "a, b"),
+        ({}, "without tensors"),
+    ],
+)
+def test_kinds_of_files(shapes, words):
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert words in fingerprints.kind_of(state) and words in fingerprints.kind_of({"model": state})
+
+
+def test_the_head_of_a_run_refuses_early_and_warns(world, monkeypatch, llama, caplog):
+    monkeypatch.chdir(ROOT)
+
+    def head(*options):
+        options = [f"model.ckpt={world}/checkpoint_3.pth", *options]
+        cfg = Config(Namespace(cfg_path="train_configs/quickstart_stage2.yaml", options=options)).check()
+        look_ahead(cfg, torch.device("cpu"))
+
+    head()
+    assert not caplog.records
+    with pytest.raises(UserError, match=r"model\.ckpt is still the placeholder.*\(1 more: python -m minigpt4\.doctor"):
+        head("model.ckpt=/path/to/ckpt.pth", "model.prompt_path=absent.txt")
+    with_vocabulary(llama, 32000)
+    head(f"model.llama_model={llama}")
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert "answers would be garbage" in caplog.text
+
+
+def test_a_dead_model_is_told_at_the_head_of_training(llama, caplog):
+    tokenizer = load_tokenizer(llama)
+    warn_if_dead(Namespace(llama_model=load_llama(llama, torch.float32), llama_tokenizer=tokenizer))
+    assert not caplog.records
+    edit(llama, lambda state: state["lm_head.weight"].zero_())
+    warn_if_dead(Namespace(llama_model=load_llama(llama, torch.float32), llama_tokenizer=tokenizer))
+    assert "it predicts nothing (loss 6.64" in caplog.text and "#a-dead-language-model" in caplog.text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("X out of memory."), RuntimeError("can't allocate memory")])
+def test_out_of_memory_is_explained(error):
+    told = devices.explain_out_of_memory(error, "run.batch_size_train")
+    assert "lower run.batch_size_train" in told and "#out-of-memory" in told
+    assert devices.explain_out_of_memory(RuntimeError("shape mismatch"), "") is None
+
+
+def test_every_link_into_the_guide_leads_somewhere():
+    def anchor(title):
+        return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+    text = GUIDE.read_text(encoding="utf-8")
+    anchors = {anchor(title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    named = set()
+    for file in [*(ROOT / "minigpt4").rglob("*.py"), ROOT / "train.py", ROOT / "demo.py"]:
+        code = file.read_text(encoding="utf-8")
+        named |= set(re.findall(r"""\bsee\(\s*"([^"]+)"\s*\)""", code))
+        named |= set(re.findall(r"TROUBLESHOOTING\.md#([\w-]+)", code)) - {"anchor"}
+        named |= set(re.findall(r'_ANCHOR = "([^"]+)"', code))
+    assert len(named) >= 10 and named <= anchors
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
+    for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
+        assert (GUIDE.parent / link).exists(), link
