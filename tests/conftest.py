@@ -53,3 +53,33 @@ def build():
 def model(build):
     """One loaded tiny model, shared: change it through ``monkeypatch`` only."""
     return build()
+
+
+@pytest.fixture(scope="session")
+def chat():
+    """The quickstart's ``Chat`` on the CPU, shared: change it through ``monkeypatch`` only."""
+    from serving import build_chat
+
+    return build_chat()
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory):
+    """Five images of scenes, 0.png to 4.png, and a damaged one, 2a.jpg."""
+    from random import Random
+
+    from quickstart import scenes
+
+    folder, rng = tmp_path_factory.mktemp("scenes"), Random(1)
+    for i in range(5):
+        scenes.render(scenes.draw_scene(rng), rng).save(folder / f"{i}.png")
+    (folder / "2a.jpg").write_bytes((folder / "2.png").read_bytes()[:100])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_kinds(tmp_path_factory):
+    """Files of every kind of image that can be read, and of those that cannot."""
+    import picture_kinds
+
+    return picture_kinds.write_all(tmp_path_factory.mktemp("kinds"))

@@ -1,6 +1,5 @@
-"""Clients, questions and lists of pictures that nobody hopes for: an error in a sentence, and the others go on."""
+"""Requests that nobody hopes for: one sentence explains the error, and the server continues."""
 
-import argparse
 import asyncio
 import base64
 import contextlib
@@ -9,34 +8,21 @@ import os
 import socket
 import threading
 import time
-from dataclasses import replace
 
 import picture_kinds
 import pytest
-from confined import told
 from fastapi import Request
 from fastapi.testclient import TestClient
 from PIL import Image
 
-import demo
-from minigpt4.conversation.conversation import IMAGE_MESSAGE, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api, api_requests
 from minigpt4.serve.api_requests import Limits
-from minigpt4.serve.batch import answer_batch, find_questions
 from minigpt4.serve.engine import Busy, Engine
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=4)
 NAME = "small"
 PNG = base64.b64encode(picture_kinds.saved(Image.new("RGB", (8, 8)), "PNG")).decode()
-
-
-@pytest.fixture(scope="module")
-def chat():
-    options = ["model.ckpt=null", "run.device=cpu"]
-    return demo.build_chat(
-        argparse.Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, gpu_id=0, seed=1)
-    )
 
 
 @pytest.fixture(scope="module")
@@ -325,130 +311,3 @@ def test_a_picture_that_trickles_is_given_up(client, monkeypatch, confined):
         found = posted(client, shown(f"http://127.0.0.1:{port}/a.png"))
         assert found.status_code == 400 and "TimeoutError" in found.text and time.monotonic() - begin < 2
         thread.join()
-
-
-def test_dropping_by_halves_drops_as_one_by_one(chat, monkeypatch):
-    """The fewest turns that have to go, for any room."""
-    conv = chat.template.copy()
-    for i in range(12):
-        if i % 4 == 0:
-            conv.append_message(conv.roles[0], IMAGE_MESSAGE)
-        conv.append_message(conv.roles[0], f"question {i} " * (i % 5 + 1))
-        conv.append_message(conv.roles[1], f"answer {i}" if i % 3 else None)
-    conv.append_message(conv.roles[0], "the last one")
-    num_images = conv.get_prompt().count("<ImageHere>")
-
-    from minigpt4.conversation.conversation import _drop_oldest_turn
-
-    def one_by_one(room):
-        rest: Conversation = conv.copy()
-        rest.append_message(rest.roles[1], None)
-        while True:
-            ids = [chat.model.llama_tokenizer.bos_token_id, *chat.model.slots(rest.get_prompt())]
-            if len(ids) <= room:
-                return ids
-            if not _drop_oldest_turn(rest):
-                return None
-
-    lengths = set()
-    for room in range(40, 700, 7):
-        expected = one_by_one(room)
-        if expected is None:
-            told(lambda room=room: chat._context_ids(conv, num_images, room), "too long")
-        else:
-            assert chat._context_ids(conv, num_images, room) == expected
-            lengths.add(len(expected))
-    assert len(lengths) > 5
-
-
-# lists of pictures
-
-ROWS = {
-    "no JSON": (b"a.png\n", "line 1", "JSON"),
-    "deep": (b"[" * 10**6, "line 1", "JSON"),
-    "5000 digits": (b'{"image": ' + b"9" * 5000 + b"}", "line 1", "JSON"),
-    "not UTF-8": (b'{"image": "\xff.png"}', "UTF-8"),
-    "null": (b"null", "line 1"),
-    "a list": (b'["image"]', "line 1"),
-    "no image": (b'{"question": "Why?"}', "line 1"),
-    "an image as a number": (b'{"image": 5}', "line 1"),
-    "the second row": (b'{"image": "a.png"}\n{"image": null}', "line 2"),
-}
-
-
-@pytest.mark.parametrize("case", ROWS)
-def test_rows(tmp_path, case, confined):
-    content, *words = ROWS[case]
-    (tmp_path / "rows.jsonl").write_bytes(content)
-    told(lambda: find_questions(str(tmp_path / "rows.jsonl"), "What?"), "--batch", "rows.jsonl", *words)
-
-
-def test_rows_that_are_answered_with_an_error(chat, tmp_path):
-    (tmp_path / "good.png").write_bytes(base64.b64decode(PNG))
-    os.mkfifo(tmp_path / "pipe.png")
-    os.symlink("/dev/zero", tmp_path / "zero.png")
-    images = ["good.png", "absent.png", "a\0b.png", "\ud800.png", "x" * 5000, "pipe.png", "zero.png", "", "/etc/passwd"]
-    rows = [{"image": image, "question": "Why?"} for image in images]
-    questions = ["<ImageHere>", "", "\u2028", "half \ud83d", None, ["a"]]
-    rows += [{"image": "good.png", "question": question} for question in questions]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    found = find_questions(str(tmp_path / "rows.jsonl"), "What?")
-    out = tmp_path / "out.jsonl"
-    assert answer_batch(chat, found, out, GREEDY) == 11
-    lines = out.read_text(encoding="utf-8").split("\n")[:-1]
-    assert ["error" in json.loads(line) for line in lines] == [False] + [True] * 11 + [False] * 3
-    whole = out.read_bytes()
-    assert answer_batch(chat, found, out, GREEDY) == 11 and out.read_bytes() == whole  # it knows its own rows again
-
-
-def test_names_that_are_not_utf_8(chat, tmp_path):
-    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
-    with open(name, "wb") as file:
-        file.write(base64.b64decode(PNG))
-    out = tmp_path / "out.jsonl"
-    found = find_questions(str(tmp_path), "What?")
-    for _ in range(2):
-        assert answer_batch(chat, found, out, GREEDY) == 0
-        row = json.loads(out.read_text(encoding="utf-8"))
-        assert row["image"] == os.fsdecode(name) and row["answer"] is not None
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"null\n",
-        b"[" * 100_000 + b"\n",
-        b"\xff\n",
-        b"5\n",
-        b'{"image": 5}\n',
-        b'[{"image": "a", "question": "b"}]\n',
-        b"{}\n",
-    ],
-    ids=["null", "deep", "no UTF-8", "number", "no question", "list", "nothing"],
-)
-def test_a_target_of_other_rows_stays_as_it_is(chat, tmp_path, content):
-    (tmp_path / "a.png").write_bytes(base64.b64decode(PNG))
-    (tmp_path / "out.jsonl").write_bytes(content)
-    found = find_questions(str(tmp_path), "What?")
-    told(lambda: answer_batch(chat, found, tmp_path / "out.jsonl", GREEDY), "--out", "out.jsonl")
-    assert (tmp_path / "out.jsonl").read_bytes() == content
-
-
-@pytest.mark.parametrize("text", ["", " \n\t", "<ImageHere>", "a <ImageHere> b", "x" * 200_000])
-def test_questions_that_are_refused(chat, text):
-    conv, images = chat.template.copy(), []
-
-    def ask():
-        chat.ask(text, conv)
-        chat.answer(conv, images, max_new_tokens=4)
-
-    told(ask)
-
-
-def test_a_temperature_near_nothing_is_the_likeliest_word(chat):
-    answers = []
-    for options in (GREEDY, replace(GREEDY, do_sample=True, temperature=1e-38, seed=1)):
-        conv = chat.template.copy()
-        chat.ask("Why?", conv)
-        answers.append(chat.answer_all([conv], [[]], options)[0][0])
-    assert answers[0] == answers[1]

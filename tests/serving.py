@@ -1,0 +1,76 @@
+"""What the tests of the API share: requests, and the server on a free port in a thread."""
+
+import base64
+import json
+import socket
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import openai
+import uvicorn
+
+import demo
+from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.serve import api
+from minigpt4.serve.api_requests import Limits
+from minigpt4.serve.engine import Engine
+
+GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
+NAME = "small"
+QUESTION = "Describe this image in detail."
+
+
+def build_chat():
+    """The quickstart's frozen parts with an untrained projection: its answers are nonsense, but repeatable."""
+    options = ["model.ckpt=null", "run.device=cpu"]
+    cfg_path = str(Path(demo.__file__).parent / "eval_configs" / "quickstart_eval.yaml")
+    return demo.build_chat(Namespace(cfg_path=cfg_path, options=options, gpu_id=0, seed=1))
+
+
+def data_url(data):
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def content(*urls, text=QUESTION):
+    return [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": text}]
+
+
+def post_text(**changes):
+    """The body of a request without images."""
+    body = {"model": NAME, "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4, "temperature": 0}
+    return json.dumps(body | changes).encode()
+
+
+def rows_of(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+class Server:
+    """The API on a free port, in a thread."""
+
+    def __init__(self, chat, api_key=None, max_queue=8, **limits):
+        self.engine = Engine(chat, max_batch=4, max_queue=max_queue, max_length=400)
+        app = api.build_app(self.engine, NAME, Limits(**limits), api_key)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.02)
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0)
+
+    def ask(self, what, **options):
+        messages = [{"role": "user", "content": what}]
+        return self.client.chat.completions.create(
+            **({"model": NAME, "messages": messages, "max_tokens": 12, "temperature": 0} | options)
+        )
+
+    def close(self):
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.close()

@@ -1,0 +1,149 @@
+"""Describing many images: what is found, rows in order, resume, and lists that nobody hopes for."""
+
+import json
+import os
+
+import picture_kinds
+import pytest
+from confined import told
+from PIL import Image
+from serving import GREEDY, rows_of
+
+from minigpt4.common.errors import UserError
+from minigpt4.serve.batch import answer_batch, find_questions
+
+PNG = picture_kinds.saved(Image.new("RGB", (8, 8)), "PNG")
+
+
+def write_rows(path, *rows):
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return str(path)
+
+
+def test_rows_in_order_and_resume(chat, scene_folder, tmp_path):
+    questions = find_questions(str(scene_folder), "What is it?")
+    assert [q.image.rsplit("/", 1)[1] for q in questions] == ["0.png", "1.png", "2.png", "2a.jpg", "3.png", "4.png"]
+    out = tmp_path / "out" / "rows.jsonl"
+    assert answer_batch(chat, questions, out, GREEDY, size=2) == 1
+    whole = out.read_bytes()
+    rows = rows_of(out)
+    assert [row["image"] for row in rows] == [q.image for q in questions]
+    assert "2a.jpg" in rows[3]["error"] and all("answer" in row for row in rows if row is not rows[3])
+    lines = whole.splitlines(keepends=True)
+    for rest in (b"".join(lines[:2]), b"".join(lines[:2]) + lines[2][:20], whole):  # killed between, within, after
+        out.write_bytes(rest)
+        assert answer_batch(chat, questions, out, GREEDY, size=2) == 1
+        assert out.read_bytes() == whole
+    with pytest.raises(UserError, match="other pictures or questions"):
+        answer_batch(chat, find_questions(str(scene_folder), "Why?"), out, GREEDY)
+    assert out.read_bytes() == whole
+
+
+def test_images_of_every_kind(chat, image_kinds, tmp_path):
+    good, bad = image_kinds
+    questions = find_questions(str(good[0].parent), "What?")
+    assert answer_batch(chat, questions, tmp_path / "out.jsonl", GREEDY) == len(bad)
+    for row in rows_of(tmp_path / "out.jsonl"):
+        name = row["image"].rsplit("/", 1)[1]
+        assert "answer" in row if name in {file.name for file in good} else name in row["error"]
+
+
+def test_a_question_that_is_too_long_is_a_row(chat, scene_folder, tmp_path):
+    rows = [{"image": f"{scene_folder}/0.png", "question": text} for text in ("Why?", "x" * 100_000, "")]
+    questions = find_questions(write_rows(tmp_path / "rows.jsonl", *rows), "What?")
+    assert answer_batch(chat, questions, tmp_path / "out.jsonl", GREEDY) == 2
+    first, second, third = rows_of(tmp_path / "out.jsonl")
+    assert first["answer"] and "too long" in second["error"] and "empty" in third["error"]
+
+
+def test_resume_after_odd_line_ends_and_a_bad_target(chat, scene_folder, tmp_path):
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"image": f"{scene_folder}/0.png", "question": "Why\u2028so\x85?"}
+    rows.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    for _ in range(2):
+        assert answer_batch(chat, find_questions(str(rows), "What?"), out, GREEDY) == 0
+        assert out.read_text(encoding="utf-8").count("\n") == 1
+    with pytest.raises(UserError, match=r"--out.*cannot be written"):
+        answer_batch(chat, find_questions(str(rows), "What?"), tmp_path, GREEDY)
+
+
+def test_sources(scene_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"image": "a.png", "question": "Why?"}\n\n{"image": "b.png"}\n', encoding="utf-8")
+    assert [(q.image, q.text) for q in find_questions(str(rows), "What?")] == [
+        (str(tmp_path / "a.png"), "Why?"),
+        (str(tmp_path / "b.png"), "What?"),
+    ]
+    assert len(find_questions(f"{scene_folder}/[0-2].png", "What?")) == 3
+    with pytest.raises(UserError, match="holds no pictures"):
+        find_questions(str(tmp_path / "nothing"), "What?")
+
+
+MALFORMED_ROWS = {
+    "no JSON": (b"a.png\n", "line 1", "JSON"),
+    "half an object": (b"{", "line 1", "JSON"),
+    "deep": (b"[" * 10**6, "line 1", "JSON"),
+    "5000 digits": (b'{"image": ' + b"9" * 5000 + b"}", "line 1", "JSON"),
+    "not UTF-8": (b'{"image": "\xff.png"}', "UTF-8"),
+    "null": (b"null", "line 1"),
+    "a list": (b'["image"]', "line 1"),
+    "no image": (b'{"question": "Why?"}', "line 1"),
+    "an image as a number": (b'{"image": 5}', "line 1"),
+    "the second row": (b'{"image": "a.png"}\n{"image": null}', "line 2"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_ROWS)
+def test_malformed_rows(tmp_path, case, confined):
+    data, *words = MALFORMED_ROWS[case]
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    told(lambda: find_questions(str(tmp_path / "rows.jsonl"), "What?"), "--batch", "rows.jsonl", *words)
+
+
+def test_rows_that_are_answered_with_an_error(chat, tmp_path):
+    (tmp_path / "good.png").write_bytes(PNG)
+    os.mkfifo(tmp_path / "pipe.png")
+    os.symlink("/dev/zero", tmp_path / "zero.png")
+    images = ["good.png", "absent.png", "a\0b.png", "\ud800.png", "x" * 5000, "pipe.png", "zero.png", "", "/etc/passwd"]
+    rows = [{"image": image, "question": "Why?"} for image in images]
+    questions = ["<ImageHere>", "", "\u2028", "half \ud83d", None, ["a"]]
+    rows += [{"image": "good.png", "question": question} for question in questions]
+    found = find_questions(write_rows(tmp_path / "rows.jsonl", *rows), "What?")
+    out = tmp_path / "out.jsonl"
+    assert answer_batch(chat, found, out, GREEDY) == 11
+    lines = out.read_text(encoding="utf-8").split("\n")[:-1]
+    assert ["error" in json.loads(line) for line in lines] == [False] + [True] * 11 + [False] * 3
+    whole = out.read_bytes()
+    assert answer_batch(chat, found, out, GREEDY) == 11 and out.read_bytes() == whole  # recognises its own rows
+
+
+def test_names_that_are_not_utf_8(chat, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(PNG)
+    out = tmp_path / "out.jsonl"
+    found = find_questions(str(tmp_path), "What?")
+    for _ in range(2):
+        assert answer_batch(chat, found, out, GREEDY) == 0
+        row = json.loads(out.read_text(encoding="utf-8"))
+        assert row["image"] == os.fsdecode(name) and row["answer"] is not None
+
+
+FOREIGN_TARGETS = {
+    "null": b"null\n",
+    "deep": b"[" * 100_000 + b"\n",
+    "not UTF-8": b"\xff\n",
+    "a number": b"5\n",
+    "no question": b'{"image": 5}\n',
+    "a list": b'[{"image": "a", "question": "b"}]\n',
+    "nothing": b"{}\n",
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_TARGETS)
+def test_a_target_with_other_rows_is_left_unchanged(chat, tmp_path, case):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "out.jsonl").write_bytes(FOREIGN_TARGETS[case])
+    found = find_questions(str(tmp_path), "What?")
+    told(lambda: answer_batch(chat, found, tmp_path / "out.jsonl", GREEDY), "--out", "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == FOREIGN_TARGETS[case]

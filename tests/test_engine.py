@@ -1,0 +1,111 @@
+"""The engine: which requests share a batch, who learns of a failure, and time limits."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from serving import GREEDY
+
+from minigpt4.common.errors import UserError
+from minigpt4.conversation.conversation import Answer
+from minigpt4.serve.engine import Busy, Engine, Request
+
+
+class Log:
+    """Requests whose answers are recorded, and in what order they started and finished."""
+
+    def __init__(self):
+        self.latest, self.events = {}, []
+        self.all_done = threading.Event()
+
+    def request(self, name, text="Yes?", **options):
+        def on_update(update):
+            if name not in self.latest:
+                self.events.append((name, "begin"))
+            is_over = isinstance(update, Exception) or update.end is not None
+            self.latest[name] = replace(update, ids=list(update.ids)) if isinstance(update, Answer) else update
+            if is_over:
+                self.events.append((name, "end"))
+
+        return Request("", [("user", [text])], replace(GREEDY, **options), on_update)
+
+    @property
+    def most_at_once(self):
+        counts, most = 0, 0
+        for _, event in self.events:
+            counts += 1 if event == "begin" else -1
+            most = max(most, counts)
+        return most
+
+
+def run_together(chat, requests, max_batch):
+    """Answers requests that all wait when the engine becomes free; it ends when they are answered."""
+    engine = Engine(chat, max_batch=max_batch, max_queue=len(requests) + 1, max_length=300)
+    is_busy, are_all_waiting = threading.Event(), threading.Event()
+
+    def hold(_):
+        is_busy.set()
+        are_all_waiting.wait(60)
+
+    engine.submit(Request("", [("user", ["Yes?"])], replace(GREEDY, max_new_tokens=1), hold))
+    assert is_busy.wait(60)
+    for request in requests:
+        engine.submit(request)
+    are_all_waiting.set()
+    engine.close()
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 3])
+def test_max_batch_is_respected_and_used(chat, max_batch):
+    log = Log()
+    run_together(chat, [log.request(i) for i in range(5)], max_batch)
+    assert len(log.latest) == 5 and all(isinstance(answer, Answer) for answer in log.latest.values())
+    assert log.most_at_once == max_batch
+
+
+def test_one_request_that_is_too_long_fails_alone_within_a_batch(chat):
+    log, alone = Log(), Log()
+    texts = ["What is at the top?", "x" * 10_000, "How many objects are there?", "<ImageHere>"]
+    run_together(chat, [log.request(i, text) for i, text in enumerate(texts)], max_batch=4)
+    assert isinstance(log.latest[1], UserError) and "too long" in str(log.latest[1])
+    assert isinstance(log.latest[3], UserError) and "cannot contain" in str(log.latest[3])
+    for i in (0, 2):
+        run_together(chat, [alone.request(i, texts[i])], max_batch=1)
+        assert log.latest[i].ids == alone.latest[i].ids and log.latest[i].end is not None
+
+
+def test_a_failure_is_reported_to_the_whole_batch_and_the_engine_continues(chat, monkeypatch, caplog):
+    log = Log()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model.llama_tokenizer, "decode", fail)
+        run_together(chat, [log.request(i) for i in range(2)], max_batch=2)
+    assert all(isinstance(update, RuntimeError) for update in log.latest.values()) and len(log.latest) == 2
+    run_together(chat, [log.request("next")], max_batch=2)
+    assert log.latest["next"].end is not None
+
+
+def test_a_full_queue_raises_busy(chat):
+    engine = Engine(chat, max_batch=1, max_queue=1)
+    release, updates = threading.Event(), []
+    engine.submit(Request("", [("user", ["Yes?"])], GREEDY, lambda u: (updates.append(u), release.wait(20))))
+    while not updates:  # it is being answered
+        time.sleep(0.01)
+    engine.submit(Request("", [("user", ["Yes?"])], GREEDY, updates.append))
+    with pytest.raises(Busy):
+        engine.submit(Request("", [("user", ["Yes?"])], GREEDY, updates.append))
+    release.set()
+    engine.close()
+
+
+def test_a_cancelled_request_ends_at_its_next_token(chat):
+    log = Log()
+    request = log.request("cancelled", min_length=1000, max_new_tokens=200)
+    on_update = request.tell
+    request.tell = lambda update: (on_update(update), request.cancelled.set())
+    run_together(chat, [request], max_batch=1)
+    assert len(log.latest["cancelled"].ids) == 2

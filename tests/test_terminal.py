@@ -1,0 +1,54 @@
+"""The chat in the terminal, on the embedded model."""
+
+import pytest
+from serving import GREEDY
+
+from minigpt4.serve.terminal import steady, terminal_chat
+
+
+def talk(chat, capsys, *lines):
+    """What the terminal shows for lines of input."""
+    feed = iter(lines)
+
+    def read(_):
+        try:
+            return next(feed)
+        except StopIteration:
+            raise EOFError from None
+
+    terminal_chat(chat, GREEDY, read=read)
+    return capsys.readouterr()
+
+
+def test_commands_and_answers(chat, capsys, scene_folder):
+    shown = talk(chat, capsys, "/help", f"/image {scene_folder}/0.png", "What is at the top?", "/reset", "Yes?")
+    assert "/reset" in shown.out and "Received." in shown.out and len(shown.out.splitlines()) == 4 and not shown.err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/image {}/2a.jpg", "2a.jpg' cannot be read as an image"),
+        ("/image {}/absent.jpg", "absent.jpg"),
+        ("x" * 100_000, "too long"),
+        ("<ImageHere>", "cannot contain"),
+    ],
+)
+def test_the_chat_continues_after_a_mistake(chat, capsys, scene_folder, line, message):
+    shown = talk(chat, capsys, line.format(scene_folder), "你好 🙂?")
+    assert message in shown.err and len(shown.err.splitlines()) == 1 and len(shown.out.splitlines()) == 1
+
+
+def test_images_of_every_kind(chat, capsys, image_kinds):
+    good, bad = image_kinds
+    for file in good:
+        shown = talk(chat, capsys, f"/image {file}", "What is it?")
+        assert shown.out.startswith("Received.") and not shown.err, file
+    for file in bad:
+        shown = talk(chat, capsys, f"/image {file}", "What is it?")
+        assert file.name in shown.err and len(shown.err.splitlines()) == 1 and len(shown.out.splitlines()) == 1, file
+
+
+def test_what_may_still_change_is_held_back():
+    assert steady("a dog#", ["###"]) == "a dog" and steady("a dog##", ["###"]) == "a dog"
+    assert steady("a \ufffd", ["###"]) == "a" and steady("a dog", ["###", "ogre"]) == "a d"
