@@ -78,7 +78,7 @@ def fifth_turn(chat: Chat, picture: torch.Tensor, options: GenerationOptions, ke
         conv.messages[-1][1] = ANSWER
     chat.ask(QUESTION, conv)
     answers = chat.stream(conv, images, options)
-    first = next(answers).first_token
+    first = next(answers).seconds_to_first_token
     answers.close()
     return first
 
@@ -88,10 +88,10 @@ def captions(chat: Chat, pictures: list[torch.Tensor], options: GenerationOption
     for start in range(0, len(pictures), size):
         part = pictures[start : start + size]
         convs, img_lists = [chat.template.copy() for _ in part], [[] for _ in part]
-        chat.upload_all(part, convs, img_lists)
+        chat.upload_batch(part, convs, img_lists)
         for conv in convs:
             chat.ask(QUESTION, conv)
-        chat.answer_all(convs, img_lists, options)
+        chat.answer_batch(convs, img_lists, options)
 
 
 def hundred_chats(chat: Chat, picture: torch.Tensor, device: torch.device) -> list[float]:
@@ -102,7 +102,7 @@ def hundred_chats(chat: Chat, picture: torch.Tensor, device: torch.device) -> li
         chat.upload_img(picture, conv, images)
         for _ in range(5):
             chat.ask("Why?", conv)
-            chat.answer_all([conv], [images], options)
+            chat.answer_batch([conv], [images], options)
         gc.collect()
         used.append(devices.memory_mib(device))
     return used

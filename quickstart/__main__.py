@@ -71,7 +71,7 @@ def measure(name: str, ckpt: Path | None, held_out: list[scenes.Scene]) -> dict[
             chat.upload_img(image, conv, img_list)
             chat.ask(QUESTION, conv)
         greedy = GenerationOptions(max_new_tokens=80, do_sample=False)
-        answers += [text for text, _ in chat.answer_all(convs, img_lists, greedy)]
+        answers += [text for text, _ in chat.answer_batch(convs, img_lists, greedy)]
     share = scenes.share_fully_right(held_out, answers)
     invented = sum(
         len(scenes.parse(answer) - set(scene.things)) for scene, answer in zip(held_out, answers, strict=True)

@@ -10,7 +10,7 @@ from fuzz_cases import IMAGE_PLACEHOLDER, ROOM, SEEDS, TEXTS, VALUES, from_files
 from hypothesis import strategies as st
 from webdataset.tariterators import base_plus_ext
 
-from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation.images import read_image
 from minigpt4.datasets.datasets import ShardDataset
 from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
 from minigpt4.datasets.datasets.sample import SkipSample, check_caption
@@ -110,7 +110,7 @@ def pictures(case: bytes) -> None:
 
     with contextlib.suppress(SkipSample):
         assert decode_image(case).mode == "RGB"
-    picture = or_told(lambda: read_picture(case))
+    picture = or_told(lambda: read_image(case))
     assert picture is None or picture.mode == "RGB"
 
 

@@ -197,12 +197,12 @@ def test_question_that_cannot_fit(chat):
 
 @pytest.mark.parametrize("row", [r for r in read_json("postprocess.json") if "output_ids" in r], ids=name_of)
 def test_text_of_ids(chat, row):
-    assert chat.text_of(row["output_ids"], CONV_VISION) == row["output_text"]
+    assert chat.decode_answer(row["output_ids"], CONV_VISION) == row["output_text"]
 
 
 def test_text_of_a_single_unknown_id(chat):
     """The original fails on this one; an answer must come out all the same."""
-    assert isinstance(chat.text_of([0], CONV_VISION), str)
+    assert isinstance(chat.decode_answer([0], CONV_VISION), str)
 
 
 @pytest.mark.parametrize("row", read_json("sampling.json"), ids=lambda row: row["key"])
@@ -262,9 +262,9 @@ def test_temperature_zero_is_greedy(chat):
 def test_conversations_in_one_batch(chat):
     questions = [("What is in the image?", 0), ("Please describe it in detail.", None), ("Why?", 2)]
     options = GenerationOptions(do_sample=False, max_new_tokens=12)
-    alone = [chat.answer_all([c], [i], options)[0] for c, i in (asked(chat, *q) for q in questions)]
+    alone = [chat.answer_batch([c], [i], options)[0] for c, i in (asked(chat, *q) for q in questions)]
     convs, images = zip(*(asked(chat, *q) for q in questions), strict=True)
-    together = chat.answer_all(convs, images, options)
+    together = chat.answer_batch(convs, images, options)
     assert [text for text, _ in together] == [text for text, _ in alone]
     assert [ids.tolist() for _, ids in together] == [ids.tolist() for _, ids in alone]
     assert [conv.messages[-1] for conv in convs] == [["Assistant", text] for text, _ in alone]

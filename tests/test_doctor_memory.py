@@ -72,7 +72,7 @@ for answer in chat.stream(conv, images, GenerationOptions(max_new_tokens=3, do_s
 measured = devices.max_memory_mib(device) * 2**20
 files = ModelFiles(cfg, device)
 files.examine()
-print(measured, sum(memory.chat(files.build(), device, 64, answer.num_context + len(answer.ids) - 1).values()))
+print(measured, sum(memory.chat(files.build(), device, 64, answer.prompt_tokens + len(answer.ids) - 1).values()))
 """
 
 

@@ -23,7 +23,7 @@ class Log:
         def on_update(update):
             if name not in self.latest:
                 self.events.append((name, "begin"))
-            is_over = isinstance(update, Exception) or update.end is not None
+            is_over = isinstance(update, Exception) or update.finish_reason is not None
             self.latest[name] = replace(update, ids=list(update.ids)) if isinstance(update, Answer) else update
             if is_over:
                 self.events.append((name, "end"))
@@ -72,7 +72,7 @@ def test_one_request_that_is_too_long_fails_alone_within_a_batch(chat):
     assert isinstance(log.latest[3], UserError) and "cannot contain" in str(log.latest[3])
     for i in (0, 2):
         run_together(chat, [alone.request(i, texts[i])], max_batch=1)
-        assert log.latest[i].ids == alone.latest[i].ids and log.latest[i].end is not None
+        assert log.latest[i].ids == alone.latest[i].ids and log.latest[i].finish_reason is not None
 
 
 def test_a_failure_is_reported_to_the_whole_batch_and_the_engine_continues(chat, monkeypatch, caplog):
@@ -86,7 +86,7 @@ def test_a_failure_is_reported_to_the_whole_batch_and_the_engine_continues(chat,
         run_together(chat, [log.request(i) for i in range(2)], max_batch=2)
     assert all(isinstance(update, RuntimeError) for update in log.latest.values()) and len(log.latest) == 2
     run_together(chat, [log.request("next")], max_batch=2)
-    assert log.latest["next"].end is not None
+    assert log.latest["next"].finish_reason is not None
 
 
 def test_a_full_queue_raises_busy(chat):

@@ -207,7 +207,7 @@ def test_request_that_is_answered(client, case, confined):
 def test_picture_that_is_refused(client, case, confined):
     data = PICTURES[case]
     found = posted(client, shown(data_url(data)))
-    assert found.status_code in (400, 413) and "the picture" in found.json()["error"]["message"]
+    assert found.status_code in (400, 413) and "the image" in found.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_request():
@@ -229,16 +229,16 @@ def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confine
 
 
 def test_few_pictures_are_decoded_at_a_time(client, monkeypatch, confined):
-    now, most, read_picture = [], [], api.read_picture
+    now, most, read_image = [], [], api.read_image
 
     def count(raw):
         now.append(raw)
         most.append(len(now))
         time.sleep(0.1)
         now.pop()
-        return read_picture(raw)
+        return read_image(raw)
 
-    monkeypatch.setattr(api, "read_picture", count)
+    monkeypatch.setattr(api, "read_image", count)
     request = shown("data:image/png;base64," + PNG) | {"max_tokens": 1}
     threads = [threading.Thread(target=posted, args=(client, request)) for _ in range(6)]
     for thread in threads:

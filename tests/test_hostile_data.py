@@ -12,7 +12,7 @@ from confined import Hangs, bounded, told
 from hostile_data import PICTURE, PICTURES, SHARDS, archive, good, unended
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation.images import read_image
 from minigpt4.datasets.datasets import PairDataset, ShardDataset, tar_files
 from minigpt4.datasets.datasets.pairs import Pair, read_align_folder, read_pairs
 from minigpt4.datasets.datasets.sample import Place
@@ -129,8 +129,8 @@ def test_picture_in_a_chat(tmp_path, case):
     data, kind = PICTURES[case]
     (tmp_path / "b.jpg").write_bytes(data)
     for source in (data, tmp_path / "b.jpg"):
-        name = "the picture" if isinstance(source, bytes) else "b.jpg"
-        told(lambda source=source: read_picture(source), name, *(["pixels", "100,000,000"] if "large" in kind else []))
+        name = "the image" if isinstance(source, bytes) else "b.jpg"
+        told(lambda source=source: read_image(source), name, *(["pixels", "100,000,000"] if "large" in kind else []))
 
 
 FILES = {  # what may lie in a folder where a picture is expected
@@ -150,7 +150,7 @@ def test_what_is_no_picture_file(tmp_path, case):
     place = Place(seed=0)
     assert list(PairDataset("x", [Pair(tmp_path / "b.jpg", "b")], EVAL).once(place)) == []
     assert place.skipped == {kind: 1}
-    told(lambda: read_picture(tmp_path / "b.jpg"), "b.jpg", "cannot be read as an image")
+    told(lambda: read_image(tmp_path / "b.jpg"), "b.jpg", "cannot be read as an image")
 
 
 # captions

@@ -59,5 +59,5 @@ def test_a_temperature_near_nothing_is_the_likeliest_word(chat):
     for options in (GREEDY, replace(GREEDY, do_sample=True, temperature=1e-38, seed=1)):
         conv = chat.template.copy()
         chat.ask("Why?", conv)
-        answers.append(chat.answer_all([conv], [[]], options)[0][0])
+        answers.append(chat.answer_batch([conv], [[]], options)[0][0])
     assert answers[0] == answers[1]

@@ -85,7 +85,7 @@ def test_another_image_is_another_context(new_chat):
         chat.ask(QUESTIONS[0], conv)
         answers.append(next(chat.stream(conv, images, GREEDY)))
     system = [1, *chat.model.slots(CONV_VISION.get_prompt() + "Human: <Img>")]
-    assert 0 < answers[1].num_cached <= len(system)  # they share the system text alone, and each keeps its own
+    assert 0 < answers[1].cached_tokens <= len(system)  # they share the system text alone, and each keeps its own
     assert len(chat.prefixes._kept) == 2
 
 
@@ -109,7 +109,7 @@ def test_a_stopped_answer_stays_in_the_chat_and_it_goes_on(new_chat):
     assert conv.messages[-1] == ["Assistant", text]
     chat.ask("Go on.", conv)
     cached, anew = list(chat.stream(conv.copy(), images, GREEDY)), list(new_chat(0).stream(conv, images, GREEDY))
-    assert cached[-1].num_cached > 0 and cached[-1].ids == anew[-1].ids
+    assert cached[-1].cached_tokens > 0 and cached[-1].ids == anew[-1].ids
 
 
 def test_a_failed_answer_leaves_nothing_behind(new_chat, monkeypatch):
@@ -127,7 +127,7 @@ def test_a_failed_answer_leaves_nothing_behind(new_chat, monkeypatch):
 def test_answers_grow_token_by_token(new_chat):
     chat, conv = new_chat(4), CONV_VISION.copy()
     chat.ask(QUESTIONS[0], conv)
-    lengths = [(len(answer.ids), answer.end) for answer in chat.stream(conv, [], GREEDY)]
+    lengths = [(len(answer.ids), answer.finish_reason) for answer in chat.stream(conv, [], GREEDY)]
     assert [n for n, _ in lengths] == list(range(1, len(lengths) + 1))
     assert [end for _, end in lengths[:-1]] == [None] * (len(lengths) - 1) and lengths[-1][1] in ("stop", "length")
 
@@ -141,8 +141,8 @@ def test_rows_of_one_batch_have_their_own_options(new_chat):
         GenerationOptions(do_sample=False, max_new_tokens=2),
         GenerationOptions(seed=5, temperature=2.0, max_new_tokens=12),
     ]
-    alone = [chat.answer_all([conv.copy()], [[]], option)[0] for conv, option in zip(convs, options, strict=True)]
-    together = chat.answer_all(convs, [[]] * 3, options)
+    alone = [chat.answer_batch([conv.copy()], [[]], option)[0] for conv, option in zip(convs, options, strict=True)]
+    together = chat.answer_batch(convs, [[]] * 3, options)
     assert [ids.tolist() for _, ids in together] == [ids.tolist() for _, ids in alone]
 
 

@@ -5,8 +5,8 @@ import picture_kinds
 import pytest
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation import pictures
-from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation import images
+from minigpt4.conversation.images import read_image
 from minigpt4.conversation.templates import TEMPLATES, choose_template
 
 SYSTEM = {name: template.system for name, template in TEMPLATES.items()}
@@ -49,7 +49,7 @@ SIZES = {"rotated.jpg": (32, 48), "one_pixel.png": (1, 1)}
 
 @pytest.mark.parametrize("name", picture_kinds.readable())
 def test_pictures_of_every_kind(name):
-    image = read_picture(picture_kinds.readable()[name])
+    image = read_image(picture_kinds.readable()[name])
     assert (image.mode, image.size) == ("RGB", SIZES.get(name, (48, 32)))
     assert numpy.abs(numpy.array(image.getpixel((0, 0))) - COLOURS.get(name, (200, 10, 10))).max() <= 4
 
@@ -57,7 +57,7 @@ def test_pictures_of_every_kind(name):
 def test_pictures_that_cannot_be_read(tmp_path):
     for name, data in picture_kinds.unreadable().items():
         with pytest.raises(UserError, match="at most 100,000,000 pixels" if name == "bomb.png" else "cannot be read"):
-            read_picture(data)
+            read_image(data)
     with pytest.raises(UserError, match=r"absent\.png"):
-        read_picture(tmp_path / "absent.png")
-    assert pictures.MAX_PIXELS == 100_000_000
+        read_image(tmp_path / "absent.png")
+    assert images.MAX_PIXELS == 100_000_000

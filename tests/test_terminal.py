@@ -3,7 +3,8 @@
 import pytest
 from serving import GREEDY
 
-from minigpt4.serve.terminal import steady, terminal_chat
+from minigpt4.conversation.stopping import hold_back_partial_stop
+from minigpt4.serve.terminal import terminal_chat
 
 
 def talk(chat, capsys, *lines):
@@ -49,6 +50,14 @@ def test_images_of_every_kind(chat, capsys, image_kinds):
         assert file.name in shown.err and len(shown.err.splitlines()) == 1 and len(shown.out.splitlines()) == 1, file
 
 
-def test_what_may_still_change_is_held_back():
-    assert steady("a dog#", ["###"]) == "a dog" and steady("a dog##", ["###"]) == "a dog"
-    assert steady("a \ufffd", ["###"]) == "a" and steady("a dog", ["###", "ogre"]) == "a d"
+@pytest.mark.parametrize(
+    ("text", "stops", "final"),
+    [
+        ("a dog#", ["###"], "a dog"),
+        ("a dog##", ["###"], "a dog"),
+        ("a \ufffd", ["###"], "a"),
+        ("a dog", ["###", "ogre"], "a d"),
+    ],
+)
+def test_partial_stop_strings_are_held_back(text, stops, final):
+    assert hold_back_partial_stop(text, stops) == final

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.generation import GenerationOptions, generate, stream
-from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation.images import read_image
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
+from minigpt4.conversation.stopping import StoppingCriteriaSub
 from minigpt4.conversation.templates import CONV_VISION, Conversation, SeparatorStyle
 from minigpt4.models.kv_cache import KVCache
 from minigpt4.models.mini_gpt4 import IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPT4
@@ -29,38 +29,21 @@ IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
 
 @dataclass
-class StoppingCriteriaSub:
-    """Tells which rows end with one of several id sequences; a stopping criterion for transformers' ``generate``."""
-
-    stops: Sequence[Tensor] = field(default_factory=list)
-    encounters: int = 1
-
-    def __call__(self, input_ids: Tensor, scores: Tensor | None = None, **_: Any) -> Tensor:
-        """Ids [B, T] to bool [B]."""
-        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for stop in self.stops:
-            tail = input_ids[:, -len(stop) :]
-            if tail.shape[1] == len(stop):
-                ended |= (tail == stop.to(input_ids.device)).all(1)
-        return ended
-
-
-@dataclass
 class Answer:
-    """An answer as it grows: its text so far, its token ids, and why it ended."""
+    """An answer while it is generated; ``decode`` maps its token ids to text."""
 
-    num_context: int  # tokens of the prompt, images included
-    num_cached: int  # of these, how many the LM had read before
-    text_of: Callable[[Sequence[int]], str]
+    prompt_tokens: int  # images included
+    cached_tokens: int  # of the prompt's; they were prefilled in an earlier turn
+    decode: Callable[[Sequence[int]], str]
     ids: list[int] = field(default_factory=list)
-    end: str | None = None  # "stop", or "length" where max_new_tokens cut it
-    seconds: float = 0.0  # from the beginning to the latest token
-    first_token: float = 0.0  # from the beginning to the first one
+    finish_reason: str | None = None  # "stop", or "length" at max_new_tokens
+    seconds: float = 0.0  # from the start to the latest token
+    seconds_to_first_token: float = 0.0
 
     @property
     def text(self) -> str:
-        """The text so far, decoded when it is asked for: who waits for the end pays once."""
-        return self.text_of(self.ids)
+        """The text so far; it is decoded on access, so that callers who wait for the end pay once."""
+        return self.decode(self.ids)
 
 
 class Chat:
@@ -111,17 +94,17 @@ class Chat:
         Raises:
             UserError: the file is not an image that can be read.
         """
-        self.upload_all([self.pixels_of(image)], [conv], [img_list])
+        self.upload_batch([self.preprocess_image(image)], [conv], [img_list])
         return "Received."
 
-    def pixels_of(self, image: str | Path | Image.Image | Tensor) -> Tensor:
+    def preprocess_image(self, image: str | Path | Image.Image | Tensor) -> Tensor:
         """What ``upload_img`` takes, as a processed float32 tensor [3, S, S]; UserError where it cannot be read."""
         if not isinstance(image, Tensor):
-            image = self.vis_processor(read_picture(image))
+            image = self.vis_processor(read_image(image))
         return image[0] if image.ndim == 4 else image
 
     @torch.inference_mode()
-    def upload_all(
+    def upload_batch(
         self, pixels: Sequence[Tensor], convs: Sequence[Conversation], img_lists: Sequence[list[Tensor]]
     ) -> None:
         """Encodes a processed image [3, S, S] for each of several conversations in one batch."""
@@ -169,9 +152,9 @@ class Chat:
             length_penalty=length_penalty,
             seed=seed,
         )
-        return self.answer_all([conv], [img_list], options, max_length)[0]
+        return self.answer_batch([conv], [img_list], options, max_length)[0]
 
-    def answer_all(
+    def answer_batch(
         self,
         convs: Sequence[Conversation],
         img_lists: Sequence[list[Tensor]],
@@ -179,18 +162,18 @@ class Chat:
         max_length: int = 2000,
     ) -> list[tuple[str, numpy.ndarray]]:
         """``answer`` for several conversations in one batch."""
-        answers: dict[int, Answer] = dict(self.stream_all(convs, img_lists, options, max_length))
+        answers: dict[int, Answer] = dict(self.stream_batch(convs, img_lists, options, max_length))
         return [(answers[i].text, numpy.array(answers[i].ids, dtype=numpy.int64)) for i in range(len(convs))]
 
     def stream(
         self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
     ) -> Iterator[Answer]:
         """Answers the last question token by token; one answer is yielded again and again as it grows."""
-        for _, answer in self.stream_all([conv], [img_list], options, max_length):
+        for _, answer in self.stream_batch([conv], [img_list], options, max_length):
             yield answer
 
     @torch.inference_mode()
-    def stream_all(
+    def stream_batch(
         self,
         convs: Sequence[Conversation],
         img_lists: Sequence[list[Tensor]],
@@ -220,7 +203,7 @@ class Chat:
         prefix = self.prefixes.take(rows[0], img_lists[0]) if len(rows) == 1 else Prefix()
         known = len(prefix.ids)
         answers = [
-            Answer(len(row), known, functools.partial(self.text_of, conv=conv))
+            Answer(len(row), known, functools.partial(self.decode_answer, conv=conv))
             for row, conv in zip(rows, convs, strict=True)
         ]
         embeds, mask = self._embed(rows, img_lists)
@@ -232,11 +215,11 @@ class Chat:
                 answer = answers[row]
                 answer.ids += ids
                 answer.seconds = time.perf_counter() - begin
-                answer.first_token = answer.first_token or answer.seconds
+                answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
                 if is_end:
-                    answer.end = "stop"
+                    answer.finish_reason = "stop"
                 elif len(answer.ids) >= each[row].max_new_tokens:
-                    answer.end = "length"
+                    answer.finish_reason = "length"
                 yield row, answer
         except Exception:  # out of memory, say: some layers have read more than others
             prefix = None
@@ -285,10 +268,10 @@ class Chat:
         """Raises the UserError with which ``answer`` would refuse a question that is too long."""
         self._context_ids(conv, len(img_list), max_length - options.max_new_tokens)
 
-    def text_of(self, ids: Sequence[int], conv: Conversation) -> str:
+    def decode_answer(self, ids: Sequence[int], conv: Conversation) -> str:
         """The answer in generated ids: up to the text that ends it, after the last "Assistant:", trimmed."""
         text = self.model.llama_tokenizer.decode(ids)
-        return text.split(conv.end)[0].split(f"{conv.roles[1]}:")[-1].strip()
+        return text.split(conv.stop_string)[0].split(f"{conv.roles[1]}:")[-1].strip()
 
     def _stops_at(self, end: str) -> Callable[[Sequence[int]], bool]:
         # An end is told by its text: it has other ids alone, after a word and after punctuation.
@@ -298,7 +281,7 @@ class Chat:
         return stop
 
     def _stop(self, conv: Conversation, other: Callable[[Sequence[int]], bool]) -> Callable[[Sequence[int]], bool]:
-        ends = self._stops_at(conv.end)
+        ends = self._stops_at(conv.stop_string)
         return lambda ids: ends(ids) or other(ids)
 
     def _context_ids(self, conv: Conversation, num_images: int, room: int) -> list[int]:

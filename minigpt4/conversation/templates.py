@@ -33,7 +33,7 @@ class Conversation:
     conv_id: Any = None
 
     @property
-    def end(self) -> str:
+    def stop_string(self) -> str:
         """The text that ends an answer."""
         return self.sep if self.sep_style == SeparatorStyle.SINGLE else self.sep2 or self.sep
 

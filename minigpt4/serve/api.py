@@ -17,10 +17,10 @@ from starlette.exceptions import HTTPException
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation.images import read_image
+from minigpt4.conversation.stopping import hold_back_partial_stop
 from minigpt4.serve import engine
 from minigpt4.serve.api_requests import ApiError, Body, ContentPart, Limits, load_picture, parse, read_body
-from minigpt4.serve.terminal import steady
 
 MAX_CONNECTIONS = 128  # each may hold a request's whole body in memory
 
@@ -122,7 +122,7 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
                 raw = await load_picture(piece.image_url.url, limits)
                 async with limits.decoding:
                     # Processed at once, in a thread: what waits in the queue is small, however large the picture was.
-                    parts.append(await asyncio.to_thread(lambda raw=raw: worker.chat.vis_processor(read_picture(raw))))
+                    parts.append(await asyncio.to_thread(lambda raw=raw: worker.chat.vis_processor(read_image(raw))))
             except UserError as error:
                 raise ApiError(400, str(error), "bad_image", place) from error
         if message.role in ("system", "developer"):
@@ -143,7 +143,7 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
 
     def tell(news: Answer | Exception) -> None:
         if isinstance(news, Answer):  # a copy, as the engine's grows on; the client's stop words cut its text too
-            news = replace(news, ids=list(news.ids), text_of=lambda ids, plain=news.text_of: _cut(plain(ids), stops))
+            news = replace(news, ids=list(news.ids), decode=lambda ids, plain=news.decode: _cut(plain(ids), stops))
         loop.call_soon_threadsafe(arrived.put_nowait, news)
 
     decode = worker.chat.model.llama_tokenizer.decode
@@ -160,7 +160,7 @@ async def _request(body: Body, limits: Limits, worker: engine.Engine) -> _Asked:
         worker.submit(request)
     except engine.Busy:
         raise ApiError(429, "Too many requests are waiting; try again later.", "queue_full") from None
-    return _Asked(request, _answers(request, arrived), [worker.chat.template.end, *stops])
+    return _Asked(request, _answers(request, arrived), [worker.chat.template.stop_string, *stops])
 
 
 async def _answers(request: engine.Request, arrived: asyncio.Queue) -> AsyncIterator[Answer]:
@@ -179,7 +179,7 @@ async def _answers(request: engine.Request, arrived: asyncio.Queue) -> AsyncIter
             if isinstance(news, Exception):
                 raise ApiError(500, "The model failed; the server's log says how.", "internal")
             yield news
-            if news.end is not None:
+            if news.finish_reason is not None:
                 return
     finally:
         request.cancelled.set()
@@ -198,16 +198,16 @@ async def _last(answers: AsyncIterator[Answer]) -> Answer:
 
 def _usage(answer: Answer) -> dict[str, Any]:
     return {
-        "prompt_tokens": answer.num_context,
+        "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": len(answer.ids),
-        "total_tokens": answer.num_context + len(answer.ids),
-        "prompt_tokens_details": {"cached_tokens": answer.num_cached},
+        "total_tokens": answer.prompt_tokens + len(answer.ids),
+        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
     }
 
 
 def _completion(identity: str, name: str, answer: Answer) -> dict[str, Any]:
     message = {"role": "assistant", "content": answer.text}
-    choice = {"index": 0, "message": message, "finish_reason": answer.end, "logprobs": None}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
     head = {"id": identity, "object": "chat.completion", "created": int(time.time()), "model": name}
     return head | {"choices": [choice], "usage": _usage(answer)}
 
@@ -224,14 +224,14 @@ async def _events(asked: _Asked, answer: Answer, body: Body, name: str) -> Async
     yield event({"role": "assistant", "content": ""})
     try:
         while True:
-            shown = answer.text if answer.end else steady(answer.text, asked.marks)
+            shown = answer.text if answer.finish_reason else hold_back_partial_stop(answer.text, asked.marks)
             if shown.startswith(sent) and len(shown) > len(sent):
                 yield event({"content": shown[len(sent) :]})
                 sent = shown
-            if answer.end:
+            if answer.finish_reason:
                 break
             answer = await anext(asked.answers)
-        yield event({}, answer.end)
+        yield event({}, answer.finish_reason)
         if body.stream_options.include_usage:
             yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(answer)})}\n\n"
         yield "data: [DONE]\n\n"

@@ -123,7 +123,7 @@ def _answer(chat: Chat, questions: list[Question], options: GenerationOptions) -
     ready: list[tuple[dict[str, Any], Tensor]] = []
     for row in rows:
         try:
-            pixels = chat.pixels_of(row["image"])
+            pixels = chat.preprocess_image(row["image"])
             conv, images = chat.template.copy(), [torch.empty(0)]  # to see whether the question is one that fits
             conv.append_message(conv.roles[0], IMAGE_MESSAGE)
             chat.ask(row["question"], conv)
@@ -135,9 +135,9 @@ def _answer(chat: Chat, questions: list[Question], options: GenerationOptions) -
     if ready:
         asked, pixels = zip(*ready, strict=True)
         convs, img_lists = [chat.template.copy() for _ in asked], [[] for _ in asked]
-        chat.upload_all(pixels, convs, img_lists)
+        chat.upload_batch(pixels, convs, img_lists)
         for row, conv in zip(asked, convs, strict=True):
             chat.ask(row["question"], conv)
-        for row, (text, _) in zip(asked, chat.answer_all(convs, img_lists, options), strict=True):
+        for row, (text, _) in zip(asked, chat.answer_batch(convs, img_lists, options), strict=True):
             row["answer"] = text
     return rows

@@ -96,7 +96,7 @@ class Engine:
             return
         requests, convs, img_lists = map(list, zip(*ready, strict=True))
         try:
-            for row, answer in self.chat.stream_all(convs, img_lists, [r.options for r in requests], self.max_length):
+            for row, answer in self.chat.stream_batch(convs, img_lists, [r.options for r in requests], self.max_length):
                 requests[row].tell(answer)
         except Exception as error:  # out of memory, say: told to all, and the server goes on
             for request in requests:

@@ -1,13 +1,14 @@
 """A chat in the terminal, or over a pipe."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor
 
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.stopping import hold_back_partial_stop
 
 HELP = "/image PATH shows a picture, /reset starts anew, /help tells this, an empty line or end of input leaves."
 
@@ -66,16 +67,9 @@ def write_answer(chat: Chat, conv: Conversation, images: list[Tensor], options: 
     """Writes the answer to the last question to standard output as it grows."""
     written = ""
     for answer in chat.stream(conv, images, options):
-        shown = steady(answer.text, [conv.end]) if answer.end is None else answer.text
+        shown = hold_back_partial_stop(answer.text, [conv.stop_string]) if answer.finish_reason is None else answer.text
         if shown.startswith(written):
             sys.stdout.write(shown[len(written) :])
             sys.stdout.flush()
             written = shown
     sys.stdout.write("\n")
-
-
-def steady(text: str, marks: Sequence[str]) -> str:
-    """The part of a growing answer that will stay: without half a character or the beginning of a mark that ends it."""
-    text = text.rstrip("\ufffd")
-    held = max((n for mark in marks for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)
-    return text[: len(text) - held].rstrip()

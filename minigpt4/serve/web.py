@@ -17,7 +17,7 @@ from torch import Tensor
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer, Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.conversation.pictures import read_picture
+from minigpt4.conversation.images import read_image
 
 TEXTS = {
     "subtitle": ("Upload a picture and ask about it.", "上传一张图片，然后就它提问。"),
@@ -195,16 +195,16 @@ def _text(request: gr.Request, key: str) -> str:
 
 def _numbers(request: gr.Request, answer: Answer) -> str:
     """How fast an answer comes."""
-    count, seconds = len(answer.ids), answer.seconds - answer.first_token
+    count, seconds = len(answer.ids), answer.seconds - answer.seconds_to_first_token
     speed = (count - 1) / seconds if seconds > 0 else count / answer.seconds
-    numbers = {"first": answer.first_token, "cached": answer.num_cached, "context": answer.num_context}
+    numbers = {"first": answer.seconds_to_first_token, "cached": answer.cached_tokens, "context": answer.prompt_tokens}
     return _text(request, "numbers").format(count=count, speed=speed, **numbers)
 
 
 def _uploaded(path: str) -> Image.Image:
     name = Path(path).name
     try:
-        return read_picture(path, f"'{name}'")
+        return read_image(path, f"'{name}'")
     except UserError as error:  # where the server keeps it is nobody's business
         raise UserError(str(error).replace(path, name)) from error
 
@@ -238,7 +238,7 @@ def build_page(
     Raises:
         UserError: an example cannot be read.
     """
-    samples = [_cached(read_picture(path)) for path in examples]
+    samples = [_cached(read_image(path)) for path in examples]
     say, page = gr.I18n(), _Page(chat, description, samples)
     with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, fill_width=True) as blocks:
         session = gr.State(Session(chat.template.copy()))
