@@ -133,7 +133,7 @@ def plain_loss(model: MiniGPT4, samples: dict[str, Any]) -> Tensor:
     image_embeds = samples.get("embeds")
     if image_embeds is None:
         with torch.no_grad(), _eager_attention():
-            query_output = model.see(samples["image"])
+            query_output = model.encode_images(samples["image"])
         image_embeds = model.llama_proj(query_output)
     ids, mask, labels = model.pack(samples["text_input"], model.choose_prompts(samples))
     device = image_embeds.device

@@ -16,7 +16,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.datasets import feature_cache
 from minigpt4.datasets.datasets.sample import Place
 from minigpt4.models import MiniGPT4
-from minigpt4.models.vision import Vision
+from minigpt4.models.vision import VisionEncoder
 from minigpt4.tasks import setup_task
 from quickstart import scenes
 
@@ -61,12 +61,13 @@ def test_features_are_what_vision_says(config, stage, num_workers):
     cfg = config(f"run.num_workers={num_workers}", stage=stage)
     (cached,) = (splits["train"] for splits in datasets_of(cfg).values())
     (plain,) = (splits["train"] for splits in plain_datasets(cfg).values())
-    vision = Vision.from_config(cfg.model_cfg, CPU)
+    vision = VisionEncoder.from_config(cfg.model_cfg, CPU)
     samples = list(plain.once(Place(seed=0)))
     assert len(cached) == len(samples) == {1: 18, 2: 10}[stage]
     for index, sample in enumerate(samples):
         image = plain.vis_processor.pack([sample["image"]]).on("cpu")
-        torch.testing.assert_close(cached[index]["features"].float(), vision.see(image)[0], atol=2e-2, rtol=1e-2)
+        expected = vision.encode_images(image)[0]
+        torch.testing.assert_close(cached[index]["features"].float(), expected, atol=2e-2, rtol=1e-2)
         assert cached[index]["text_input"] == sample["text_input"]
 
 

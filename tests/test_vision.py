@@ -1,4 +1,4 @@
-"""The vision side, stage by stage: patches, blocks, ln_vision, Q-Former, projection."""
+"""The vision encoder stage by stage (patches, blocks, ln_vision, Q-Former, projection) and its gradients."""
 
 import fnmatch
 from functools import partial
@@ -7,6 +7,7 @@ import pytest
 import torch
 from golden_data import close, read_json, read_tensors
 
+from minigpt4.common import device as devices
 from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
 
 VISION = read_tensors("vision")
@@ -30,7 +31,6 @@ def stages(model):
         hooks.append(module.register_forward_hook(lambda _, __, output, name=name: found.update({name: output})))
     with torch.no_grad():
         found["encode_img"], found["encode_img_atts"] = model.encode_img(VISION["image"])
-        found["visual_encoder"] = model.visual_encoder.forward_features(VISION["image"])
     for hook in hooks:
         hook.remove()
     found["qformer_embeddings"] = found["qformer_embeddings"].expand_as(VISION["qformer_embeddings"])
@@ -52,7 +52,7 @@ def test_attention_mask_is_int64_ones(stages):
     assert torch.equal(stages["encode_img_atts"], VISION["encode_img_atts"])
 
 
-def test_images_do_not_see_each_other(model, stages):
+def test_images_of_a_batch_are_independent(model, stages):
     with torch.no_grad():
         assert close(model.encode_img(VISION["image"][1:2])[0], stages["encode_img"][1:2], 2e-6)
 
@@ -76,7 +76,7 @@ def test_eps_probe(build):
                 if fnmatch.fnmatch(name, pattern):
                     parameter.mul_(scale)
         golden = read_tensors("eps_probe")
-        tokens = model.visual_encoder.forward_features(VISION["image"])
+        tokens = model.visual_encoder(VISION["image"])
         assert close(tokens, golden["visual_encoder"], 1e-6)
         assert close(model.ln_vision(tokens), golden["ln_vision"], 1e-4)
         assert close(model.encode_img(VISION["image"])[0], golden["encode_img"], 5e-7)
@@ -93,34 +93,18 @@ def test_fp16_rounding(build):
     assert not close(golden, VISION["encode_img"], 2e-4)  # else this test could not tell
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_the_tower_is_the_eva_class_of_timm_to_the_bit(training):
-    timm_eva = pytest.importorskip("timm.models.eva")
-    torch.manual_seed(0)
-    sizes = {"patch_size": 7, "embed_dim": 48, "depth": 3, "num_heads": 4, "mlp_ratio": 4.3637}
-    theirs = timm_eva.Eva(
-        img_size=28,
-        num_classes=0,
-        global_pool="",
-        use_post_transformer_norm=False,
-        use_fc_norm=False,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-        drop_path_rate=0.5,
-        **sizes,
-    ).train(training)
-    for name, parameter in theirs.named_parameters():
-        torch.nn.init.normal_(parameter, std=0.05) if name.endswith("bias") else None
-    ours = build_eva_vit(28, 0.5, training, sizes).train(training)
-    ours.load_state_dict(theirs.state_dict())
-    images, results = torch.randn(8, 3, 28, 28), []
-    for vit in (theirs, ours):
-        torch.manual_seed(1)
-        tokens = vit.forward_features(images)
-        tokens.square().sum().backward()
-        results.append([tokens, *(p.grad for _, p in sorted(vit.named_parameters()))])
-    assert all(torch.equal(mine, yours) for mine, yours in zip(*results, strict=True))
-    with pytest.raises(ValueError, match="28 squared"):
-        ours.forward_features(images[..., :21])
+def test_the_vision_transformer_returns_all_tokens(model):
+    vit = model.visual_encoder
+    with torch.no_grad():
+        tokens = vit(VISION["image"])
+        assert torch.equal(vit.forward_features(VISION["image"]), tokens)
+    assert tokens.shape[1:] == (5, 48) and vit.num_features == 48 and len(vit.blocks) == DEPTH
+
+
+def test_images_of_another_size_are_rejected(model):
+    with pytest.raises(ValueError, match=r"\[28, 21\] pixels.*\[28, 28\]"):
+        model.encode_images(torch.zeros(1, 3, 28, 21))
+    assert model.encode_images(torch.zeros(0, 3, 28, 28)).shape == (0, 8, 48)
 
 
 @pytest.mark.parametrize("keep_float32", [False, True])
@@ -151,3 +135,99 @@ def test_larger_images_get_resized_positions(build):
     with torch.no_grad():
         embeds, _ = model.encode_img(torch.randn(1, 3, 42, 42))
     assert embeds.shape == (1, 8, 64) and embeds.isfinite().all()
+
+
+def gradients(model, image):
+    model.zero_grad()
+    model.encode_images(image).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_gradients_reach_the_pixels_and_no_frozen_parameter(build, training):
+    model = build().train(training)
+    image = VISION["image"][:1].clone().requires_grad_()
+    assert not gradients(model, image)
+    step = torch.zeros_like(image)
+    step.view(-1)[image.grad.abs().argmax()] = 1e-2
+    with torch.no_grad():
+        up, down = (model.encode_images(image + sign * step).square().sum() for sign in (1, -1))
+    assert ((up - down) / 2).item() == pytest.approx((image.grad * step).sum().item(), rel=0.05)
+
+
+def test_a_frozen_encoder_builds_no_graph(build):
+    model = build()
+    assert not model.encode_images(VISION["image"]).requires_grad
+    with torch.no_grad():
+        assert not model.encode_images(VISION["image"].clone().requires_grad_()).requires_grad
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"llama_proj.weight", "llama_proj.bias"}
+
+
+@pytest.mark.parametrize(("frozen", "trained"), [("qformer", "visual_encoder"), ("vit", "Qformer")])
+def test_only_trained_parts_get_gradients(build, frozen, trained):
+    model = build(**{"freeze_vit": frozen == "vit", "freeze_qformer": frozen == "qformer"})
+    extra = {"visual_encoder": {"ln_vision"}, "Qformer": {"query_tokens"}}[trained]
+    names = gradients(model.train(), VISION["image"])
+    assert {name.partition(".")[0] for name in names} == {trained} | extra
+
+
+def test_parts_that_train_use_dropout_and_frozen_ones_never(build):
+    def is_random(**changes):
+        model = build(**changes).train()
+        with torch.no_grad():
+            outputs = [model.encode_images(VISION["image"]) for _ in range(2)]
+            assert close(model.eval().encode_images(VISION["image"]), VISION["qformer_last_hidden_state"], 2e-5)
+        return not torch.equal(*outputs)
+
+    assert is_random(freeze_qformer=False)
+    assert is_random(freeze_vit=False, drop_path_rate=0.9)
+    assert not is_random() and not is_random(drop_path_rate=0.9) and not is_random(freeze_vit=False)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(build):
+    found, calls = [], []
+    for is_on in (False, True):
+        model = build(freeze_vit=False, use_grad_checkpoint=is_on)
+        count = []
+        model.visual_encoder.blocks[0].register_forward_hook(lambda *_, count=count: count.append(1))
+        found.append(gradients(model, VISION["image"]))
+        calls.append(len(count))
+    assert calls == [1, 2] and found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("freeze_vit", [False, True])
+def test_a_vision_transformer_that_trains_keeps_float32_weights(build, monkeypatch, freeze_vit):
+    monkeypatch.setattr(devices, "half_dtype", lambda _: torch.bfloat16)
+    model = build(freeze_vit=freeze_vit, vit_precision="bf16", llm_dtype="fp32")
+    dtype = torch.bfloat16 if freeze_vit else torch.float32
+    assert model.visual_encoder.blocks[0].mlp.fc1.weight.dtype == dtype
+    with torch.no_grad():
+        assert close(model.encode_images(VISION["image"]).float(), VISION["qformer_last_hidden_state"], 0.1)
+
+
+def test_hooks_fire_on_all_parts(model):
+    parts = [model.visual_encoder, model.visual_encoder.blocks[-1], model.ln_vision, model.Qformer, model.Qformer.bert]
+    seen = []
+    hooks = [part.register_forward_hook(lambda part, *_: seen.append(part)) for part in parts]
+    with torch.no_grad():
+        model.encode_img(VISION["image"])
+    for hook in hooks:
+        hook.remove()
+    assert {id(part) for part in seen} == {id(part) for part in parts}
+
+
+def test_the_attention_mask_hides_image_tokens(model):
+    with torch.no_grad():
+        queries = model.query_tokens.expand(len(VISION["image"]), -1, -1)
+        tokens = VISION["ln_vision"]
+        bert = partial(model.Qformer.bert, query_embeds=queries)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long)
+        plain = bert(encoder_hidden_states=tokens, return_dict=True)
+        assert close(plain.last_hidden_state, VISION["qformer_last_hidden_state"], 2e-5) and plain[0] is plain[-1]
+        assert close(bert(encoder_hidden_states=tokens, encoder_attention_mask=mask)[0], plain[0], 1e-6)
+        mask[1:, 3:] = 0
+        masked = bert(encoder_hidden_states=tokens, encoder_attention_mask=mask)[0]
+        assert close(masked[:1], plain[0][:1], 1e-6)
+        assert close(masked[1:], bert(encoder_hidden_states=tokens[:, :3])[0][1:], 1e-5)
+        assert not close(masked[1:], plain[0][1:], 1e-3)

@@ -146,9 +146,9 @@ def with_features(cfg: Any, datasets: Mapping[str, Mapping[str, Any]], device: t
 
 
 def _vision(cfg: Any, device: torch.device) -> Any:
-    from minigpt4.models.vision import Vision
+    from minigpt4.models.vision import VisionEncoder
 
-    return Vision.from_config(cfg.model_cfg, device)
+    return VisionEncoder.from_config(cfg.model_cfg, device)
 
 
 def _fill(
@@ -174,7 +174,7 @@ def _fill(
         for batch in batches:
             image = batch["image"] if isinstance(batch["image"], Tensor) else batch["image"].on(device)
             with torch.no_grad():
-                features = vision.see(image.to(device)).bfloat16().cpu()
+                features = vision.encode_images(image.to(device)).bfloat16().cpu()
             texts = zip(batch["text_input"], batch["instruction"], strict=True)
             rows |= dict(zip(batch["number"], zip(features, map(json.dumps, texts), strict=True), strict=True))
             skipped.update(batch["skipped"])

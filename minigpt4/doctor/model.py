@@ -10,7 +10,6 @@ from torch import nn
 from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.fingerprints import identify, kind_of
-from minigpt4.common.skeleton import skeleton
 from minigpt4.doctor import language
 from minigpt4.doctor.findings import OK, WARNING, Finding, collect, size
 from minigpt4.models import packed
@@ -92,7 +91,7 @@ class ModelFiles:
         return model
 
     def _joined(self, llama: nn.Module, has_vision: bool = True) -> nn.Module:
-        with skeleton():
+        with torch.device("meta"):
             return MiniGPT4(
                 *(build_vision(self.cfg) if has_vision else (None, q_former_config(self.cfg))),
                 llama,

@@ -1,21 +1,21 @@
-"""The Q-Former of BLIP-2 (Li et al., 2023), query branch only, under the published parameter names.
+"""The Q-Former of BLIP-2 (Li et al., 2023), query branch only, with the published parameter names.
 
-A BERT encoder (post-norm) whose input is a set of learned queries; every ``cross_attention_freq``-th layer,
-from layer 0 on, also attends to the image tokens.
+A BERT encoder (post-norm) whose input is a set of learned queries; every ``cross_attention_freq``-th layer, starting
+with layer 0, also attends to the image tokens.
 
 Shapes: B batch, Q queries, H hidden width, N image tokens, W width of the image tokens.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 
 @dataclass
 class QFormerConfig:
-    """BERT-base widths. ``encoder_width`` is the width W of the image tokens."""
+    """BERT-base sizes by default. ``encoder_width`` is the width W of the image tokens."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -27,8 +27,14 @@ class QFormerConfig:
     layer_norm_eps: float = 1e-12
 
 
+class QFormerOutput(NamedTuple):
+    """Output of ``Bert``: ``last_hidden_state`` [B, Q, H], also as ``output[0]``."""
+
+    last_hidden_state: Tensor
+
+
 class Attention(nn.Module):
-    """Projections and multi-head attention, without the output layer: [B, Q, H] x [B, N, W] -> [B, Q, H]."""
+    """Multi-head attention without its output layer: [B, Q, H] attends to [B, N, W], giving [B, Q, H]."""
 
     def __init__(self, config: QFormerConfig, context_width: int) -> None:
         super().__init__()
@@ -38,23 +44,24 @@ class Attention(nn.Module):
         self.key = nn.Linear(context_width, config.hidden_size)
         self.value = nn.Linear(context_width, config.hidden_size)
 
-    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Lets ``hidden`` [B, Q, H] attend to ``context`` [B, N, W]."""
+    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attends from ``hidden`` [B, Q, H] to ``context`` [B, N, W] where ``mask`` [B, 1, 1, N] (bool) is true."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, H / heads]
 
-        mixed = scaled_dot_product_attention(
+        attended = scaled_dot_product_attention(
             heads(self.query(hidden)),
             heads(self.key(context)),
             heads(self.value(context)),
+            attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return mixed.transpose(1, 2).flatten(2)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class AddNorm(nn.Module):
-    """BERT's closing step of every sub-layer: dense, dropout, residual, LayerNorm."""
+    """The last step of each BERT sub-layer: linear, dropout, residual, LayerNorm."""
 
     def __init__(self, config: QFormerConfig, width_in: int) -> None:
         super().__init__()
@@ -63,25 +70,25 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, update: Tensor, residual: Tensor) -> Tensor:
-        """Both [B, Q, *] in, [B, Q, H] out."""
+        """``update`` [B, Q, width_in] and ``residual`` [B, Q, H] -> [B, Q, H]."""
         return self.LayerNorm(self.dropout(self.dense(update)) + residual)
 
 
 class AttentionBlock(nn.Module):
-    """Attention with its output layer, under BERT's names ``self`` and ``output``."""
+    """Attention with its output layer, with BERT's attribute names ``self`` and ``output``."""
 
     def __init__(self, config: QFormerConfig, context_width: int) -> None:
         super().__init__()
         self.self = Attention(config, context_width)
         self.output = AddNorm(config, config.hidden_size)
 
-    def forward(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """[B, Q, H] attending to [B, N, W], gives [B, Q, H]."""
-        return self.output(self.self(hidden, context), hidden)
+    def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attends from [B, Q, H] to [B, N, W]; returns [B, Q, H]. For ``mask`` see ``Attention``."""
+        return self.output(self.self(hidden, context, mask), hidden)
 
 
 class Intermediate(nn.Module):
-    """The widening half of the MLP, with the exact (erf) GELU."""
+    """The first half of the MLP, with the exact (erf) GELU."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -93,7 +100,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention where this layer has it, MLP."""
+    """Self-attention, cross-attention (in some layers), MLP."""
 
     def __init__(self, config: QFormerConfig, has_cross_attention: bool) -> None:
         super().__init__()
@@ -102,16 +109,16 @@ class Layer(nn.Module):
         self.intermediate_query = Intermediate(config)
         self.output_query = AddNorm(config, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, image_tokens: Tensor) -> Tensor:
-        """[B, Q, H] with image tokens [B, N, W], gives [B, Q, H]."""
+    def forward(self, hidden: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Hidden states [B, Q, H] and image tokens [B, N, W] -> [B, Q, H]; ``image_mask`` [B, 1, 1, N] (bool)."""
         hidden = self.attention(hidden, hidden)
         if self.crossattention is not None:
-            hidden = self.crossattention(hidden, image_tokens)
+            hidden = self.crossattention(hidden, image_tokens, image_mask)
         return self.output_query(self.intermediate_query(hidden), hidden)
 
 
 class Embeddings(nn.Module):
-    """The queries pass a LayerNorm before the first layer; words and positions belong to the unused text branch."""
+    """LayerNorm and dropout of the queries; word and position embeddings belong to the text branch, which is absent."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
@@ -133,26 +140,46 @@ class Encoder(nn.Module):
             for i in range(config.num_hidden_layers)
         )
 
-    def forward(self, hidden: Tensor, image_tokens: Tensor) -> Tensor:
-        """[B, Q, H] with image tokens [B, N, W], gives [B, Q, H]."""
+    def forward(self, hidden: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None) -> Tensor:
+        """Hidden states [B, Q, H] and image tokens [B, N, W] -> [B, Q, H]; ``image_mask`` [B, 1, 1, N] (bool)."""
         for layer in self.layer:
-            hidden = layer(hidden, image_tokens)
+            hidden = layer(hidden, image_tokens, image_mask)
         return hidden
 
 
 class Bert(nn.Module):
-    """Embeddings and encoder, the part that the published file calls ``Qformer.bert``."""
+    """Embeddings and encoder; ``Qformer.bert`` in the published file."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
 
+    def forward(
+        self,
+        *,
+        query_embeds: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> QFormerOutput:
+        """Encodes queries given image tokens.
+
+        Args:
+            query_embeds: [B, Q, H].
+            encoder_hidden_states: image tokens [B, N, W].
+            encoder_attention_mask: [B, N], 0 hides an image token; each row needs at least one visible token. All
+                tokens are visible by default.
+            return_dict: has no effect, as the named tuple that is returned has both forms.
+        """
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
+        return QFormerOutput(self.encoder(self.embeddings(query_embeds), encoder_hidden_states, mask))
+
 
 class QFormer(nn.Module):
     """Queries [B, Q, H] and image tokens [B, N, W] to query outputs [B, Q, H].
 
-    Built with the initialisation of BERT (normal, std 0.02; LayerNorm at identity); reads no file.
+    Initialised as BERT (normal with std 0.02, LayerNorm as identity); reads no file.
     """
 
     def __init__(self, config: QFormerConfig) -> None:
@@ -164,6 +191,6 @@ class QFormer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, query_embeds: Tensor, image_tokens: torch.Tensor) -> Tensor:
+    def forward(self, query_embeds: Tensor, image_tokens: Tensor) -> Tensor:
         """Returns the last hidden state of the queries."""
-        return self.bert.encoder(self.bert.embeddings(query_embeds), image_tokens)
+        return self.bert(query_embeds=query_embeds, encoder_hidden_states=image_tokens).last_hidden_state

@@ -12,7 +12,6 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.fingerprints import identify
-from minigpt4.common.skeleton import skeleton
 from minigpt4.common.utils import parse_json
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.llama import Llama, LlamaConfig
@@ -54,7 +53,7 @@ def build_llama(folder: Path, dtype: torch.dtype) -> Llama:
     content = check_folder(folder)
     try:
         config = LlamaConfig.of(content)
-        with skeleton():
+        with torch.device("meta"):
             model = Llama(config).to(dtype)
     except (ValueError, ArithmeticError, RuntimeError) as error:  # the latter: sizes beyond what a tensor can have
         cause = str(error).strip().split("\n")[0][:200]

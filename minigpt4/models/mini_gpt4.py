@@ -26,14 +26,14 @@ from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import load_trained_part, log_summary
 from minigpt4.models.parallel import shard_language_model
 from minigpt4.models.Qformer import QFormer, QFormerConfig
-from minigpt4.models.vision import Vision, build_vision, load, locate_vision, q_former_config, vision_settings
+from minigpt4.models.vision import VisionEncoder, build_vision, load, locate_vision, q_former_config, vision_settings
 
 IMAGE_SLOT = -1  # stands in a list of token ids where one image embedding goes
 IGNORED = -100  # label of a position that is no target
 
 
 @registry.register_model("mini_gpt4")
-class MiniGPT4(Vision):
+class MiniGPT4(VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
 
     Args:
@@ -69,7 +69,7 @@ class MiniGPT4(Vision):
     ) -> None:
         if visual_encoder is None:
             nn.Module.__init__(self)
-            config, self.frozen_parts, self.vision_trains = Qformer, [], False
+            config, self.frozen_parts, self.is_vision_trained = Qformer, [], False
         else:
             super().__init__(visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype)
             config = Qformer.config
@@ -173,7 +173,7 @@ class MiniGPT4(Vision):
 
     def encode_img(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, S, S], normalised, to LM inputs [B, Q, L] and their attention mask [B, Q] (int64 ones)."""
-        embeds = self.project(self.see(image))
+        embeds = self.project(self.encode_images(image))
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=image.device)
 
     def project(self, features: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class MiniGPT4(Vision):
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without
             padding), ``num_padded_tokens`` (with) and ``num_targets`` as plain numbers.
         """
-        features = samples["features"] if "features" in samples else self.see(samples["image"])
+        features = samples["features"] if "features" in samples else self.encode_images(samples["image"])
         image_embeds = self.project(features)
         ids, mask, labels = self.pack(samples["text_input"], self.choose_prompts(samples))
         counts = {"num_tokens": int(mask.sum()), "num_padded_tokens": mask.numel()}

@@ -1,19 +1,19 @@
-"""The vision side: EVA-ViT, its LayerNorm, learned queries and the Q-Former, from pixels to what the projection reads.
+"""The vision encoder: EVA-ViT, ln_vision, learned queries and the Q-Former, from pixels to query embeddings.
 
 Shapes: B batch, S image side, N image tokens, W their width, Q queries, H width of the Q-Former.
 """
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
-from minigpt4.common.skeleton import skeleton
 from minigpt4.models.eva_vit import EVA_VIT_G, build_eva_vit, round_vit_weights
 from minigpt4.models.loading import load_vision
 from minigpt4.models.Qformer import QFormer, QFormerConfig
@@ -24,7 +24,7 @@ Q_FORMER_URL = _PUBLISHED + "blip2_pretrained_flant5xxl.pth"
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in float32 whatever the precision around it; the dtype of the input comes back out."""
+    """LayerNorm computed in float32; returns the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, W] -> […, W]."""
@@ -32,20 +32,20 @@ class LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
-class Vision(nn.Module):
-    """Images to the Q-Former's query outputs. The constructor joins built parts; ``from_config`` builds and loads.
+class VisionEncoder(nn.Module):
+    """Encodes images into query embeddings. The constructor combines built parts; ``from_config`` builds and loads.
 
     Args:
         visual_encoder: images [B, 3, S, S] to tokens [B, N, W].
         Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H].
         num_query_token: Q.
-        freeze_vit, freeze_qformer: frozen parts stay in eval mode and out of the graph.
-        vit_dtype: precision that it computes in, where the device computes in half precisions.
+        freeze_vit, freeze_qformer: frozen parts stay in eval mode and their parameters get no gradients.
+        vit_dtype: autocast dtype of the vision encoder; with float32 it uses the autocast of the caller, if any.
     """
 
     def __init__(
         self,
-        visual_encoder: nn.Module,
+        visual_encoder: Eva,
         Qformer: QFormer,
         num_query_token: int = 32,
         freeze_vit: bool = True,
@@ -62,37 +62,47 @@ class Vision(nn.Module):
         self.frozen_parts: list[nn.Module] = [visual_encoder, self.ln_vision] if freeze_vit else []
         self.frozen_parts += [Qformer] if freeze_qformer else []
         self.query_tokens.requires_grad = not freeze_qformer
-        self.vision_trains = not (freeze_vit and freeze_qformer)
+        self.is_vision_trained = not (freeze_vit and freeze_qformer)
         for module in self.frozen_parts:
             module.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any], device: torch.device) -> "Vision":
-        """The vision side alone, of a configuration's ``model`` section, with its weights, frozen, on the device."""
+    def from_config(cls, cfg: Mapping[str, Any], device: torch.device) -> "VisionEncoder":
+        """Builds the encoder of a ``model`` section alone, without a language model, and loads its weights."""
         files = locate_vision(cfg)
         vision = cls(*build_vision(cfg), **vision_settings(cfg, device))
         load(vision, files, cfg, device)
         return vision.to(device).train()
 
-    def train(self, mode: bool = True) -> "Vision":
-        """Switches the trained parts only; frozen ones stay in eval mode for good."""
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """Switches the trained parts only; frozen parts stay in eval mode."""
         super().train(mode)
         for module in self.frozen_parts:
             module.eval()
         return self
 
-    def see(self, image: Tensor) -> Tensor:
-        """Images [B, 3, S, S], normalised, to what the Q-Former says of them [B, Q, H]."""
-        in_half = self.vit_dtype != torch.float32
-        with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
-            # Without a half precision of its own, the vision side follows the autocast around it.
-            with devices.autocast(image.device, self.vit_dtype) if in_half else nullcontext():
-                image_tokens = self.ln_vision(self.visual_encoder.forward_features(image))  # [B, N, W]
-                return self.Qformer(self.query_tokens.expand(image.shape[0], -1, -1), image_tokens)
+    def encode_images(self, image: Tensor) -> Tensor:
+        """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H].
+
+        Gradients reach the pixels if ``image`` requires them. Otherwise, a frozen encoder builds no graph.
+
+        Raises:
+            ValueError: the images are of another size than the encoder was built for.
+        """
+        if tuple(image.shape[-2:]) != self.visual_encoder.patch_embed.img_size:
+            expected = list(self.visual_encoder.patch_embed.img_size)
+            raise ValueError(f"Images are {list(image.shape[-2:])} pixels; the vision encoder expects {expected}.")
+        needs_graph = self.is_vision_trained or image.requires_grad
+        with (
+            torch.set_grad_enabled(needs_graph and torch.is_grad_enabled()),
+            devices.autocast(image.device, self.vit_dtype),
+        ):
+            image_tokens = self.ln_vision(self.visual_encoder(image))  # [B, N, W]
+            return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
 
 def locate_vision(cfg: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Finds or fetches the files of the vision tower and of the Q-Former; reads no weight."""
+    """Finds or downloads the files of the vision transformer and of the Q-Former; reads no weights."""
     index = "*.index.json"
     vit = weights.locate(cfg.get("vit_weights", VIT_URL), "model.vit_weights", (index, "vision_model.*"))
     q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
@@ -100,13 +110,13 @@ def locate_vision(cfg: Mapping[str, Any]) -> tuple[Path, Path]:
 
 
 def q_former_config(cfg: Mapping[str, Any]) -> QFormerConfig:
-    """The Q-Former that a ``model`` section describes."""
+    """The Q-Former configuration of a ``model`` section."""
     width = dict(cfg.get("vit_config") or {}).get("embed_dim", EVA_VIT_G["embed_dim"])
     return QFormerConfig(**{**dict(cfg.get("qformer_config") or {}), "encoder_width": width})
 
 
 def vision_settings(cfg: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The constructor's arguments beside the parts."""
+    """The constructor's arguments other than the parts, from a ``model`` section."""
     freeze_vit = cfg.get("freeze_vit", True)
     is_float32 = devices.default_dtype(device) == torch.float32 or not freeze_vit
     return {
@@ -117,9 +127,9 @@ def vision_settings(cfg: Mapping[str, Any], device: torch.device) -> dict[str, A
     }
 
 
-def build_vision(cfg: Mapping[str, Any]) -> tuple[nn.Module, QFormer]:
-    """Vision tower and Q-Former of a ``model`` section, on the meta device."""
-    with skeleton():
+def build_vision(cfg: Mapping[str, Any]) -> tuple[Eva, QFormer]:
+    """Builds the vision transformer and Q-Former of a ``model`` section, parameters on the meta device."""
+    with init_empty_weights():
         vit = build_eva_vit(
             cfg.get("image_size", 224),
             cfg.get("drop_path_rate", 0.0),
@@ -129,8 +139,8 @@ def build_vision(cfg: Mapping[str, Any]) -> tuple[nn.Module, QFormer]:
         return vit, QFormer(q_former_config(cfg))
 
 
-def load(vision: Vision, files: tuple[Path, Path], cfg: Mapping[str, Any], device: torch.device) -> None:
-    """Puts the weights of both files into a built vision side, rounded as ``vit_precision`` asks."""
+def load(vision: VisionEncoder, files: tuple[Path, Path], cfg: Mapping[str, Any], device: torch.device) -> None:
+    """Loads both files into a built encoder and rounds the weights as ``vit_precision`` asks."""
     load_vision(vision, *files)
     dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")] if cfg.get("freeze_vit", True) else torch.float32
     keeps_float32 = devices.default_dtype(device) == torch.float32
