@@ -198,7 +198,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(build):
 
 @pytest.mark.parametrize("freeze_vit", [False, True])
 def test_a_vision_transformer_that_trains_keeps_float32_weights(build, monkeypatch, freeze_vit):
-    monkeypatch.setattr(devices, "half_dtype", lambda _: torch.bfloat16)
+    monkeypatch.setattr(devices, "default_dtype", lambda _: torch.bfloat16)
     model = build(freeze_vit=freeze_vit, vit_precision="bf16", llm_dtype="fp32")
     dtype = torch.bfloat16 if freeze_vit else torch.float32
     assert model.visual_encoder.blocks[0].mlp.fc1.weight.dtype == dtype

@@ -12,16 +12,18 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from minigpt4.common.schema import QFormerSettings
 
-@dataclass
-class QFormerConfig:
-    """BERT-base sizes by default. ``encoder_width`` is the width W of the image tokens."""
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    cross_attention_freq: int = 2
+@dataclass(frozen=True)
+class QFormerConfig(QFormerSettings):
+    """The Q-Former's architecture with the values that are no configuration keys.
+
+    Args:
+        encoder_width: W.
+        dropout: active only while the Q-Former is trained.
+    """
+
     encoder_width: int = 1408
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12

@@ -5,6 +5,7 @@ Parameter names are those of the published file. Shapes: B batch, S image side, 
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,20 +14,13 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
-EVA_VIT_G: dict[str, Any] = {
-    "patch_size": 14,
-    "embed_dim": 1408,
-    "depth": 39,
-    "num_heads": 16,
-    "mlp_ratio": 4.3637,
-}
-
+from minigpt4.common.schema import VitConfig, read_section
 
 def build_eva_vit(
     image_size: int = 224,
     drop_path_rate: float = 0.0,
     use_grad_checkpoint: bool = False,
-    vit_config: Mapping[str, Any] | None = None,
+    vit_config: VitConfig | Mapping[str, Any] | None = None,
 ) -> Eva:
     """Builds an EVA vision transformer with random weights; reads no file.
 
@@ -34,7 +28,7 @@ def build_eva_vit(
         image_size: side S of the square input in pixels, a multiple of the patch size.
         drop_path_rate: stochastic depth (Huang et al., 2016) of the last block; active in training mode only.
         use_grad_checkpoint: recompute activations in the backward pass.
-        vit_config: values that override ``EVA_VIT_G``.
+        vit_config: another size than EVA-ViT-g/14.
 
     Returns:
         A module from images [B, 3, S, S] to tokens [B, N, E]: class token first, no pooling, no final norm.
@@ -46,7 +40,7 @@ def build_eva_vit(
         use_post_transformer_norm=False,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
         drop_path_rate=drop_path_rate,
-        **EVA_VIT_G | dict(vit_config or {}),
+        **asdict(read_section(VitConfig, vit_config, "model.vit_config")),
     )
     vit.set_grad_checkpointing(use_grad_checkpoint)
     return vit

@@ -4,6 +4,7 @@ Shapes: B batch, S image side, N image tokens, W their width, Q queries, H width
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,10 @@ from torch import Tensor, nn
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
-from minigpt4.models.eva_vit import EVA_VIT_G, build_eva_vit, round_vit_weights
+from minigpt4.common.schema import ModelConfig, read_section
+from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
 from minigpt4.models.loading import load_vision
 from minigpt4.models.Qformer import QFormer, QFormerConfig
-
-_PUBLISHED = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
-VIT_URL = _PUBLISHED + "eva_vit_g.pth"
-Q_FORMER_URL = _PUBLISHED + "blip2_pretrained_flant5xxl.pth"
 
 
 class LayerNorm(nn.LayerNorm):
@@ -67,8 +65,9 @@ class VisionEncoder(nn.Module):
             module.requires_grad_(False)
 
     @classmethod
-    def from_config(cls, cfg: Mapping[str, Any], device: torch.device) -> "VisionEncoder":
+    def from_config(cls, cfg: ModelConfig | Mapping[str, Any], device: torch.device) -> "VisionEncoder":
         """Builds the encoder of a ``model`` section alone, without a language model, and loads its weights."""
+        cfg = read_section(ModelConfig, cfg, "model")
         files = locate_vision(cfg)
         vision = cls(*build_vision(cfg), **vision_settings(cfg, device))
         load(vision, files, cfg, device)
@@ -101,47 +100,41 @@ class VisionEncoder(nn.Module):
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
 
-def locate_vision(cfg: Mapping[str, Any]) -> tuple[Path, Path]:
+def locate_vision(cfg: ModelConfig) -> tuple[Path, Path]:
     """Finds or downloads the files of the vision transformer and of the Q-Former; reads no weights."""
     index = "*.index.json"
-    vit = weights.locate(cfg.get("vit_weights", VIT_URL), "model.vit_weights", (index, "vision_model.*"))
+    vit = weights.locate(cfg.vit_weights, "model.vit_weights", (index, "vision_model.*"))
     q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
-    return vit, weights.locate(cfg.get("q_former_model", Q_FORMER_URL), "model.q_former_model", q_former_parts)
+    return vit, weights.locate(cfg.q_former_model, "model.q_former_model", q_former_parts)
 
 
-def q_former_config(cfg: Mapping[str, Any]) -> QFormerConfig:
-    """The Q-Former configuration of a ``model`` section."""
-    width = dict(cfg.get("vit_config") or {}).get("embed_dim", EVA_VIT_G["embed_dim"])
-    return QFormerConfig(**{**dict(cfg.get("qformer_config") or {}), "encoder_width": width})
+def q_former_config(cfg: ModelConfig) -> QFormerConfig:
+    """The Q-Former of a ``model`` section."""
+    return QFormerConfig(**asdict(cfg.qformer_config), encoder_width=cfg.vit_config.embed_dim)
 
 
-def vision_settings(cfg: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def vision_settings(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     """The constructor's arguments other than the parts, from a ``model`` section."""
-    freeze_vit = cfg.get("freeze_vit", True)
-    is_float32 = devices.default_dtype(device) == torch.float32 or not freeze_vit
+    is_float32 = devices.default_dtype(device) == torch.float32 or not cfg.freeze_vit
     return {
-        "num_query_token": cfg.get("num_query_token", 32),
-        "freeze_vit": freeze_vit,
-        "freeze_qformer": cfg.get("freeze_qformer", True),
-        "vit_dtype": torch.float32 if is_float32 else devices.DTYPES[cfg.get("vit_precision", "fp16")],
+        "num_query_token": cfg.num_query_token,
+        "freeze_vit": cfg.freeze_vit,
+        "freeze_qformer": cfg.freeze_qformer,
+        "vit_dtype": torch.float32 if is_float32 else devices.DTYPES[cfg.vit_precision],
     }
 
 
-def build_vision(cfg: Mapping[str, Any]) -> tuple[Eva, QFormer]:
+def build_vision(cfg: ModelConfig) -> tuple[Eva, QFormer]:
     """Builds the vision transformer and Q-Former of a ``model`` section, parameters on the meta device."""
     with init_empty_weights():
-        vit = build_eva_vit(
-            cfg.get("image_size", 224),
-            cfg.get("drop_path_rate", 0.0),
-            cfg.get("use_grad_checkpoint", False) and not cfg.get("freeze_vit", True),
-            cfg.get("vit_config"),
-        )
+        is_checkpointed = cfg.use_grad_checkpoint and not cfg.freeze_vit
+        vit = build_eva_vit(cfg.image_size, cfg.drop_path_rate, is_checkpointed, cfg.vit_config)
         return vit, QFormer(q_former_config(cfg))
 
 
-def load(vision: VisionEncoder, files: tuple[Path, Path], cfg: Mapping[str, Any], device: torch.device) -> None:
+def load(vision: VisionEncoder, files: tuple[Path, Path], cfg: ModelConfig, device: torch.device) -> None:
     """Loads both files into a built encoder and rounds the weights as ``vit_precision`` asks."""
     load_vision(vision, *files)
-    dtype = devices.DTYPES[cfg.get("vit_precision", "fp16")] if cfg.get("freeze_vit", True) else torch.float32
+    dtype = devices.DTYPES[cfg.vit_precision] if cfg.freeze_vit else torch.float32
     keeps_float32 = devices.default_dtype(device) == torch.float32
     round_vit_weights(vision.visual_encoder, dtype, keep_float32=keeps_float32)
