@@ -104,7 +104,6 @@ def test_the_vision_transformer_returns_all_tokens(model):
 def test_images_of_another_size_are_rejected(model):
     with pytest.raises(ValueError, match=r"\[28, 21\] pixels.*\[28, 28\]"):
         model.encode_images(torch.zeros(1, 3, 28, 21))
-    assert model.encode_images(torch.zeros(0, 3, 28, 28)).shape == (0, 8, 48)
 
 
 @pytest.mark.parametrize("keep_float32", [False, True])
@@ -189,7 +188,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(build):
     for is_on in (False, True):
         model = build(freeze_vit=False, use_grad_checkpoint=is_on)
         count = []
-        model.visual_encoder.blocks[0].register_forward_hook(lambda *_, count=count: count.append(1))
+        model.visual_encoder.blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         found.append(gradients(model, VISION["image"]))
         calls.append(len(count))
     assert calls == [1, 2] and found[0].keys() == found[1].keys()

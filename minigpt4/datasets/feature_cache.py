@@ -25,6 +25,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
+from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.utils import parse_json
 from minigpt4.datasets.datasets.pairs import ListedDataset
 from minigpt4.datasets.datasets.sample import Place, Sample, SkipSample
@@ -250,9 +251,10 @@ def _fingerprint(cfg: Any, dataset: Any, crops: int) -> dict[str, str]:
 
     keys = ("image_size", "vit_precision", "vit_config", "qformer_config", "num_query_token")
     model, processor = cfg.to_dict()["model"], dataset.vis_processor
+    files = locate_vision(read_section(ModelConfig, model, "model"))
     settings = {k: v for k, v in vars(processor).items() if isinstance(v, int | float | str | tuple | bool)}
     parts = {
-        "weights": [_of_file(file) for path in locate_vision(cfg.model_cfg) for file in _files_of(path)],
+        "weights": [_of_file(file) for path in files for file in _files_of(path)],
         "model settings": {key: model.get(key) for key in keys},
         "processors": [type(processor).__name__, settings, vars(dataset.text_processor)
                        if hasattr(dataset.text_processor, "__dict__") else ""],

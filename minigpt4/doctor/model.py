@@ -10,6 +10,7 @@ from torch import nn
 from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.fingerprints import identify, kind_of
+from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.doctor import language
 from minigpt4.doctor.findings import OK, WARNING, Finding, collect, size
 from minigpt4.models import packed
@@ -19,7 +20,7 @@ from minigpt4.models.llama_folder import build_llama, check_folder, check_vocabu
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import bridge_weights, tower_weights, trained_part
 from minigpt4.models.mini_gpt4 import MiniGPT4, read_prompts
-from minigpt4.models.vision import Q_FORMER_URL, VIT_URL, build_vision, q_former_config, vision_settings
+from minigpt4.models.vision import build_vision, q_former_config, vision_settings
 
 LM_KEY = "model.llama_model"
 
@@ -51,8 +52,9 @@ class ModelFiles:
         if self.config:
             findings += collect("tokenizer", self._tokenizer)
             findings += collect("Vicuna version", language.version, self.cfg, self.config.get("vocab_size", 0))
-        findings += collect("model.vit_weights", self._vision, "vit_weights", VIT_URL, tower_weights)
-        findings += collect("model.q_former_model", self._vision, "q_former_model", Q_FORMER_URL, bridge_weights)
+        findings += collect("model.vit_weights", self._vision, "vit_weights", ModelConfig.vit_weights, tower_weights)
+        spec = ModelConfig.q_former_model
+        findings += collect("model.q_former_model", self._vision, "q_former_model", spec, bridge_weights)
         if self.cfg.get("ckpt"):
             findings += collect("model.ckpt", self._trained_part)
         if self.cfg.get("prompt_path"):
@@ -91,16 +93,17 @@ class ModelFiles:
         return model
 
     def _joined(self, llama: nn.Module, has_vision: bool = True) -> nn.Module:
+        cfg = read_section(ModelConfig, self.cfg, "model")
         with torch.device("meta"):
             return MiniGPT4(
-                *(build_vision(self.cfg) if has_vision else (None, q_former_config(self.cfg))),
+                *(build_vision(cfg) if has_vision else (None, q_former_config(cfg))),
                 llama,
                 self.tokenizer,
                 prompts=self.prompts,
                 prompt_template=self.cfg.get("prompt_template", ""),
                 max_txt_len=self.cfg.get("max_txt_len", 32),
                 end_sym=self.cfg.get("end_sym", "\n"),
-                **vision_settings(self.cfg, self.device),
+                **vision_settings(cfg, self.device),
             )
 
     def _language_model(self) -> Finding:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minigpt4.common.schema import VitConfig, read_section
 
+
 def build_eva_vit(
     image_size: int = 224,
     drop_path_rate: float = 0.0,

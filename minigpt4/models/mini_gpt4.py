@@ -17,6 +17,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
+from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models import packed
 from minigpt4.models.int8 import to_int8
@@ -119,7 +120,8 @@ class MiniGPT4(VisionEncoder):
             cfg.get("llama_model"), "model.llama_model", ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
         )
         check_folder(llama_folder)
-        vision_files = locate_vision(cfg) if has_vision else None
+        vision_cfg = read_section(ModelConfig, cfg, "model")
+        vision_files = locate_vision(vision_cfg) if has_vision else None
         ckpt = weights.locate(cfg["ckpt"], "model.ckpt") if cfg.get("ckpt") else None
         prompts = read_prompts(cfg.get("prompt_path"), cfg.get("prompt_template", ""))
 
@@ -130,17 +132,17 @@ class MiniGPT4(VisionEncoder):
         if cfg.get("llm_grad_checkpoint"):
             packed.recompute_layers(llama)
         model = cls(
-            *(build_vision(cfg) if has_vision else (None, q_former_config(cfg))),
+            *(build_vision(vision_cfg) if has_vision else (None, q_former_config(vision_cfg))),
             llama,
             tokenizer,
             prompts=prompts,
             prompt_template=cfg.get("prompt_template", ""),
             max_txt_len=cfg.get("max_txt_len", 32),
             end_sym=cfg.get("end_sym", "\n"),
-            **vision_settings(cfg, device),
+            **vision_settings(vision_cfg, device),
         )
         if vision_files is not None:
-            load(model, vision_files, cfg, device)
+            load(model, vision_files, vision_cfg, device)
         if ckpt is not None:
             model.load_checkpoint(ckpt)
         log_summary(model)
