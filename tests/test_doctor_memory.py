@@ -16,13 +16,14 @@ from minigpt4.doctor import memory
 def test_weights_of_7b_by_part():
     """A model of the full size, without a byte of memory."""
     folder = {"vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    from minigpt4.common.schema import ModelConfig
     from minigpt4.models.llama import Llama, LlamaConfig
     from minigpt4.models.mini_gpt4 import MiniGPT4
     from minigpt4.models.vision import build_vision
 
     with torch.device("meta"):
         llm = Llama(LlamaConfig(**folder, num_attention_heads=32)).bfloat16()
-        model = MiniGPT4(*build_vision({}), llm, None)
+        model = MiniGPT4(*build_vision(ModelConfig()), llm, None)
     sizes = memory.weight_bytes(model)
     assert sizes["language model"] == pytest.approx(13.48e9, rel=1e-3)
     assert sizes["projection"] == 4 * (768 * 4096 + 4096)
