@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minigpt4.models.llama_folder import load_llama
+from minigpt4.models.language_model import load_language_model
 from minigpt4.tools import apply_delta as tool
 
 transformers = pytest.importorskip("transformers")
-NAMES = tool.VOCAB_ROWS
+NAMES = tool.VOCABULARY_TENSORS
 
 
 def make_model(rows: int, seed: int, **changes: int) -> transformers.LlamaForCausalLM:
@@ -59,7 +59,7 @@ def run(folders: dict[str, Path], *more: str) -> int:
     return tool.main([part for name in folders for part in (f"--{name}", str(folders[name]))] + list(more))
 
 
-def merged(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
@@ -67,7 +67,7 @@ def merged(folder: Path) -> dict[str, torch.Tensor]:
 def test_sum_is_exact(folders, dtype, monkeypatch, capsys):
     monkeypatch.setattr(tool, "SHARD_BYTES", 5000)
     assert run(folders, "--dtype", dtype) == 0
-    state, base, delta = merged(folders["target"]), make_model(32, 0).state_dict(), make_model(33, 1).state_dict()
+    state, base, delta = read_weights(folders["target"]), make_model(32, 0).state_dict(), make_model(33, 1).state_dict()
     delta[tool.FINAL_NORM] = delta[tool.FINAL_NORM] * 0.01
     assert state.keys() == delta.keys()  # no rotary frequencies
     for name, value in delta.items():
@@ -83,7 +83,7 @@ def test_sum_is_exact(folders, dtype, monkeypatch, capsys):
 def test_result_loads_as_language_model(folders):
     assert run(folders) == 0
     target = folders["target"]
-    model = load_llama(target, torch.float32)
+    model = load_language_model(target, torch.float32)
     assert model.config.vocab_size == 33 and model.model.embed_tokens.weight.shape[0] == 33
     assert (target / "tokenizer.model").read_bytes() == b"delta"
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
@@ -91,7 +91,7 @@ def test_result_loads_as_language_model(folders):
     assert not list(target.parent.glob("*.partial-*"))
 
 
-def test_other_formats_and_falling_back_to_the_bases_tokenizer(folders, tmp_path):
+def test_other_formats_and_the_tokenizer_of_the_base(folders, tmp_path):
     base = make_model(33, 0)
     paths = {"base": tmp_path / "single", "delta": folders["delta"], "target": folders["target"]}
     base.save_pretrained(paths["base"])  # one model.safetensors, as many rows as the delta
@@ -101,7 +101,7 @@ def test_other_formats_and_falling_back_to_the_bases_tokenizer(folders, tmp_path
     assert run(paths) == 0
     assert (paths["target"] / "tokenizer.model").read_bytes() == b"base"
     expected = base.state_dict()[NAMES[0]].float() + make_model(33, 1).state_dict()[NAMES[0]].float()
-    assert torch.equal(merged(paths["target"])[NAMES[0]], expected.half())
+    assert torch.equal(read_weights(paths["target"])[NAMES[0]], expected.half())
 
 
 def spoil_swapped(folders):
@@ -202,18 +202,18 @@ def spoil_config(folders):
         (spoil_swapped, "are swapped"),
         (spoil_delta_is_whole, "is a whole model"),
         (spoil_same, "are the same folder"),
-        (spoil_missing_shard, "lacks 1 of 3 files"),
+        (spoil_missing_shard, "1 of 3 files"),
         (spoil_cut_short, "cannot be read as weights"),
-        (spoil_cut_short_safetensors, "damaged or cut short"),
+        (spoil_cut_short_safetensors, "cannot be read as weights"),
         (spoil_other_size, "hidden_size 32 and 16"),
         (spoil_other_shape, "in --base and ["),
         (spoil_other_layers, "differ in"),
         (spoil_vocabulary, "30 tokens and --delta 33"),
-        (spoil_vocab_size, "config.json says vocab_size 32"),
+        (spoil_vocab_size, "config.json has vocab_size 32"),
         (spoil_llama_2, "not Llama 2"),
         (spoil_target, "is not an empty folder"),
         (spoil_no_folder, "does not exist"),
-        (spoil_no_weights, "no weights in the Hugging Face form"),
+        (spoil_no_weights, "holds no model.safetensors or pytorch_model.bin"),
         (spoil_no_tokenizer, "tokenizer.model"),
         (spoil_nan, "not finite"),
         (spoil_config, "no valid JSON"),
@@ -238,7 +238,7 @@ def test_interrupted_run_leaves_nothing(folders, monkeypatch):
     assert not folders["target"].exists() and not list(folders["target"].parent.glob("*.partial-*"))
 
 
-def test_failed_writing_is_told_and_leaves_nothing(folders, monkeypatch, capsys):
+def test_a_failure_to_write_is_reported_and_leaves_nothing(folders, monkeypatch, capsys):
     def refuse(*_: object, **__: object) -> None:
         raise tool.SafetensorError("I/O error: No space left on device")
 
@@ -248,7 +248,7 @@ def test_failed_writing_is_told_and_leaves_nothing(folders, monkeypatch, capsys)
     assert not folders["target"].exists() and not list(folders["target"].parent.glob("*.partial-*"))
 
 
-def test_full_disk_is_told_beforehand(folders, monkeypatch, capsys):
+def test_a_full_disk_is_reported_beforehand(folders, monkeypatch, capsys):
     usage = tool.shutil.disk_usage(folders["base"])
     monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: usage._replace(free=100))
     assert run(folders) == 1

@@ -267,15 +267,15 @@ def _start_worker(device: torch.device) -> None:
     devices.use(device)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, key: str = KEY) -> list[Path]:
     """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
         if index.is_file():
-            return weights.shards(index, KEY)
-    raise UserError(f"{KEY}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
+            return weights.shards(index, key)
+    raise UserError(f"{key}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
 
 
 def check_vocabulary(llm: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -289,19 +289,19 @@ def check_vocabulary(llm: PreTrainedModel, tokenizer: Any, folder: Path) -> None
         )
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path, key: str = KEY) -> dict[str, Any]:
     """Returns config.json of a model folder; raises UserError where the folder cannot be one, reading no weights."""
     if not folder.is_dir():
         raise UserError(
-            f"{KEY}: {folder} is a file ({identify(folder)}); expected the folder with config.json and the weight "
+            f"{key}: {folder} is a file ({identify(folder)}); expected the folder with config.json and the weight "
             "files of the language model." + see("weights-that-do-not-fit")
         )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{KEY}: {folder} has no config.json; expected a Hugging Face model folder.")
-    config = parse_json((folder / "config.json").read_bytes(), f"{KEY}: {folder / 'config.json'}")
+        raise UserError(f"{key}: {folder} has no config.json; expected a Hugging Face model folder.")
+    config = parse_json((folder / "config.json").read_bytes(), f"{key}: {folder / 'config.json'}")
     if not isinstance(config, dict):
-        raise UserError(f"{KEY}: {folder / 'config.json'} holds no JSON object; copy it again.")
+        raise UserError(f"{key}: {folder / 'config.json'} holds no JSON object; copy it again.")
     for index in folder.glob("*.index.json"):
-        weights.shards(index, KEY)
-    weight_files(folder)
+        weights.shards(index, key)
+    weight_files(folder, key)
     return config
