@@ -1,33 +1,50 @@
-"""YAML files and command-line options, merged: model defaults < data-set defaults < the file < ``--options``."""
+"""YAML files and ``--options``, merged: model defaults < data set defaults < the file < ``--options``."""
 
 import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from minigpt4.common.config_checks import check_sections
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import DatasetConfig, ModelConfig, PreprocessConfig, RunConfig, read_section
+from minigpt4.common.schema import (
+    DatasetConfig,
+    ModelConfig,
+    PreprocessConfig,
+    RunConfig,
+    choices_of,
+    type_hints,
+)
 
-SECTIONS = ("run", "model", "preprocess", "datasets")
-MAX_BYTES = 2**20  # of a YAML file; the parser takes seconds for a megabyte
+SECTIONS = {  # of a YAML file; the last two hold a section for each data set
+    "run": RunConfig,
+    "model": ModelConfig,
+    "preprocess": PreprocessConfig,
+    "datasets": DatasetConfig,
+    "evaluation_datasets": None,
+}
+MAX_BYTES = 2**20  # of a YAML file: the parser takes seconds for a megabyte
+_INVALID = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError)
 
 
 class Config:
-    """The merged configuration of a run; what is merged stays as it is.
+    """The merged configuration of a run.
 
     Args:
         args: has ``cfg_path`` and ``options`` (None, ["a.b=c", …] or ["a.b", "c", …]).
 
     Raises:
-        UserError: a file is missing or no YAML, or a model, type or data set has no such name.
+        UserError: a file is missing or not valid YAML, or there is no model, model type or data set of a given name.
     """
 
     def __init__(self, args: Any) -> None:
@@ -35,19 +52,19 @@ class Config:
         self._source = str(args.cfg_path)
         file = _read_yaml(Path(args.cfg_path))
         options = _parse_options(args.options)
-        if strangers := [name for name in (*file, *options) if name not in SECTIONS]:
+        if unknown := [name for name in (*file, *options) if name not in SECTIONS]:
             raise UserError(
-                f"{self._source}: there is no section '{strangers[0]}'.{nearest(str(strangers[0]), SECTIONS)} "
+                f"{self._source}: there is no section '{unknown[0]}'.{nearest(str(unknown[0]), SECTIONS)} "
                 f"Known: {', '.join(SECTIONS)}."
             )
-        model_section = OmegaConf.merge({"model": file.get("model") or {}}, {"model": options.get("model") or {}})
         with _explained(self._source):
+            given = OmegaConf.merge(file, options)
             self.config = OmegaConf.merge(
                 {"run": file.get("run") or {}},
-                self._model_defaults(model_section.model),
+                self._model_defaults(given.get("model") or {}),
                 {"model": file.get("model") or {}},
-                {"preprocess": file.preprocess} if file.get("preprocess") else {},
-                self._dataset_defaults(file.get("datasets") or {}),
+                {name: file[name] for name in ("preprocess", "evaluation_datasets") if file.get(name)},
+                self._dataset_defaults(given.get("datasets") or {}),
                 {"datasets": file.get("datasets") or {}},
                 options,
             )
@@ -65,52 +82,51 @@ class Config:
         merged = OmegaConf.create({"datasets": {}})
         for name, section in datasets.items():
             builder = registry.get_builder_class(name)
-            if section is not None and not isinstance(section, DictConfig):
+            if not isinstance(section, DictConfig):
                 raise UserError(f"{self._source}: datasets.{name} is {section!r}; expected keys and values under it.")
-            path = builder.default_config_path(str((section or {}).get("type", "default")))
+            path = builder.default_config_path(str(section.get("type", "default")))
             if path is not None:
                 merged = OmegaConf.merge(merged, _read_yaml(Path(path)))
         return merged
 
     def check(self) -> "Config":
-        """Holds every key against the schema and returns self; models of other archs check their own.
+        """Checks every key and what keys mean together, and returns self; models from outside check their own keys.
 
         Raises:
-            UserError: an unknown key, with its nearest known neighbour, a value of the wrong type, or one that refers
-                to what is not there.
+            UserError: an unknown key, with the nearest known one, a value of the wrong type or out of range, a
+                reference to something undefined, or settings that contradict each other.
         """
         with _explained(self._source):
-            plain = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
-        read_section(RunConfig, plain.get("run"), "run", self._source)
-        if plain["model"].get("arch") == "mini_gpt4":
-            read_section(ModelConfig, plain["model"], "model", self._source)
-        read_section(PreprocessConfig, plain.get("preprocess"), "preprocess", self._source)
-        for name, section in (plain.get("datasets") or {}).items():
-            is_own = not registry.get_builder_class(name).__module__.startswith("minigpt4.")
-            read_section(DatasetConfig, section, f"datasets.{name}", self._source, allow_unknown=is_own)
+            sections = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
+        check_sections(sections, self._source)
         return self
 
     @property
     def run_cfg(self) -> DictConfig:
-        """How to train."""
+        """The section ``run``: how to train."""
         return self.config.run
 
     @property
     def datasets_cfg(self) -> DictConfig:
-        """What to train on, a section a data set."""
+        """The section ``datasets``: a section for each data set."""
         return self.config.datasets
 
     @property
     def model_cfg(self) -> DictConfig:
-        """What to train."""
+        """The section ``model``."""
         return self.config.model
+
+    @property
+    def evaluation_datasets_cfg(self) -> DictConfig:
+        """The section ``evaluation_datasets``: a section for each benchmark, unchecked."""
+        return self.config.evaluation_datasets
 
     def pretty_print(self) -> None:
         """Logs all sections."""
         logging.info("Configuration of %s:\n%s", self._source, json.dumps(self.to_dict(), indent=2))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers."""
+        """Returns plain containers."""
         return OmegaConf.to_container(self.config)
 
     def save(self, path: Path) -> None:
@@ -124,12 +140,15 @@ def _read_yaml(path: Path) -> DictConfig:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{path} has {size:,} bytes; expected a configuration of at most {MAX_BYTES:,}.")
     with _explained(str(path)):
-        content = OmegaConf.load(path)  # refuses tags, cycles, and aliases that unfold to more than 10,000 nodes
+        content = OmegaConf.load(path)  # refuses tags, cycles, and aliases that expand to more than 10,000 nodes
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} holds no sections; expected {', '.join(SECTIONS)}.")
     for name, section in content.items_ex(resolve=False):
         if name in SECTIONS and section is not None and not isinstance(section, DictConfig):
             raise UserError(f"{path}: section '{name}' is {section!r}; expected keys and values under it.")
+    for name, section in (content.get("datasets") or {}).items():
+        if section is None:  # "laion:" alone: the data set with its defaults
+            content.datasets[name] = {}
     return content
 
 
@@ -139,20 +158,60 @@ def _parse_options(options: Sequence[str] | None) -> DictConfig:
         if len(options) % 2:
             raise UserError(f"--options got {len(options)} words; expected pairs 'key value' or 'key=value' each.")
         options = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
+    parsed = OmegaConf.create({})
     for option in options:
-        key = option.partition("=")[0]
-        if "=" not in option or "." not in key:
+        key, equals, text = option.partition("=")
+        if not equals or "." not in key:
             raise UserError(f"--options: '{option}' is not of the form section.key=value, as in run.max_epoch=2.")
-    with _explained(f"--options: {' '.join(options)[:200]}"):
-        return OmegaConf.from_dotlist(options)
+        with _explained(f"--options: {option[:200]}"):
+            OmegaConf.update(parsed, key, _parse_value(key, text))
+    return parsed
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """Reads an option as its key's type asks: text as it is, everything else as YAML."""
+    hint = _find_hint(key.split("."))
+    choices = choices_of(hint)
+    is_list = text.startswith("[") and any(get_origin(choice) is list for choice in choices)
+    if str in choices and not is_list:
+        if b"\0" in text.encode():  # which raises ValueError for bytes that are not UTF-8
+            raise ValueError("the value holds a zero byte")
+        return None if text == "null" and NoneType in choices else text
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except _INVALID:
+        if hint is None:
+            return text
+        raise
+    return text if hint is None and _is_altered(text, value) else value
+
+
+def _find_hint(names: Sequence[str]) -> Any:
+    """The type of a dotted key, such as run.seed or datasets.laion.sample_ratio; None if it is unknown."""
+    hint = SECTIONS.get(names[0])
+    for name in names[2:] if names[0] == "datasets" else names[1:]:
+        hint = next((type_hints(choice).get(name) for choice in choices_of(hint) if is_dataclass(choice)), None)
+    return hint
+
+
+def _is_altered(text: str, value: Any) -> bool:
+    """Whether YAML drops part of a text whose type is unknown: a comment, leading zeros, or ``a: b`` read as keys."""
+    text = text.strip()
+    if isinstance(value, str):
+        return value != text and text[0] not in "'\""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value) != text
+    if isinstance(value, dict | list):
+        return text[0] not in "{["
+    return value is None and text not in ("", "null", "~")
 
 
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
-    """Tells in a sentence whatever YAML and OmegaConf make of a strange text."""
+    """Turns errors of YAML and OmegaConf into a UserError of one sentence."""
     try:
         yield
     except UserError:
         raise
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{source} is no valid YAML configuration: {' '.join(str(error).split())}") from error
+    except _INVALID as error:
+        raise UserError(f"{source} is not a valid YAML configuration: {' '.join(str(error).split())}") from error

@@ -1,14 +1,15 @@
-"""Names in YAML files to classes. A lookup imports the room of the built-in classes, so no star import is needed."""
+"""Classes by the names that YAML files use. A lookup imports the package of the built-in classes."""
 
 import importlib
 from collections.abc import Callable
+from functools import partialmethod
 from typing import Any, TypeVar
 
 from minigpt4.common.errors import UserError, nearest
 
 Class = TypeVar("Class", bound=type)
 
-_ROOMS = {
+_PACKAGES = {
     "model": "minigpt4.models",
     "builder": "minigpt4.datasets.builders",
     "task": "minigpt4.tasks",
@@ -19,15 +20,22 @@ _ROOMS = {
 
 
 class Registry:
-    """Six tables of classes, each filled by its ``register_*`` decorator."""
+    """Six tables of classes.
+
+    ``register_KIND(name)`` is a class decorator, which raises KeyError if another class has the name.
+    ``get_KIND_class(name)`` returns the class, or raises UserError with the known names. ``list_KINDs()`` returns the
+    names, sorted. YAML files use the names as follows: model ``model.arch``, builder ``datasets.NAME``, task
+    ``run.task``, runner ``run.runner``, lr_scheduler ``run.lr_sched``, processor ``name`` below ``vis_processor`` and
+    ``text_processor``.
+    """
 
     def __init__(self) -> None:
-        self._classes: dict[str, dict[str, Any]] = {kind: {} for kind in _ROOMS}
+        self._classes: dict[str, dict[str, Any]] = {kind: {} for kind in _PACKAGES}
 
     def _register(self, kind: str, name: str) -> Callable[[Class], Class]:
         def add(cls: Class) -> Class:
             known = self._classes[kind].setdefault(name, cls)
-            # The same class arrives again when its module is reloaded.
+            # The same class is registered again when its module is reloaded.
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise KeyError(f"The {kind} name '{name}' is already taken by {known.__module__}.{known.__qualname__}.")
             self._classes[kind][name] = cls
@@ -36,92 +44,38 @@ class Registry:
         return add
 
     def _get(self, kind: str, name: str) -> Any:
-        name = str(name)  # a YAML file may give anything
+        name = str(name)  # a YAML file may hold anything
         if name not in self._classes[kind]:
-            importlib.import_module(_ROOMS[kind])
-        if name not in self._classes[kind]:
-            choices = sorted(self._classes[kind])
-            raise UserError(
-                f"There is no {kind.replace('_', ' ')} named '{name}'; registered: {', '.join(choices)}."
-                + nearest(name, choices)
-            )
+            known = self._list(kind)
+            if name not in known:
+                raise UserError(
+                    f"There is no {kind.replace('_', ' ')} named '{name}'; registered: {', '.join(known)}."
+                    + nearest(name, known)
+                )
         return self._classes[kind][name]
 
     def _list(self, kind: str) -> list[str]:
-        importlib.import_module(_ROOMS[kind])
+        importlib.import_module(_PACKAGES[kind])
         return sorted(self._classes[kind])
 
-    def register_model(self, name: str) -> Callable[[Class], Class]:
-        """Registers a model class, the ``model.arch`` of a YAML file."""
-        return self._register("model", name)
-
-    def register_builder(self, name: str) -> Callable[[Class], Class]:
-        """Registers a dataset builder, a key under ``datasets``."""
-        return self._register("builder", name)
-
-    def register_task(self, name: str) -> Callable[[Class], Class]:
-        """Registers a task, the ``run.task``."""
-        return self._register("task", name)
-
-    def register_processor(self, name: str) -> Callable[[Class], Class]:
-        """Registers an image or text processor, a ``name`` under ``vis_processor`` or ``text_processor``."""
-        return self._register("processor", name)
-
-    def register_runner(self, name: str) -> Callable[[Class], Class]:
-        """Registers a runner, the ``run.runner``."""
-        return self._register("runner", name)
-
-    def register_lr_scheduler(self, name: str) -> Callable[[Class], Class]:
-        """Registers a learning-rate schedule, the ``run.lr_sched``."""
-        return self._register("lr_scheduler", name)
-
-    def get_model_class(self, name: str) -> Any:
-        """Returns the model class registered as ``name``; raises UserError with the choices otherwise."""
-        return self._get("model", name)
-
-    def get_builder_class(self, name: str) -> Any:
-        """Returns the builder class registered as ``name``; raises UserError with the choices otherwise."""
-        return self._get("builder", name)
-
-    def get_task_class(self, name: str) -> Any:
-        """Returns the task class registered as ``name``; raises UserError with the choices otherwise."""
-        return self._get("task", name)
-
-    def get_processor_class(self, name: str) -> Any:
-        """Returns the processor class registered as ``name``; raises UserError with the choices otherwise."""
-        return self._get("processor", name)
-
-    def get_runner_class(self, name: str) -> Any:
-        """Returns the runner class registered as ``name``; raises UserError with the choices otherwise."""
-        return self._get("runner", name)
-
-    def get_lr_scheduler_class(self, name: str) -> Any:
-        """Returns the schedule class registered as ``name``; raises UserError with the choices otherwise."""
-        return self._get("lr_scheduler", name)
-
-    def list_models(self) -> list[str]:
-        """Registered model names, sorted."""
-        return self._list("model")
-
-    def list_datasets(self) -> list[str]:
-        """Registered dataset names, sorted."""
-        return self._list("builder")
-
-    def list_tasks(self) -> list[str]:
-        """Registered task names, sorted."""
-        return self._list("task")
-
-    def list_processors(self) -> list[str]:
-        """Registered processor names, sorted."""
-        return self._list("processor")
-
-    def list_runners(self) -> list[str]:
-        """Registered runner names, sorted."""
-        return self._list("runner")
-
-    def list_lr_schedulers(self) -> list[str]:
-        """Registered schedule names, sorted."""
-        return self._list("lr_scheduler")
+    register_model = partialmethod(_register, "model")
+    register_builder = partialmethod(_register, "builder")
+    register_task = partialmethod(_register, "task")
+    register_processor = partialmethod(_register, "processor")
+    register_runner = partialmethod(_register, "runner")
+    register_lr_scheduler = partialmethod(_register, "lr_scheduler")
+    get_model_class = partialmethod(_get, "model")
+    get_builder_class = partialmethod(_get, "builder")
+    get_task_class = partialmethod(_get, "task")
+    get_processor_class = partialmethod(_get, "processor")
+    get_runner_class = partialmethod(_get, "runner")
+    get_lr_scheduler_class = partialmethod(_get, "lr_scheduler")
+    list_models = partialmethod(_list, "model")
+    list_datasets = partialmethod(_list, "builder")
+    list_tasks = partialmethod(_list, "task")
+    list_processors = partialmethod(_list, "processor")
+    list_runners = partialmethod(_list, "runner")
+    list_lr_schedulers = partialmethod(_list, "lr_scheduler")
 
 
 registry = Registry()

@@ -6,12 +6,12 @@ docs/CONFIGURATION.md is generated from this file. A type with ``| None`` accept
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common.errors import UserError, nearest
@@ -27,6 +27,7 @@ _TYPE_NAMES = {
     float: "a number (float)",
     str: "text (in quotes)",
 }
+SPLITS = {"train": "storage", "val": "val_storage", "test": "test_storage"}  # split: its key below build_info
 _REMOVED = {"run.resize_on_device": "it was removed: images are always resized by the loader's workers"}
 
 
@@ -251,69 +252,67 @@ def read_section(
         return section
     prefix = f"{source}: " if source else ""
     try:
-        plain = section if isinstance(section, DictConfig) else OmegaConf.create({"section": section}).section
-        if isinstance(plain, DictConfig):
+        plain = section if isinstance(section, DictConfig) else OmegaConf.create({where: section})[where]
+        if isinstance(plain, Container):
             plain = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError, RecursionError) as error:
         raise UserError(f"{prefix}{where} is not a valid section: {' '.join(str(error).split())}") from error
-    return _Reader(prefix, allow_unknown).read(cls, {} if plain is None else plain, where)
+    try:
+        return _read(cls, {} if plain is None else plain, where, allow_unknown)
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from None
 
 
 @lru_cache
 def type_hints(cls: type) -> dict[str, Any]:
-    """The resolved type of every key of a section."""
+    """Returns the type of every key of a section."""
     hints = get_type_hints(cls)
     return {entry.name: hints[entry.name] for entry in fields(cls)}
 
 
-class _Reader:
-    """Checks sections; ``prefix`` begins every message."""
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Returns the members of a union, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
-    def __init__(self, prefix: str, allow_unknown: bool) -> None:
-        self.prefix = prefix
-        self.allow_unknown = allow_unknown
 
-    def read(self, cls: type[Section], section: Any, where: str) -> Section:
-        hints = type_hints(cls)
-        if not isinstance(section, Mapping):
-            raise UserError(f"{self.prefix}{where} is {section!r}; expected a section with {', '.join(hints)}.")
-        built_in = getattr(cls, "BUILT_IN", None)
-        if built_in and section.get("name", cls().name) not in built_in:
-            return cls(**{name: value for name, value in section.items() if name in hints})
-        values = {}
-        for name, value in section.items():
-            if name in hints:
-                values[name] = self._value(cls, str(name), value, f"{where}.{name}")
-            elif f"{where}.{name}" in _REMOVED:
-                raise UserError(f"{self.prefix}remove {where}.{name}: {_REMOVED[f'{where}.{name}']}.")
-            elif not self.allow_unknown:
-                known = f"{nearest(str(name), hints)} Known: {', '.join(hints)}."
-                raise UserError(f"{self.prefix}there is no key {where}.{name}.{known}")
-        return replace(cls(), **values)
+def _read(cls: type[Section], section: Any, where: str, allow_unknown: bool) -> Section:
+    hints = type_hints(cls)
+    if not isinstance(section, Mapping):
+        raise UserError(f"{where} is {section!r}; expected a section with {', '.join(hints)}.")
+    built_in = getattr(cls, "BUILT_IN", None)
+    if built_in and section.get("name", cls().name) not in built_in:
+        return cls(**{name: value for name, value in section.items() if name in hints})
+    values = {}
+    for name, value in section.items():
+        path = f"{where}.{name}"
+        if name in hints:
+            entry = cls.__dataclass_fields__[name]
+            values[name] = _read_value(hints[name], value, path, entry, allow_unknown)
+        elif path in _REMOVED:
+            raise UserError(f"Remove {path}: {_REMOVED[path]}.")
+        elif not allow_unknown:
+            raise UserError(f"There is no key {path}.{nearest(str(name), hints)} Known: {', '.join(hints)}.")
+    return cls(**values)
 
-    def _value(self, cls: type, name: str, value: Any, where: str) -> Any:
-        entry, hint = cls.__dataclass_fields__[name], type_hints(cls)[name]
-        choices = get_args(hint) if get_origin(hint) is UnionType or NoneType in get_args(hint) else (hint,)
-        if value is None and NoneType not in choices:
-            default = entry.default if entry.default is not MISSING else entry.default_factory()
-            use = "its keys" if is_dataclass(default) else repr(default)
-            raise UserError(f"{self.prefix}{where} is blank; give it a value, or remove the line to use {use}.")
-        if value is None:
-            return None
-        for choice in choices:
-            if is_dataclass(choice):
-                return self.read(choice, value, where)
-            if _is_instance(value, choice):
-                self._check_range(value, entry.metadata, where)
-                return float(value) if choice is float else value
-        expected = " or ".join(_describe(choice) for choice in choices if choice is not NoneType)
-        raise UserError(f"{self.prefix}{where} is {value!r} ({type(value).__name__}); expected {expected}.")
 
-    def _check_range(self, value: Any, metadata: Mapping[str, Any], where: str) -> None:
-        least, below = metadata["least"], metadata["below"]
-        if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < below:
-            limit = f" and less than {below:g}" if below < math.inf else ""
-            raise UserError(f"{self.prefix}{where} is {value!r}; expected {least:g} or more{limit}.")
+def _read_value(hint: Any, value: Any, path: str, entry: Field, allow_unknown: bool) -> Any:
+    choices = choices_of(hint)
+    if value is None and NoneType not in choices:
+        default = "the default" if entry.default is MISSING else f"the default, {entry.default!r}"
+        raise UserError(f"{path} is blank; give it a value, or remove the line to use {default}.")
+    if value is None:
+        return None
+    for choice in choices:
+        if is_dataclass(choice):
+            return _read(choice, value, path, allow_unknown)
+        if _is_instance(value, choice):
+            least, below = entry.metadata["least"], entry.metadata["below"]
+            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < below:
+                limit = f" and less than {below:g}" if below < math.inf else ""
+                raise UserError(f"{path} is {value!r}; expected {least:g} or more{limit}.")
+            return float(value) if choice is float else value
+    expected = " or ".join(_describe(choice) for choice in choices if choice is not NoneType)
+    raise UserError(f"{path} is {value!r} ({type(value).__name__}); expected {expected}.")
 
 
 def _is_instance(value: Any, hint: Any) -> bool:

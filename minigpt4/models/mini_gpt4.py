@@ -33,6 +33,7 @@ IMAGE_SLOT = -1  # stands in a list of token ids where one image embedding goes
 IGNORED = -100  # label of a position that is no target
 
 
+@registry.register_model("minigpt4")  # the reference's later name
 @registry.register_model("mini_gpt4")
 class MiniGPT4(VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
@@ -51,7 +52,10 @@ class MiniGPT4(VisionEncoder):
         vit_dtype: precision that the vision side computes in, where the device computes in half precisions.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {"pretrain_vicuna": "configs/models/minigpt4.yaml"}
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "pretrain_vicuna": "configs/models/minigpt4.yaml",
+        "pretrain_vicuna0": "configs/models/minigpt4.yaml",  # the reference's later name
+    }
 
     def __init__(
         self,
