@@ -1,4 +1,4 @@
-"""Merged configurations: the original's result, the options' two notations, and what a typing error is told."""
+"""Merged configurations: the reference's result, both notations of options, and messages for mistakes in keys."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -40,7 +40,7 @@ def small(tmp_path):
 
 
 @pytest.mark.parametrize("case", MERGED)
-def test_merged_as_the_original_merges(case):
+def test_merged_as_the_reference_merges(case):
     golden = MERGED[case]
     config = load(SHIPPED[case.split("_")[0]], *(golden["options"] or []))
     assert config.to_dict() == golden["config"]
@@ -54,7 +54,7 @@ def test_check_passes(case):
 
 
 @pytest.mark.parametrize("case", [case for case in MERGED if case.endswith("with_options")])
-def test_check_refuses_what_the_original_lets_through(case):
+def test_check_refuses_what_the_reference_accepts(case):
     with pytest.raises(UserError, match=r"run\.new_key") as error:
         load(SHIPPED[case.split("_")[0]], *MERGED[case]["options"]).check()
     assert "max_epoch" in str(error.value)  # the known ones are listed

@@ -163,7 +163,7 @@ def test_bad_folders_and_damaged_parts(config, tmp_path):
 
 
 def test_a_vision_side_that_learns_has_no_cache(config):
-    with pytest.raises(UserError, match="needs a frozen vision side"):
+    with pytest.raises(UserError, match="requires a frozen vision side"):
         datasets_of(config("model.freeze_qformer=False"))
 
 

@@ -1,34 +1,34 @@
-"""The one exception for what a user can mend."""
+"""The exception for mistakes that users can correct."""
 
 import difflib
 from collections.abc import Iterable
 
-_LONGEST = 1500  # characters of a message; what is quoted in it may be of any length
+_MAX_LENGTH = 1500  # characters of a message, which may quote values of any length
 
 
 class UserError(ValueError):
-    """A mistake in a file, a key or a value, told in one line; entry scripts print it without a traceback.
+    """A mistake in a file, a key or a value; entry scripts print its one line without a traceback.
 
-    What a message quotes may come from anybody: line ends become spaces, control characters are written out, and the
-    middle of a very long one is left out.
+    Messages may quote untrusted text: line ends become spaces, control characters are escaped, and a very long message
+    is shortened in the middle.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(_shortened("".join(map(_shown, _shortened(message)))))
+        super().__init__(_shortened("".join(map(_printable, _shortened(message)))))
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} […] {text[-490:]}"
+    return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 500]} […] {text[-490:]}"
 
 
-def _shown(character: str) -> str:
+def _printable(character: str) -> str:
     if character.isprintable():
         return character
     return " " if character.isspace() else character.encode("unicode_escape").decode()
 
 
 def see(anchor: str) -> str:
-    """Returns `` See docs/TROUBLESHOOTING.md#anchor.``, the end of messages about what users meet most."""
+    """Returns `` See docs/TROUBLESHOOTING.md#anchor.``, the last sentence of messages about frequent problems."""
     return f" See docs/TROUBLESHOOTING.md#{anchor}."
 
 
