@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware
 from minigpt4.common import device as devices
-from minigpt4.common.optims import AdamW, parameter_groups
+from minigpt4.common.optims import parameter_groups
 from minigpt4.models import MiniGPT4, Qformer, eva_vit
 from minigpt4.models.eva_vit import build_eva_vit
 from minigpt4.models.int8 import to_int8
@@ -186,7 +186,7 @@ def means(model: MiniGPT4, batches: list[dict[str, Any]]) -> list[float]:
 
 def stepper(model: MiniGPT4, batches: list[dict[str, Any]], device: torch.device, is_plain: bool) -> Callable[[], None]:
     """A function that does one training step on the next batch."""
-    optimizer = AdamW(parameter_groups(model, 0.05), lr=1e-4)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4)
     turn = iter(range(10**9))
     dtype = devices.default_dtype(device)
 

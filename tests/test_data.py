@@ -27,7 +27,6 @@ from minigpt4.datasets.datasets.sample import Place
 from minigpt4.datasets.datasets.tar_files import expand_shards, read_files
 from minigpt4.datasets.loader import TrainLoader, validation_batches
 from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
-from minigpt4.processors.pictures import Pictures
 
 KEY = "datasets.x.build_info.storage"
 EVAL = Blip2ImageEvalProcessor(8)
@@ -89,11 +88,6 @@ def places(**settings):
 
 def everything(number=24):
     return sorted(f"c{n}" for n in range(number))
-
-
-def pixels(image):
-    """What the model would get of a sample's or a batch's image."""
-    return (image if isinstance(image, Pictures) else EVAL.pack([image])).on("cpu")
 
 
 def same(first, second):

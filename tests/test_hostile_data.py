@@ -28,7 +28,7 @@ def read(path, text_processor=str):
     """Captions of the samples of one shard, and what was counted."""
     place = Place(seed=0)
     samples = list(ShardDataset("x", [str(path)], EVAL, text_processor).once(place))
-    assert not samples or EVAL.pack([sample["image"] for sample in samples]).on("cpu").shape == (len(samples), 3, 8, 8)
+    assert all(sample["image"].shape == (3, 8, 8) for sample in samples)
     return [sample["text_input"] for sample in samples], {kind: count for kind, count in place.skipped.items() if count}
 
 

@@ -18,7 +18,6 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.models import MiniGPT4
 from minigpt4.runners import RunnerBase
-from minigpt4.runners.to_device import ToDevice
 from minigpt4.tasks import setup_task
 
 TRAINING = json.loads((GOLDEN / "tiny" / "training.json").read_text())
@@ -195,61 +194,6 @@ def test_only_the_projection_learns(make_runner):
     assert changed == {"llama_proj.weight", "llama_proj.bias"}
     assert not runner.model.visual_encoder.training and not runner.model.llama_model.training
     assert dist_utils.get_world_size() == 1
-
-
-class Queue:
-    """A stream that knows what is done before whatever comes next."""
-
-    def __init__(self, *_):
-        self.done = set()
-
-    def do(self, work):
-        before, self.done = self.done, self.done | {work}
-        return before
-
-    def record_event(self):
-        return self.done
-
-    def wait_event(self, event):
-        self.done = self.done | event
-
-    def wait_stream(self, other):
-        self.done = self.done | other.done
-
-
-class Tensors(dict):
-    """A batch of which can be seen whether it is still there."""
-
-
-def test_a_batch_is_copied_beside_the_step_before(monkeypatch):
-    current, there, before = [Queue()], weakref.WeakValueDictionary(), {}
-
-    @contextmanager
-    def stream(other):
-        current.append(other)
-        yield
-        current.pop()
-
-    class Own(Queue):
-        def wait_event(self, event):
-            assert len(there) == min(2, len(before) // 2)  # memory is given back behind this
-            super().wait_event(event)
-
-    def move(_, number):
-        before[f"copy {number}"] = current[-1].do(f"copy {number}")
-        assert set(there) == ({number - 1} if number else set())  # its memory is not taken, that of others may be
-        return there.setdefault(number, Tensors())
-
-    streams = SimpleNamespace(Stream=Own, current_stream=lambda _: current[-1], stream=stream)
-    monkeypatch.setattr(devices, "streams", lambda _: streams)
-    monkeypatch.setattr(ToDevice, "_move", move)
-    copies = ToDevice(torch.device("cpu"))
-    for number in range(5):
-        copies(number)
-        before[f"step {number}"] = current[-1].do(f"step {number}")
-        assert f"copy {number}" in before[f"step {number}"]
-    for k in range(2, 5):
-        assert f"step {k - 2}" in before[f"copy {k}"] and f"step {k - 1}" not in before[f"copy {k}"]
 
 
 def test_a_checkpoint_of_weights_alone_cannot_be_resumed(make_runner):

@@ -235,14 +235,19 @@ def on_host(tree: Any) -> Any:
     return tree.cpu() if isinstance(tree, torch.Tensor) else tree
 
 
+def move_to(tree: Any, device: torch.device) -> Any:
+    """Copies the tensors in dicts, lists and tuples to a device; other values are returned as they are."""
+    if isinstance(tree, dict):
+        return {key: move_to(value, device) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        values = [move_to(value, device) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return tree.to(device, non_blocking=device.type != "cpu") if isinstance(tree, torch.Tensor) else tree
+
+
 def pins_memory(device: torch.device) -> bool:
     """Whether copies to the device are faster from pinned host memory."""
     return device.type not in ("cpu", "mps")
-
-
-def streams(device: torch.device) -> Any | None:
-    """The module (torch.cuda, torch.npu) with whose streams copies run beside computing; None where there are none."""
-    return _module(device) if device.type in _BACKENDS else None
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,26 +9,6 @@ from torch import nn
 from minigpt4.common.registry import registry
 
 
-def _unhide() -> None:
-    # These methods are wrapped to stay hidden from torch's compiler; the wrapper takes their hidden form from here.
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        if method := getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None):
-            method.__dynamo_disable = method
-
-
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, which would import torch's compiler to hide from it: a second of every start."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _unhide()
-        super().__init__(*args, **kwargs)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """An update."""
-        getattr(torch.optim.Adam.step, "__wrapped__", torch.optim.Adam.step)(self)
-
-
 class _WarmupScheduler:
     """Linear warm-up over the first ``warmup_steps`` iterations of the run, then a decay that subclasses give.
 

@@ -30,7 +30,6 @@ from minigpt4.common.utils import parse_json
 from minigpt4.datasets.datasets.pairs import ListedDataset
 from minigpt4.datasets.datasets.sample import Place, Sample, SkipSample
 from minigpt4.datasets.loader import validation_batches
-from minigpt4.processors.pictures import device_resizes
 
 KEY = "run.feature_cache"
 _CODE = (
@@ -38,7 +37,6 @@ _CODE = (
     "models/eva_vit.py",
     "models/Qformer.py",
     "processors/blip_processors.py",
-    "processors/pictures.py",
 )
 _CODE_ROOT = Path(__file__).parents[1]
 
@@ -158,7 +156,6 @@ def _fill(
     rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
     logging.info("Computing features of %d of %d parts of %s.", len(lacking), len(files), dataset.name)
     seed, skipped = int(run_cfg.get("seed", 42)), Counter()
-    resizes_later = device_resizes(run_cfg.get("resize_on_device"), device)
     for part in tqdm(lacking[rank::world], desc=f"{dataset.name} features", unit="part", disable=rank > 0):
         view = _Part(dataset, part, crops)
         batches = validation_batches(
@@ -169,13 +166,11 @@ def _fill(
             seed,
             pin_memory=devices.pins_memory(device),
             is_whole=True,
-            resizes_later=resizes_later,
         )
         rows: dict[int, tuple[Tensor, str]] = {}
         for batch in batches:
-            image = batch["image"] if isinstance(batch["image"], Tensor) else batch["image"].on(device)
             with torch.no_grad():
-                features = vision.encode_images(image.to(device)).bfloat16().cpu()
+                features = vision.encode_images(batch["image"].to(device)).bfloat16().cpu()
             texts = zip(batch["text_input"], batch["instruction"], strict=True)
             rows |= dict(zip(batch["number"], zip(features, map(json.dumps, texts), strict=True), strict=True))
             skipped.update(batch["skipped"])
@@ -252,12 +247,14 @@ def _fingerprint(cfg: Any, dataset: Any, crops: int) -> dict[str, str]:
     keys = ("image_size", "vit_precision", "vit_config", "qformer_config", "num_query_token")
     model, processor = cfg.to_dict()["model"], dataset.vis_processor
     files = locate_vision(read_section(ModelConfig, model, "model"))
-    settings = {k: v for k, v in vars(processor).items() if isinstance(v, int | float | str | tuple | bool)}
+    processors = [
+        [type(part).__name__, {k: v for k, v in vars(part).items() if isinstance(v, int | float | str | tuple | bool)}]
+        for part in (processor, dataset.text_processor)
+    ]
     parts = {
         "weights": [_of_file(file) for path in files for file in _files_of(path)],
         "model settings": {key: model.get(key) for key in keys},
-        "processors": [type(processor).__name__, settings, vars(dataset.text_processor)
-                       if hasattr(dataset.text_processor, "__dict__") else ""],
+        "processors": processors,
         "number of crops": crops,
         "seed": cfg.run_cfg.get("seed", 42) if crops > 1 or type(processor).__name__.endswith("TrainProcessor") else 0,
         "data": dataset.identity(),

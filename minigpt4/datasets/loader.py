@@ -18,14 +18,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import Place, Sample
-from minigpt4.processors.pictures import Pictures
 
-# image: Pictures, or features [B, Q, H] in its place; text_input, instruction: B each; source: name; position: (worker,
+# image [B, 3, S, S], or features [B, Q, H]; text_input, instruction: B each; source: name; position: (worker,
 # of its stream); skipped: counts
 Batch = dict[str, Any]
 
@@ -33,14 +32,11 @@ Batch = dict[str, Any]
 class _Batches(IterableDataset):
     """One source's batches, made in loader workers: batch k of an epoch comes from worker k modulo their number."""
 
-    def __init__(
-        self, name: str, dataset: Any, place: Place, num_batches: int | None, resizes_later: bool = False
-    ) -> None:
+    def __init__(self, name: str, dataset: Any, place: Place, num_batches: int | None) -> None:
         self.name = name
         self.dataset = dataset
         self.place = place
         self.num_batches = num_batches  # None: every sample once
-        self.resizes_later = resizes_later
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
@@ -73,19 +69,13 @@ class _Batches(IterableDataset):
     def _collate(self, rows: list[Sample], place: Place) -> Batch:
         skipped, place.skipped = place.skipped, Counter()
         batch = {name: [row[name] for row in rows] for name in rows[0]}
-        for name, join in (("image", self._pack), ("features", torch.stack)):
-            if name in batch:
-                batch[name] = join(batch[name])
+        for name in batch.keys() & {"image", "features"}:
+            batch[name] = default_collate(batch[name])  # in a worker, into the memory that it shares
         return batch | {
             "source": self.name,
             "position": (place.worker, place.position),
             "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
         }
-
-    def _pack(self, images: list[Any]) -> Pictures | torch.Tensor:
-        if isinstance(images[0], torch.Tensor):  # of a processor of one's own: finished
-            return torch.stack(images)
-        return self.dataset.vis_processor.pack(images, self.resizes_later)
 
 
 def _begin_worker(rank: int, _: int) -> None:
@@ -158,7 +148,6 @@ class TrainLoader:
         num_workers: loader processes a source.
         seed: of order, draws and augmentation.
         pin_memory: for copies to an accelerator.
-        resizes_later: the device resizes, see ``Pictures``.
     """
 
     def __init__(
@@ -170,8 +159,7 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         pin_memory: bool = False,
-        resizes_later: bool = False,
-    ) -> None:
+        ) -> None:
         if not sources:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
         self.sources = dict(sources)
@@ -183,7 +171,6 @@ class TrainLoader:
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
-        self.resizes_later = resizes_later
         self._given: Counter | None = None  # samples by source to all ranks together; None: follows from the count
         self._draw: int | str = 0
         self._positions: dict[str, dict[int, Any]] = {}
@@ -213,7 +200,7 @@ class TrainLoader:
                 draw=self._draw,
                 positions=self._positions.get(name, {}),
             )
-            batches = _Batches(name, self.sources[name], place, num_batches, self.resizes_later)
+            batches = _Batches(name, self.sources[name], place, num_batches)
             streams[name] = _loader(batches, self.num_workers, self.pin_memory)
         for name in order[first:]:
             batch = next(streams[name])
@@ -263,10 +250,9 @@ def validation_batches(
     num_workers: int,
     seed: int,
     pin_memory: bool = False,
-    resizes_later: bool = False,
     is_whole: bool = False,
 ) -> Iterator[Batch]:
     """Every sample of a data set once, shared out over the ranks, or all of them on each that asks (``is_whole``)."""
     rank, world = (0, 1) if is_whole else (dist_utils.get_rank(), dist_utils.get_world_size())
     place = Place(seed=seed, rank=rank, world_size=world, batch_size=batch_size)
-    return _loader(_Batches(name, dataset, place, None, resizes_later), num_workers, pin_memory)
+    return _loader(_Batches(name, dataset, place, None), num_workers, pin_memory)

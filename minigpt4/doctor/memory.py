@@ -164,8 +164,6 @@ def training(
     parts["gradients"] = trained
     parts["optimizer"] = 2 * trained  # AdamW's two means
     parts["activations"] = ledger.peak - before - trained
-    if "image" in seen and devices.streams(device):  # the next batch waits there, perhaps resized a part at a time
-        parts["next batch"] = 2 * num_rows * 3 * image_size**2 * 4
     return parts
 
 

@@ -16,16 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.optims import AdamW, parameter_groups
+from minigpt4.common.optims import parameter_groups
 from minigpt4.common.registry import registry
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
-from minigpt4.processors.pictures import device_resizes
 from minigpt4.runners import checkpoints, validation
 from minigpt4.runners.checkpoints import RESUME_KEY
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.signals import StopRequest
-from minigpt4.runners.to_device import ToDevice
 
 
 @dataclass
@@ -58,8 +56,6 @@ class RunnerBase:
         self.task = task
         self.datasets = datasets
         self.device = devices.of_run(self.run_cfg)
-        self.to_device = ToDevice(self.device)
-        self.resizes_later = device_resizes(self.run_cfg.get("resize_on_device"), self.device)
         self.model = model.to(self.device)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped_model = replicate(model, self.device)
@@ -75,7 +71,7 @@ class RunnerBase:
         init_lr = float(self.run_cfg.get("init_lr", 1e-4))
         groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
         beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
-        self.optimizer = AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
         if self.run_cfg.get("compile") and devices.compiles(self.device):
             with devices.autocast(self.device, self.amp_dtype):  # as in a step, which attends to what is read here
                 model.compile_parts()
@@ -166,7 +162,6 @@ class RunnerBase:
             num_workers=int(self.run_cfg.get("num_workers", 0)),
             seed=int(self.run_cfg.get("seed", 42)),
             pin_memory=devices.pins_memory(self.device),
-            resizes_later=self.resizes_later,
         )
 
     def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
@@ -206,7 +201,7 @@ class RunnerBase:
         waits = not is_update and isinstance(self.wrapped_model, DistributedDataParallel)
         with self.wrapped_model.no_sync() if waits else nullcontext():
             with devices.autocast(self.device, self.amp_dtype):
-                output = self.task.train_step(self.wrapped_model, self.to_device(batch))
+                output = self.task.train_step(self.wrapped_model, devices.move_to(batch, self.device))
             loss = output["loss"] / self.accum_grad_iters
             (self.scaler.scale(loss) if self.scaler else loss).backward()
         self._bad_losses += ~output["loss"].detach().isfinite()

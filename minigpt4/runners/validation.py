@@ -28,14 +28,13 @@ def mean_loss(runner: "RunnerBase", datasets: dict[str, Any]) -> float:
         batches = validation_batches(
             *(name, dataset, batch_size, num_workers, seed),
             pin_memory=devices.pins_memory(device),
-            resizes_later=runner.resizes_later,
         )
         is_sharded = cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
         counted = dist_utils.lockstep(batches) if is_sharded else ((batch, True) for batch in batches)
         with devices.local_seed(seed):  # the same prompts every time
             for batch, is_own in counted:
                 with devices.autocast(device, runner.amp_dtype):
-                    output = runner.task.valid_step(runner.model, runner.to_device(batch))
+                    output = runner.task.valid_step(runner.model, devices.move_to(batch, device))
                 if is_own and output["num_targets"]:
                     sums += torch.tensor([output["loss"].item() * output["num_targets"], output["num_targets"]])
     sums = dist_utils.all_reduce_sum(sums.float().to(device)).cpu()

@@ -65,15 +65,12 @@ class Place:
 
 
 def prepare_image(data: bytes, processor: ImageProcessor) -> Any:
-    """Decodes an image and cuts what training takes: a PIL image, for the processor's ``pack`` to make batches of.
-
-    A processor of one's own that is a plain function gives the model's tensor [3, S, S], which stays as it is.
+    """Decodes an image and processes it to [3, S, S].
 
     Raises:
         SkipSample: the bytes are no image that can be used.
     """
-    crop = getattr(processor, "crop", processor)
-    return crop(decode_image(data, getattr(processor, "draft_size", None)))
+    return processor(decode_image(data, getattr(processor, "draft_size", None)))
 
 
 def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
