@@ -1,4 +1,4 @@
-"""Pictures as people have them, good and bad, as files."""
+"""Images of many kinds, readable and not, as bytes and as files."""
 
 import io
 
@@ -15,9 +15,9 @@ def saved(image, kind, **options):
 
 
 def readable():
-    """{file name: bytes} of pictures that have to be answered."""
+    """{file name: bytes} of images that have to be accepted."""
     exif = RED.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     frames = [RED, Image.new("RGB", RED.size, (0, 0, 255))]
     return {
         "grey16.png": saved(Image.fromarray(numpy.full((32, 48), 32896, dtype=numpy.uint16)), "PNG"),
@@ -32,7 +32,7 @@ def readable():
 
 
 def unreadable():
-    """{file name: bytes} of files that have to be refused with a sentence."""
+    """{file name: bytes} of files that have to be rejected with an explanation."""
     noise = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=numpy.uint8))
     return {
         "empty.png": b"",

@@ -93,7 +93,7 @@ def everything(number=24):
 def same(first, second):
     """Whether two lists of samples or batches are equal, pixels included."""
     return len(first) == len(second) and all(
-        a["text_input"] == b["text_input"] and torch.equal(pixels(a["image"]), pixels(b["image"]))
+        a["text_input"] == b["text_input"] and torch.equal(a["image"], b["image"])
         for a, b in zip(first, second, strict=True)
     )
 
@@ -138,7 +138,7 @@ def test_kinds_of_samples(tmp_path, kind, suffix, text):
     place = Place(seed=0)
     (sample,) = ShardDataset("x", [path], EVAL).once(place)
     assert sample["text_input"] == "a dog" and sample["instruction"] is None
-    assert pixels(sample["image"]).shape == (1, 3, 8, 8) and not place.skipped
+    assert sample["image"].shape == (3, 8, 8) and not place.skipped
 
 
 def test_text_stands_in_for_a_json_without_caption(tmp_path):
@@ -150,7 +150,7 @@ def test_processors_are_applied(shards):
     samples = list(ShardDataset("x", shards[:1], EVAL, str.upper).once(Place(seed=0)))
     assert captions(samples) == [f"C{n}" for n in range(8)]
     expected = EVAL(Image.open(io.BytesIO(picture(7))))
-    assert torch.equal(pixels(samples[1]["image"])[0], expected)
+    assert torch.equal(samples[1]["image"], expected)
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -418,7 +418,7 @@ def test_align_folder(tmp_path):
     dataset = registry.get_builder_class("cc_sbu_align")(config, "cc_sbu_align").build_datasets()["train"]
     sample = dataset[0]
     assert sample["text_input"] == "A dog. It sits!"  # as it is: no caption processor here
-    assert pixels(sample["image"]).shape == (1, 3, 8, 8)
+    assert sample["image"].shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_shard_builder_and_splits(shards, tmp_path):
     assert set(splits) == {"train", "val"} and splits["train"].shards == shards[:2]
     assert isinstance(splits["train"].vis_processor, Blip2ImageTrainProcessor)
     assert isinstance(splits["val"].vis_processor, Blip2ImageEvalProcessor)
-    assert pixels(next(iter(splits["val"].once(Place(seed=0))))["image"]).shape == (1, 3, 8, 8)
+    assert next(iter(splits["val"].once(Place(seed=0))))["image"].shape == (3, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["laion", "cc_sbu", "cc_sbu_align", "image_text"])
@@ -517,7 +517,7 @@ def test_workers_do_not_change_what_pairs_give(pairs):
     dataset = PairDataset("x", pairs, Blip2ImageTrainProcessor(8))
     none, two = (list(make_loader({"x": dataset}, num_workers=number).epoch(0)) for number in (0, 2))
     assert same(none, two) and len(none) == 8
-    assert pixels(none[0]["image"]).shape == (2, 3, 8, 8) and none[0]["source"] == "x"
+    assert none[0]["image"].shape == (2, 3, 8, 8) and none[0]["source"] == "x"
 
 
 def test_same_seed_same_batches(pairs, shards):

@@ -1,10 +1,12 @@
 """Devices: which is chosen, what is said where one is absent, and that one module alone knows vendors."""
 
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -104,3 +106,28 @@ def test_a_broken_torch_npu_is_explained(tmp_path, version, failure, told, scrip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not [word for word in told if word not in done.stderr], done.stderr
+
+
+def test_local_seed_seeds_a_block_and_restores_the_state():
+    torch.manual_seed(7)
+    random.seed(7)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    with devices.local_seed(7):
+        assert torch.equal(torch.rand(3), expected[0]) and random.random() == expected[1]
+    found = torch.rand(3), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+    assert torch.equal(torch.rand(3), found[0]) and random.random() == found[1]
+
+
+def test_move_to_reaches_nested_tensors():
+    class Pair(NamedTuple):
+        a: torch.Tensor
+        b: str
+
+    tree = {"image": torch.ones(2), "list": [torch.ones(1), "text"], "pair": Pair(torch.ones(3), "x"), "n": 3}
+    moved = devices.move_to(tree, torch.device("meta"))
+    assert moved["image"].is_meta and moved["list"][0].is_meta and moved["pair"].a.is_meta
+    assert moved["list"][1] == "text" and moved["pair"].b == "x" and moved["n"] == 3

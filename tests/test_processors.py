@@ -1,14 +1,26 @@
-"""Image and caption processors, bit for bit."""
+"""Image and caption processors, compared with recorded numbers."""
+
+import pickle
 
 import numpy
 import PIL
 import pytest
 import torch
 from golden_data import TINY, read_json, read_tensors
+from omegaconf import OmegaConf
 from PIL import Image
+from torchvision import transforms
 
+from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
-from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor, BlipCaptionProcessor
+from minigpt4.processors import (
+    BaseProcessor,
+    Blip2ImageEvalProcessor,
+    Blip2ImageTrainProcessor,
+    BlipCaptionProcessor,
+    BlipImageBaseProcessor,
+    load_processor,
+)
 
 GOLDEN = read_json("processors.json")
 TENSORS = read_tensors("processors")
@@ -20,9 +32,9 @@ def load(k):
 
 
 def same_pixels(found, golden):
-    """Identical with Pillow 13, which made the golden numbers. Older ones shrink narrow pictures a little differently.
+    """Equal with Pillow 13, which made the golden numbers. Older versions shrink narrow images slightly differently.
 
-    Measured with 12.3: the picture of 31x97 differs by up to some 10 of 255 in single values, all others are identical.
+    Measured with 12.3: the image of 31x97 differs by up to 10 of 255 in single values, all others are equal.
     """
     if torch.equal(found, golden):
         return True
@@ -63,12 +75,89 @@ def test_caption(row):
     assert BlipCaptionProcessor()(row["in"]) == row["out"]
 
 
-def test_options_of_processors():
-    assert BlipCaptionProcessor.from_config({"prompt": "a photo of ", "max_words": 2})("A b c.") == "a photo of a b"
-    half = Blip2ImageEvalProcessor.from_config({"image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3})
-    assert half(Image.new("RGB", (5, 9), (255, 0, 255)))[:, 0, 0].tolist() == [1, -1, 1]
+def test_mean_and_std_are_the_recorded_ones():
+    for processor in (Blip2ImageEvalProcessor(8), Blip2ImageTrainProcessor(8)):
+        assert list(processor.normalize.mean) == GOLDEN["mean"] and list(processor.normalize.std) == GOLDEN["std"]
+    for level in (0, 51, 255):
+        expected = [(level / 255 - mean) / std for mean, std in zip(GOLDEN["mean"], GOLDEN["std"], strict=True)]
+        found = Blip2ImageEvalProcessor(8)(Image.new("RGB", (9, 7), (level,) * 3))[:, 3, 3]
+        assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("cfg", [dict, OmegaConf.create])
+def test_options_of_processors(cfg):
+    caption = BlipCaptionProcessor.from_config(cfg({"prompt": "a photo of ", "max_words": 2}))
+    assert caption("A b c.") == "a photo of a b" and caption.pre_caption("A b c.") == "a b"
+    section = cfg({"name": "blip2_image_eval", "image_size": 8, "mean": [0.5] * 3, "std": [0.5] * 3})
+    image = Image.new("RGB", (5, 9), (255, 0, 255))
+    half = Blip2ImageEvalProcessor.from_config(section)
+    assert half(image)[:, 0, 0].tolist() == [1, -1, 1] and torch.equal(half.transform(image), half(image))
+    whole = Blip2ImageTrainProcessor.from_config(cfg({"image_size": 16, "min_scale": 1.0, "max_scale": 1.0}))
+    square = load(0).resize((16, 16))
+    torch.manual_seed(1)
+    assert any(torch.equal(whole(square), Blip2ImageEvalProcessor(16)(square)) for _ in range(200))
+    torch.manual_seed(1)
+    assert len({Blip2ImageTrainProcessor(16)(square).sum().item() for _ in range(20)}) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "words"),
+    [
+        ("blip2_image_eval", {"imge_size": 8}, ("imge_size", "image_size")),
+        ("blip2_image_eval", {"min_scale": 0.5}, ("min_scale", "image_size")),
+        ("blip2_image_train", {"min_scale": 0.9, "max_scale": 0.5}, ("min_scale is 0.9", "max_scale is 0.5")),
+        ("blip2_image_train", {"min_scale": 0.0}, ("min_scale is 0.0",)),
+        ("blip2_image_eval", {"mean": [0.5]}, ("mean is [0.5]", "three numbers")),
+        ("blip2_image_eval", {"std": [0.5, 0.5, 0.0]}, ("std is [0.5, 0.5, 0.0]", "above 0")),
+        ("blip_caption", {"max_word": 3}, ("max_word", "max_words")),
+    ],
+)
+def test_wrong_settings_are_rejected(name, section, words):
+    with pytest.raises(UserError) as error:
+        load_processor(name, section)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_registered_defaults():
+    image = load(0)
+    for name in ("blip2_image_train", "blip2_image_eval"):
+        processor = load_processor(name)
+        assert processor(image).shape == (3, 224, 224) and isinstance(processor, BlipImageBaseProcessor)
+    assert load_processor("blip_caption")("A  Dog!") == "a dog"
+    assert registry.get_processor_class("blip_caption").from_config(None)("No. 1") == "no 1"
+
+
+def test_base_processor():
+    item = object()
+    assert BaseProcessor()(item) is item and BaseProcessor.from_config()(item) is item
+    assert isinstance(BaseProcessor().build(image_size=3), BaseProcessor)
+    assert Blip2ImageEvalProcessor().build(image_size=3)(load(0)).shape == (3, 3, 3)
+
+
+class Grey(BlipImageBaseProcessor):
+    """As users write processors: settings of its own, torchvision transforms, ``normalize`` of the base."""
+
+    def __init__(self, side, mean=None):
+        super().__init__(mean=mean)
+        self.transform = transforms.Compose(
+            [transforms.Resize((side, side)), transforms.Grayscale(3), transforms.ToTensor(), self.normalize]
+        )
+
+    @classmethod
+    def from_config(cls, cfg=None):
+        return cls(cfg.get("side", 4), cfg.get("grey"))
+
+
+def test_a_processor_derived_from_the_base():
+    processor = Grey.from_config({"name": "grey", "side": 5, "grey": [0.0, 0.0, 0.0]})
+    image = processor(load(0))
+    assert image.shape == (3, 5, 5)
+    greys = image * torch.tensor(GOLDEN["std"])[:, None, None]
+    torch.testing.assert_close(greys[0], greys[2])
 
 
 @pytest.mark.parametrize("name", ["blip2_image_train", "blip2_image_eval", "blip_caption"])
-def test_registered_defaults(name):
-    assert registry.get_processor_class(name).from_config(None) is not None
+def test_processors_can_be_sent_to_a_worker(name):
+    processor = pickle.loads(pickle.dumps(load_processor(name)))
+    item = "A dog." if name == "blip_caption" else load(0)
+    assert processor(item) is not None

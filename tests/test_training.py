@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import weakref
-from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch

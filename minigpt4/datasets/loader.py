@@ -159,7 +159,7 @@ class TrainLoader:
         num_workers: int,
         seed: int,
         pin_memory: bool = False,
-        ) -> None:
+    ) -> None:
         if not sources:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
         self.sources = dict(sources)
