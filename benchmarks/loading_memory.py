@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from minigpt4.models.llama_folder import load_llama
+from minigpt4.models.language_model import load_language_model
 
 
 def write_folder(folder: Path, gib: float, dtype: torch.dtype, kind: str, num_files: int = 4) -> int:
@@ -50,7 +50,7 @@ def write_folder(folder: Path, gib: float, dtype: torch.dtype, kind: str, num_fi
 def _load(folder: Path, dtype: torch.dtype, barrier: Barrier) -> None:
     barrier.wait()
     barrier.wait()
-    model = load_llama(folder, dtype)
+    model = load_language_model(folder, dtype)
     model.model.embed_tokens.weight.sum()
     barrier.wait()  # everybody holds everything
     barrier.wait()

@@ -47,10 +47,10 @@ def our_load(folder: str, precision: str) -> float:
     import torch
 
     from minigpt4.models.kv_cache import KVCache, read
-    from minigpt4.models.llama_folder import load_llama
+    from minigpt4.models.language_model import load_language_model
 
     begin = time.perf_counter()
-    llama = load_llama(Path(folder), getattr(torch, DTYPE[precision]))
+    llama = load_language_model(Path(folder), getattr(torch, DTYPE[precision]))
     with torch.inference_mode():
         read(llama, llama.model.embed_tokens(torch.tensor([[1]])), torch.ones(1, 1), KVCache())
     return time.perf_counter() - begin

@@ -33,7 +33,7 @@ from minigpt4.models.eva_vit import build_eva_vit
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama import Llama, LlamaConfig
 from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.mini_gpt4 import IGNORED
+from minigpt4.models.mini_gpt4 import IGNORE_INDEX
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def plain_loss(model: MiniGPT4, samples: dict[str, Any]) -> Tensor:
         image_embeds = model.llama_proj(query_output)
     ids, mask, labels = model.pack(samples["text_input"], model.choose_prompts(samples))
     device = image_embeds.device
-    embeds = model.embed(ids.to(device), image_embeds)
+    embeds = model.embed_inputs(ids.to(device), image_embeds)
     logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask.to(device), use_cache=False).logits.float()
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(device))
 
@@ -180,7 +180,7 @@ def formula_flops(preset: Preset, num_tokens: int, batch: int, num_targets: int,
 def means(model: MiniGPT4, batches: list[dict[str, Any]]) -> list[float]:
     """Tokens of a batch without and with padding, and targets."""
     packed = [model.pack(batch["text_input"], model.choose_prompts(batch))[1:] for batch in batches]
-    counts = [(mask.sum(), mask.numel(), (labels != IGNORED).sum()) for mask, labels in packed]
+    counts = [(mask.sum(), mask.numel(), (labels != IGNORE_INDEX).sum()) for mask, labels in packed]
     return [float(sum(each)) / len(batches) for each in zip(*counts, strict=True)]
 
 

@@ -28,6 +28,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+OWN_ATTENTION_WEIGHTS = ("gpt2", "opt")  # transformers does not pass the request for weights on to attention
 ARCHITECTURES = {
     "llama2": ("llama", {"num_key_value_heads": 4}),
     "llama3": ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
@@ -41,6 +42,8 @@ ARCHITECTURES = {
     "gemma3": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 8}),
     "phi3": ("phi3", {"sliding_window": 6}),
     "smollm3": ("smollm3", {}),
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "activation_function": "gelu"}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "granite": ("granite", {"logits_scaling": 4.0}),
 }
 

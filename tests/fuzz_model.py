@@ -30,7 +30,7 @@ from minigpt4.common import weights
 from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat, _drop_oldest_turn
 from minigpt4.conversation.templates import TEMPLATES
 from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.mini_gpt4 import IGNORED, IMAGE_SLOT, MiniGPT4, read_prompts
+from minigpt4.models.mini_gpt4 import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MiniGPT4, read_prompts
 
 STATE = {"model": {"llama_proj.weight": torch.ones(4, 3), "llama_proj.bias": torch.zeros(4), "n": torch.arange(3)}}
 
@@ -179,15 +179,15 @@ def packing(case: tuple[list[tuple[str, str]], int, str]) -> None:
     ids, mask, labels = packer.pack([caption for caption, _ in rows], [prompt for _, prompt in rows])
     tokenizer = packer.llama_tokenizer
     for i, (caption, prompt) in enumerate(rows):
-        prefix = [tokenizer.bos_token_id, *packer.slots(prompt)]
-        target_ids = packer.tokens(caption + end)[:longest]
+        prefix = [tokenizer.bos_token_id, *packer.tokenize_prompt(prompt)]
+        target_ids = packer.tokenize(caption + end)[:longest]
         length = len(prefix) + len(target_ids)
         assert ids[i].tolist() == prefix + target_ids + [tokenizer.pad_token_id] * (ids.shape[1] - length)
         assert mask[i].tolist() == [1] * length + [0] * (ids.shape[1] - length)
-        wanted = [IGNORED if t == tokenizer.pad_token_id else t for t in target_ids]
-        assert labels[i].tolist() == [IGNORED] * len(prefix) + wanted + [IGNORED] * (ids.shape[1] - length)
-        assert (ids[i] == IMAGE_SLOT).sum() == 3 * prompt.count(IMAGE_PLACEHOLDER)
-        assert not (labels[i] == IMAGE_SLOT).any()
+        wanted = [IGNORE_INDEX if t == tokenizer.pad_token_id else t for t in target_ids]
+        assert labels[i].tolist() == [IGNORE_INDEX] * len(prefix) + wanted + [IGNORE_INDEX] * (ids.shape[1] - length)
+        assert (ids[i] == IMAGE_TOKEN_INDEX).sum() == 3 * prompt.count(IMAGE_PLACEHOLDER)
+        assert not (labels[i] == IMAGE_TOKEN_INDEX).any()
 
 
 @target(st.tuples(st.one_of(st.binary(max_size=60), TEXTS.map(lambda text: text.encode(errors="replace"))), TEXTS), 1)
@@ -218,8 +218,8 @@ def trimming(case: tuple[str, list[tuple[int, str]], str, int]) -> None:
     rest = conv.copy()
     rest.append_message(rest.roles[1], None)
     while True:  # one turn after the other
-        ids = [chat.model.llama_tokenizer.bos_token_id, *chat.model.slots(rest.get_prompt())]
+        ids = [chat.model.llama_tokenizer.bos_token_id, *chat.model.tokenize_prompt(rest.get_prompt())]
         if len(ids) <= room or not _drop_oldest_turn(rest):
             break
     assert found == (ids if len(ids) <= room else None)
-    assert ids.count(IMAGE_SLOT) == 3 * num_images and rest.messages[-2][1].endswith(question)
+    assert ids.count(IMAGE_TOKEN_INDEX) == 3 * num_images and rest.messages[-2][1].endswith(question)

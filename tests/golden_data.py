@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
@@ -20,3 +22,14 @@ def read_tensors(name):
 def close(actual, expected, atol):
     """Whether two tensors agree in shape and, within ``atol``, in value."""
     return actual.shape == expected.shape and (actual - expected).abs().max().item() <= atol
+
+
+def padded_rows(model, captions, prompts):
+    """A model's training rows padded on the right as the original pads them: ids, mask and labels [B, T]."""
+    rows = model.tokenize_rows(captions, prompts)
+    ids, labels = ([torch.tensor(getattr(row, name)) for row in rows] for name in ("ids", "labels"))
+    return (
+        pad_sequence(ids, True, model.llama_tokenizer.pad_token_id),
+        pad_sequence([torch.ones_like(row) for row in ids], True),
+        pad_sequence(labels, True, -100),
+    )

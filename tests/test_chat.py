@@ -108,7 +108,7 @@ def test_script(chat, generated, script):
 @pytest.mark.parametrize("script", CHAT["scripts"], ids=name_of)
 def test_segments(model, script):
     for answer in script["answers"]:
-        assert [BOS, *model.slots(answer["prompt"])] == context_ids(answer)
+        assert [BOS, *model.tokenize_prompt(answer["prompt"])] == context_ids(answer)
         assert len(context_ids(answer)) == answer["context_len"]
 
 
@@ -117,7 +117,8 @@ def context(model, script, answer):
     numbers = [operation[1] for operation in script["ops"] if operation[0] == "image"]
     images = read_tensors("vision")["image"][numbers[: len(answer["segment_ids"]) - 1]]
     with torch.no_grad():
-        embeds = model.embed(torch.tensor([context_ids(answer)]), model.encode_img(images)[0] if len(images) else None)
+        image_embeds = model.encode_img(images)[0] if len(images) else None
+        embeds = model.embed_inputs(torch.tensor([context_ids(answer)]), image_embeds)
     return embeds[:, answer["begin_idx"] :]
 
 
@@ -174,14 +175,14 @@ def test_long_chats_lose_their_oldest_turns(chat, generated, model):
     messages = [list(message) for message in conv.messages]
     expected = CONV_VISION.copy()
     expected.messages = [["Human", "<Img><ImageHere></Img>"], *[list(m) for m in messages[2:]], ["Assistant", None]]
-    ids = [BOS, *model.slots(expected.get_prompt())]
+    ids = [BOS, *model.tokenize_prompt(expected.get_prompt())]
     text, _ = chat.answer(conv, images, do_sample=False, max_new_tokens=5, max_length=len(ids) + 5)
     with torch.no_grad():
-        assert close(generated[0][0], model.embed(torch.tensor([ids]), images[0]), 0)
+        assert close(generated[0][0], model.embed_inputs(torch.tensor([ids]), images[0]), 0)
     assert conv.messages == [*messages, ["Assistant", text]]  # only the prompt was shortened
 
     expected.messages = [["Human", "<Img><ImageHere></Img>"], ["Human", "And now?"], ["Assistant", None]]
-    conv.messages, shortest = messages, len([BOS, *model.slots(expected.get_prompt())])
+    conv.messages, shortest = messages, len([BOS, *model.tokenize_prompt(expected.get_prompt())])
     chat.answer(conv, images, do_sample=False, max_new_tokens=5, max_length=shortest + 5)
     assert generated[1][0].shape[1] == shortest < len(ids)
 

@@ -9,11 +9,11 @@ import torch
 from doctor_world import GUIDE, ROOT, edit, llama, with_vocabulary, world  # noqa: F401
 
 from minigpt4.common import device as devices
-from minigpt4.common import fingerprints
+from minigpt4.common import weights
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.doctor import look_ahead, warn_if_dead
-from minigpt4.models.llama_folder import load_llama
+from minigpt4.models.language_model import load_language_model
 from minigpt4.models.llama_tokenizer import load_tokenizer
 
 
@@ -36,7 +36,7 @@ from minigpt4.models.llama_tokenizer import load_tokenizer
 )
 def test_kinds_of_files(shapes, words):
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    assert words in fingerprints.kind_of(state) and words in fingerprints.kind_of({"model": state})
+    assert words in weights.describe_weights(state) and words in weights.describe_weights({"model": state})
 
 
 def test_the_head_of_a_run_refuses_early_and_warns(world, monkeypatch, llama, caplog):
@@ -59,10 +59,10 @@ def test_the_head_of_a_run_refuses_early_and_warns(world, monkeypatch, llama, ca
 
 def test_a_dead_model_is_told_at_the_head_of_training(llama, caplog):
     tokenizer = load_tokenizer(llama)
-    warn_if_dead(Namespace(llama_model=load_llama(llama, torch.float32), llama_tokenizer=tokenizer))
+    warn_if_dead(Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer))
     assert not caplog.records
     edit(llama, lambda state: state["lm_head.weight"].zero_())
-    warn_if_dead(Namespace(llama_model=load_llama(llama, torch.float32), llama_tokenizer=tokenizer))
+    warn_if_dead(Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer))
     assert "it predicts nothing (loss 6.64" in caplog.text and "#a-dead-language-model" in caplog.text
 
 

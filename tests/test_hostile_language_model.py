@@ -11,7 +11,8 @@ from golden_data import TINY
 from hostile_weights import replaced
 from safetensors.torch import load_file, save_file
 
-from minigpt4.models.llama_folder import load_llama
+from minigpt4.models.language_model import load_language_model
+from minigpt4.models.packed_attention import NAME
 from minigpt4.tools.apply_delta import WeightFolder
 
 pytestmark = pytest.mark.usefixtures("confined")
@@ -47,13 +48,6 @@ def spoiled(name, change):
     return spoil
 
 
-def as_gpt2(folder):
-    import transformers
-
-    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=600)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
-
-
 REMOTE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
 FOLDERS = {
     "config.json of no bytes": (replaced("config.json", b""), "config.json", "JSON"),
@@ -64,7 +58,6 @@ FOLDERS = {
     "config.json of nothing": (replaced("config.json", b"{}"), "cannot be loaded"),
     "an unknown architecture": (configured(model_type="evil"), "cannot be loaded"),
     "an architecture of pictures": (configured(model_type="vit", architectures=["ViTModel"]), "cannot be loaded"),
-    "GPT-2": (as_gpt2, "'gpt2'", "Llama's family"),
     "code of its own": (configured(model_type="evil", auto_map=REMOTE), "cannot be loaded"),
     "a kernel of its own": (configured(attn_implementation="evil/kernel", model_type="evil"), "cannot be loaded"),
     "a billion layers": (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
@@ -82,8 +75,8 @@ FOLDERS = {
     "an index without a map": (indexed({}), "weight_map"),
     "an index with an empty map": (indexed({"weight_map": {}}), "weight_map"),
     "an index with a list": (indexed({"weight_map": ["a"]}), "weight_map"),
-    "an index of numbers": (indexed({"weight_map": {"a": 5}}), "lacks 1 of 1", "5"),
-    "an index of lists": (indexed({"weight_map": {"a": ["b"]}}), "lacks 1 of 1"),
+    "an index of numbers": (indexed({"weight_map": {"a": 5}}), "1 of 1 files", "5"),
+    "an index of lists": (indexed({"weight_map": {"a": ["b"]}}), "1 of 1 files"),
     "an index that is deep": (indexed("[" * 10**6), "JSON"),
     "an index that leads up": (
         indexed({"weight_map": {"a": "../evil.safetensors"}}),
@@ -93,8 +86,8 @@ FOLDERS = {
     "an index of an absolute name": (indexed({"weight_map": {"a": "/etc/passwd"}}), "'/etc/passwd'", "beside it"),
     "an index of the folder": (indexed({"weight_map": {"a": "."}}), "'.'"),
     "an index with an empty name": (indexed({"weight_map": {"a": ""}}), "index.json"),
-    "an index with a name of 5000 letters": (indexed({"weight_map": {"a": "a" * 5000}}), "lacks 1 of 1"),
-    "an index with a zero byte": (indexed({"weight_map": {"a": "a\0b"}}), "lacks 1 of 1"),
+    "an index with a name of 5000 letters": (indexed({"weight_map": {"a": "a" * 5000}}), "1 of 1 files"),
+    "an index with a zero byte": (indexed({"weight_map": {"a": "a\0b"}}), "1 of 1 files"),
     "NaN": (spoiled("lm_head.weight", lambda value: value * torch.nan), "lm_head.weight", "NaN"),
     "whole numbers": (spoiled("lm_head.weight", lambda value: value.to(torch.int64)), "lm_head.weight", "other shapes"),
     "eighths": (spoiled("lm_head.weight", lambda value: value.to(torch.float8_e4m3fn)), "lm_head.weight"),
@@ -116,18 +109,18 @@ def test_language_model(llama, case, monkeypatch):
     change(llama)
     (llama / "evil.py").write_text("open('ran', 'w')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever is asked agrees
-    told(lambda: load_llama(llama, torch.float32), "model.llama_model", str(llama), *words)
+    told(lambda: load_language_model(llama, torch.float32), "model.llama_model", str(llama), *words)
 
 
 def test_a_number_as_a_name_in_the_language_model(llama):
     (llama / "model.safetensors").unlink()
     torch.save(LLAMA | {5: torch.ones(1)}, llama / "pytorch_model.bin")
-    told(lambda: load_llama(llama, torch.float32), "unknown ['5']")
+    told(lambda: load_language_model(llama, torch.float32), "unknown ['5']")
 
 
 def test_a_kernel_that_a_config_names_is_not_asked_for(llama):
     configured(attn_implementation="evil/kernel")(llama)
-    assert type(load_llama(llama, torch.float32)).__module__ == "minigpt4.models.llama"
+    assert load_language_model(llama, torch.float32).config._attn_implementation == NAME
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def test_dropping_by_halves_drops_as_one_by_one(chat, monkeypatch):
         rest: Conversation = conv.copy()
         rest.append_message(rest.roles[1], None)
         while True:
-            ids = [chat.model.llama_tokenizer.bos_token_id, *chat.model.slots(rest.get_prompt())]
+            ids = [chat.model.llama_tokenizer.bos_token_id, *chat.model.tokenize_prompt(rest.get_prompt())]
             if len(ids) <= room:
                 return ids
             if not _drop_oldest_turn(rest):

@@ -17,6 +17,7 @@ from hostile_weights import PROJECTION, written
 from safetensors.torch import load_file, save, save_file
 
 from minigpt4.common import weights
+from minigpt4.common.files import locate
 
 pytestmark = pytest.mark.usefixtures("confined")
 KEY = "model.ckpt"
@@ -152,12 +153,12 @@ CONTENTS = {
 
 
 def test_an_archive_that_swells_is_not_unpacked_to_tell_what_it_is(tmp_path, confined, monkeypatch):
-    from minigpt4.common.fingerprints import identify
+    from minigpt4.common.weights import identify_file
 
     suffix, content, *_ = FILES["a zip that unpacks to 200 MB"]
     (tmp_path / f"x{suffix}").write_bytes(content)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
-    assert identify(tmp_path / f"x{suffix}") == "no file of weights"
+    assert identify_file(tmp_path / f"x{suffix}") == "no file of weights"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -187,7 +188,7 @@ def test_what_is_no_weight_file(tmp_path, kind):
     "spec", ["absent.pth", "a\0b.pth", "a" * 5000, "~nobody-of-this-name/a.pth", "", " ", "\ud800.pth"]
 )
 def test_odd_path(spec):
-    told(lambda: weights.locate(spec, KEY), KEY)
+    told(lambda: locate(spec, KEY), KEY)
 
 
 # into the model

@@ -84,7 +84,7 @@ def test_another_image_is_another_context(new_chat):
         upload(chat, number, conv, images)
         chat.ask(QUESTIONS[0], conv)
         answers.append(next(chat.stream(conv, images, GREEDY)))
-    system = [1, *chat.model.slots(CONV_VISION.get_prompt() + "Human: <Img>")]
+    system = [1, *chat.model.tokenize_prompt(CONV_VISION.get_prompt() + "Human: <Img>")]
     assert 0 < answers[1].cached_tokens <= len(system)  # they share the system text alone, and each keeps its own
     assert len(chat.prefixes._kept) == 2
 

@@ -4,10 +4,9 @@ Nothing is loaded half: every key and shape of a file is accounted for, or a Use
 """
 
 import fnmatch
-import json
-import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,102 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.fingerprints import content_of, kind_of, kind_of_bytes
+from minigpt4.common.files import WEIGHT_FILES
 from minigpt4.common.utils import parse_json
 
-_URL = re.compile(r"^https?://")
-_PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_FILE_TYPES = (".pth", ".pt", ".bin", ".safetensors")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OTHERS = (torch.int64, torch.int32, torch.bool)  # buffers that were saved along
-
-
-def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Path:
-    """Returns the local file or folder that a YAML value names, downloading a URL or Hugging Face id once.
-
-    Args:
-        spec: a path, an http(s) URL or a Hugging Face id such as ``lmsys/vicuna-7b-v1.5``.
-        key: the YAML key, for messages.
-        hub_files: name patterns of the files wanted from a Hugging Face repository.
-
-    Raises:
-        UserError: nothing is there, or it cannot be fetched.
-    """
-    path = whereabouts(spec, key)
-    if path is not None:
-        return path
-    if _URL.match(str(spec)):
-        return _download(str(spec), key)
-    return _fetch_from_hub(str(spec), key, list(hub_files))
-
-
-def whereabouts(spec: str | None, key: str) -> Path | None:
-    """The local file or folder that a YAML value names, None where ``locate`` would fetch it; fetches nothing.
-
-    Raises:
-        UserError: nothing is there, and the value is neither a URL nor a Hugging Face id.
-    """
-    if not spec:
-        raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
-    spec = str(spec)
-    path = Path(os.path.expanduser(spec))
-    if os.path.exists(path):  # False, too, for names that no file can have
-        return path
-    if _PLACEHOLDER.search(spec):
-        placeholder = f"{key} is still the placeholder '{spec}'; set it to where the file really is."
-        raise UserError(placeholder + see("placeholder-paths"))
-    if _URL.match(spec):
-        return _downloaded(spec) if _downloaded(spec).exists() else None
-    if _HUB_ID.match(spec) and not spec.endswith(_FILE_TYPES):
-        return None
-    raise UserError(f"{key}: '{spec}' does not exist (seen from {Path.cwd()}); correct the path.")
-
-
-def _downloaded(url: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
-
-
-def _download(url: str, key: str) -> Path:
-    from filelock import FileLock  # comes with torch
-
-    target = _downloaded(url)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # the ranks of a node share one download
-        if not target.exists():
-            logging.info("Downloading %s to %s", url, target)
-            try:
-                torch.hub.download_url_to_file(url, str(target))
-            except OSError as error:
-                raise UserError(
-                    f"{key}: {url} could not be downloaded ({error}); fetch it elsewhere and set {key} to the file."
-                    + see("no-network")
-                ) from error
-    return target
-
-
-def _fetch_from_hub(repo: str, key: str, patterns: list[str]) -> Path:
-    import huggingface_hub
-
-    try:
-        index_files = [name for name in patterns if name.endswith(".index.json")]
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=index_files or patterns))
-        if index_files:  # a sharded repository: only the shards that hold something wanted
-            patterns = [p for p in patterns if p not in index_files]
-            shards = {file for index in folder.glob("*.index.json") for file in _shards_of(index, patterns)}
-            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=sorted(shards)))
-        return folder
-    except Exception as error:  # whatever the hub client throws, the remedy is the same; the cause is chained
-        raise UserError(
-            f"{key}: '{repo}' is neither a local path nor could it be fetched from the Hugging Face hub "
-            f"({type(error).__name__}); download it where there is network and set {key} to the local path."
-            + see("placeholder-paths")
-        ) from error
-
-
-def _shards_of(index: Path, patterns: list[str]) -> set[str]:
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+LM_SIZES = {4096: "7B", 5120: "13B", 6656: "30B", 8192: "65B"}  # by hidden width
+VOCABULARIES = {32001: "Vicuna v0", 32000: "LLaMA, or Vicuna from v1.1 on"}
+_STARTS = (  # what names begin with -> what such a file is; the first that fits
+    (("tok_embeddings.", "layers.0.attention.wq"), "LLaMA in Meta's own form, which has to be converted first"),
+    (("transformer.h.", "gpt_neox.", "model.decoder.layers."), "a language model that is no Llama"),
+    (("encoder.block.", "decoder.block."), "a T5 language model"),
+    (("Qformer.", "query_tokens"), "BLIP-2's Q-Former (blip2_pretrained_*.pth)"),
+    (("qformer.", "vision_model.encoder.layers.0.self_attn.qkv"), "BLIP-2 in the form of Hugging Face"),
+    (("vision_model.", "text_model.", "visual.transformer."), "a CLIP model"),
+)
 
 
 def shards(index: Path, key: str) -> list[Path]:
@@ -127,10 +45,10 @@ def shards(index: Path, key: str) -> list[Path]:
     names = sorted(set(map(str, weight_map.values())))
     if elsewhere := [name for name in names if Path(name).name != name]:
         raise UserError(f"{key}: {index} names '{elsewhere[0]}'; expected files beside it. Copy it again.")
-    if lacking := [name for name in names if not os.path.isfile(index.parent / name)]:
+    if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         raise UserError(
-            f"{key}: {index.parent} lacks {len(lacking)} of {len(names)} files that {index.name} names "
-            f"(first: {lacking[0]}); finish the download."
+            f"{key}: {len(missing)} of {len(names)} files that {index.name} names are missing in {index.parent} "
+            f"(first: {missing[0]}); finish the download."
         )
     return [index.parent / name for name in names]
 
@@ -142,15 +60,15 @@ def read_file(path: Path, key: str) -> dict:
         UserError: the file is damaged, of another type, or a pickle that would run code.
     """
     if not path.is_file():
-        raise UserError(f"{key}: {path} is no file; expected one of {', '.join(_FILE_TYPES)}.")
+        raise UserError(f"{key}: {path} is no file; expected one of {', '.join(WEIGHT_FILES)}.")
     try:
-        if path.suffix not in _FILE_TYPES:
-            raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(_FILE_TYPES)}.")
-        content = content_of(path)
+        if path.suffix not in WEIGHT_FILES:
+            raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(WEIGHT_FILES)}.")
+        content = _load(path)
     except UserError:
         raise
     except Exception as error:  # the readers' own, of many kinds
-        cause = kind_of_bytes(path) or str(error).strip().split("\n")[0][:160]
+        cause = _describe_bytes(path) or str(error).strip().split("\n")[0][:160]
         raise UserError(
             f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); "
             "it is damaged, cut short, or not a plain file of tensors. Copy or download it again."
@@ -204,11 +122,13 @@ def is_plain(value: Any) -> bool:
 def load_strictly(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
 ) -> None:
-    """Puts a state dict into a module, all of it or not at all; arguments and errors as for ``fitting``.
+    """Loads a state dict into a module, all of it or not at all; arguments and errors as for ``match_state_dict``."""
+    assign(module, match_state_dict(module, state, path, key, droppable, hint), path, key)
 
-    The module takes the tensors themselves (``assign``), so one built on the meta device costs no copy.
-    """
-    module.load_state_dict(fitting(module, state, path, key, droppable, hint), assign=True)
+
+def assign(module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str) -> None:
+    """Makes matched tensors the parameters of a module, without a copy; UserError where a value is not finite."""
+    module.load_state_dict(state, assign=True)
     for name, parameter in module.named_parameters():
         if not is_finite(parameter):
             raise UserError(
@@ -217,7 +137,7 @@ def load_strictly(
             )
 
 
-def fitting(
+def match_state_dict(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
 ) -> dict[str, Tensor]:
     """The tensors of a state dict that a module needs, every key and shape of both accounted for; reads no values.
@@ -257,7 +177,8 @@ def fitting(
     if problems:
         more = f" and {len(problems) - 3} more differences" if len(problems) > 3 else ""
         raise UserError(
-            f"{key}: {path} does not fit the model: {'; '.join(problems[:3])}{more}. It looks like {kind_of(state)}."
+            f"{key}: {path} does not match the model: {'; '.join(problems[:3])}{more}. "
+            f"It looks like {describe_weights(state)}."
             + (f" {hint}" if hint else "")
             + see("weights-that-do-not-fit")
         )
@@ -304,3 +225,74 @@ def published_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             renamed[name] = value
     return renamed
+
+
+def describe_weights(content: Mapping[str, Any]) -> str:
+    """What a file of weights is, as "a …"; ``content`` maps names to tensors, perhaps within {"model": …}."""
+    state = content["model"] if isinstance(content.get("model"), Mapping) else content
+    shapes = {str(name): list(getattr(value, "shape", ())) for name, value in state.items()}
+    if any(".lora_A" in name for name in shapes):
+        return "a LoRA adapter, which has to be merged into its base model first"
+    if projection := shapes.get("llama_proj.weight"):
+        if projection[-1] == 5632:
+            return "a MiniGPT-4 checkpoint of the Llama-2 variant, which has no Q-Former"
+        return f"a MiniGPT-4 checkpoint for a {LM_SIZES.get(projection[0], f'{projection[0]} wide')} LM (model.ckpt)"
+    if any(name.startswith(("model.embed_tokens.", "model.layers.")) for name in shapes):
+        rows, width = (*shapes.get("model.embed_tokens.weight", ()), 0, 0)[:2]
+        size = f" {LM_SIZES.get(width, f'{width} wide')}, vocabulary {rows}" if rows else ", one part of several"
+        owner = f" ({VOCABULARIES[rows]})" if rows in VOCABULARIES else ""
+        return f"a Llama language model{size}{owner}"
+    for starts, kind in _STARTS:
+        if any(name.startswith(starts) for name in shapes):
+            return kind
+    blocks = {name.removeprefix("visual_encoder.").split(".")[1] for name in shapes if "blocks." in name}
+    if blocks and (tower := shapes.get("pos_embed") or shapes.get("visual_encoder.pos_embed")):
+        is_eva = tower[-1] == 1408 and len(blocks) in (39, 40)
+        return f"a vision transformer of {len(blocks)} blocks, {tower[-1]} wide" + (
+            " (eva_vit_g.pth)" if is_eva else ""
+        )
+    return f"a file of {', '.join(sorted(shapes)[:3])}" if shapes else "a file without tensors"
+
+
+def _describe_bytes(path: Path) -> str | None:
+    """What a file is that only has the name of one of weights; None where its first bytes do not tell."""
+    with path.open("rb") as file:
+        head = file.read(512).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of git-lfs in place of the file: git lfs pull"
+    if head[:1] == b"<":
+        return "it is a web page, saved in place of the file"
+    return None if head else "it is empty"
+
+
+def _load(path: Path, device: str = "cpu") -> Any:
+    """What a file of weights holds, memory-mapped; pickles may hold tensors only, and archives no more than their size.
+
+    Raises:
+        Exception: zip, pickle and safetensors readers each have exceptions of their own.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # torch compresses nothing
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it holds")
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location=device, weights_only=True)  # files of before torch 1.6
+
+
+def identify_file(path: Path) -> str:
+    """``describe_weights`` for a file on the disk, whatever it is; its tensors stay unread."""
+    if not path.is_file():
+        return "no plain file"
+    try:
+        content = _load(path, "meta")
+        return describe_weights(content) if isinstance(content, Mapping) else f"a {type(content).__name__}"
+    except Exception:  # not to know is an answer
+        return _describe_bytes(path) or "no file of weights"

@@ -12,6 +12,7 @@ import numpy
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import DynamicCache
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
@@ -20,8 +21,7 @@ from minigpt4.conversation.images import read_image
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
 from minigpt4.conversation.stopping import StoppingCriteriaSub
 from minigpt4.conversation.templates import CONV_VISION, Conversation, SeparatorStyle
-from minigpt4.models.kv_cache import KVCache
-from minigpt4.models.mini_gpt4 import IMAGE_PLACEHOLDER, IMAGE_SLOT, MiniGPT4
+from minigpt4.models.mini_gpt4 import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, MiniGPT4
 
 __all__ = ["CONV_VISION", "Answer", "Chat", "Conversation", "SeparatorStyle", "StoppingCriteriaSub"]
 
@@ -239,7 +239,7 @@ class Chat:
         options: Sequence[GenerationOptions],
         bos: int,
         eos: int,
-        cache: KVCache | None,
+        cache: DynamicCache | None,
     ) -> Iterator[tuple[int, list[int], bool]]:
         """(row, its next ids, whether it ended by itself): one by one, or by beam search all at once."""
         llm = self.model.llama_model
@@ -259,7 +259,7 @@ class Chat:
             ids[i, width - len(row) :] = torch.tensor(row)
             mask[i, width - len(row) :] = 1
         images = [image for image_list in img_lists for image in image_list]
-        embeds = self.model.embed(ids.to(self.device), torch.cat(images) if images else None)
+        embeds = self.model.embed_inputs(ids.to(self.device), torch.cat(images) if images else None)
         return embeds, mask
 
     def check_length(
@@ -293,7 +293,7 @@ class Chat:
             raise UserError(f"The conversation shows {num_marks} images and {num_images} were given; start a new chat.")
 
         def ids_of(conv: Conversation) -> list[int]:
-            return [self.model.llama_tokenizer.bos_token_id, *self.model.slots(conv.get_prompt())]
+            return [self.model.llama_tokenizer.bos_token_id, *self.model.tokenize_prompt(conv.get_prompt())]
 
         if len(ids := ids_of(prompt_conv)) <= room:
             return ids
@@ -304,7 +304,7 @@ class Chat:
         num_before = bisect.bisect_left(shorter, True, key=lambda conv: len(ids_of(conv)) <= room)
         if num_before == len(shorter):
             ids = ids_of(prompt_conv)
-            num_images_ids = sum(i == IMAGE_SLOT for i in ids)
+            num_images_ids = sum(i == IMAGE_TOKEN_INDEX for i in ids)
             raise UserError(
                 f"The question is too long: the prompt has {len(ids)} tokens ({num_images_ids} of them images), "
                 f"and {room} fit beside the answer; shorten it or lower max_new_tokens."

@@ -8,13 +8,13 @@ Shapes: B rows, T context length, L width of the LM, V vocabulary, K beams.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from minigpt4.conversation import recorded
-from minigpt4.models.kv_cache import KVCache, read
-from minigpt4.models.llama import Llama
+from minigpt4.models.language_model import new_cache, next_token_logits
 
 TOP_K = 50
 
@@ -79,61 +79,51 @@ def next_token_scores(logits: Tensor, history: Tensor, options: GenerationOption
 
 
 class _Decoder:
-    """The LM with its cache: feeds embeddings or ids, gives the logits of the last position.
+    """The LM with its cache: feeds embeddings or ids, gives the logits of the last position."""
 
-    Where the device records, the steps behind the first token are recorded ones; ``close`` brings them into the cache.
-    """
-
-    def __init__(self, llm: Llama, mask: Tensor, cache: KVCache | None, num_tokens: int = 0) -> None:
+    def __init__(self, llm: Any, mask: Tensor, cache: DynamicCache | None) -> None:
         self.llm = llm
         self.mask = mask  # [B, T so far] on the CPU, 0 where a row is padded on the left
-        self.is_cache_wanted = cache is not None
-        self.cache = KVCache() if cache is None else cache
-        self.num_tokens = num_tokens  # to come at most
-        self.steps: recorded.Steps | None = None
+        self.cache = new_cache() if cache is None else cache
 
     def feed(self, embeds: Tensor) -> Tensor:
         """[B, t, L] -> float32 logits [B, V] of the last position."""
-        return self.llm.lm_head(read(self.llm, embeds, self.mask, self.cache)).float()
+        return next_token_logits(self.llm, embeds, self.mask, self.cache)
 
     def feed_ids(self, ids: Tensor) -> Tensor:
         """The next id of each row [B] -> logits [B, V]."""
-        if self.num_tokens:
-            self.steps, self.num_tokens = recorded.take(self.llm, self.cache, self.mask, self.num_tokens), 0
-            if self.steps is not None and not self.is_cache_wanted:
-                self.cache = KVCache()  # the steps have a copy
-        if self.steps is not None:
-            return self.steps.feed_ids(ids)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(ids), 1)], 1)
-        return self.feed(self.llm.model.embed_tokens(ids).unsqueeze(1))
+        return self.feed(self.llm.get_input_embeddings()(ids).unsqueeze(1))
 
     def reorder(self, rows: list[int]) -> None:
         """Keeps the given rows of cache and mask, in that order."""
-        if self.steps is not None:
-            self.steps.reorder(rows)
-            return
-        self.cache.reorder(rows)
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.cache.layers[0].keys.device))
         self.mask = self.mask[rows]
 
     def branch(self, count: int) -> "_Decoder":
         """A decoder with ``count`` copies of the only row; this one's cache stays as it is."""
-        return _Decoder(self.llm, self.mask.repeat_interleave(count, 0), self.cache.repeated(count))
+        cache = copy_cache(self.cache)
+        cache.batch_repeat_interleave(count)
+        return _Decoder(self.llm, self.mask.repeat_interleave(count, 0), cache)
 
-    def close(self) -> None:
-        """Ends; a cache that was given has read all that was fed."""
-        if self.steps is not None:
-            self.steps.give_back(self.llm, self.cache if self.is_cache_wanted else None)
+
+def copy_cache(cache: DynamicCache) -> DynamicCache:
+    """A cache that shares the tensors and grows apart."""
+    other = new_cache()
+    for index, layer in enumerate(cache.layers):
+        other.update(layer.keys, layer.values, index)
+    return other
 
 
 @torch.inference_mode()
 def generate(
-    llm: Llama,
+    llm: Any,
     embeds: Tensor,
     mask: Tensor,
     options: GenerationOptions | Sequence[GenerationOptions],
     bos: int,
     eos: int,
-    cache: KVCache | None = None,
+    cache: DynamicCache | None = None,
 ) -> list[Generated]:
     """Continues each row of a batch of contexts; arguments as for ``stream``, which beam search does without.
 
@@ -154,13 +144,13 @@ def generate(
 
 @torch.inference_mode()
 def stream(
-    llm: Llama,
+    llm: Any,
     embeds: Tensor,
     mask: Tensor,
     options: GenerationOptions | Sequence[GenerationOptions],
     bos: int,
     eos: int,
-    cache: KVCache | None = None,
+    cache: DynamicCache | None = None,
 ) -> Iterator[tuple[int, int, bool]]:
     """Continues each row of a batch, token by token; a row that is done is computed no longer.
 
@@ -178,15 +168,8 @@ def stream(
     """
     each = _for_each(options, len(embeds))
     generators = [None if o.seed is None else torch.Generator(embeds.device).manual_seed(o.seed % 2**63) for o in each]
-    decoder = _Decoder(llm, mask, cache, max(o.max_new_tokens for o in each))
-    logits = decoder.feed(embeds)
-    try:
-        yield from _decode(decoder, logits, each, generators, bos, eos)
-    except Exception:
-        decoder.steps = None  # nobody knows what they have written
-        raise
-    finally:
-        decoder.close()
+    decoder = _Decoder(llm, mask, cache)
+    yield from _decode(decoder, decoder.feed(embeds), each, generators, bos, eos)
 
 
 def _decode(
@@ -242,7 +225,7 @@ def _for_each(options: GenerationOptions | Sequence[GenerationOptions], count: i
 
 
 def _beam_search(
-    llm: Llama, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int, cache: KVCache | None
+    llm: Any, embeds: Tensor, mask: Tensor, options: GenerationOptions, bos: int, eos: int, cache: DynamicCache | None
 ) -> Generated:
     """Beam search for one context [1, T, L], scored by sum of log-probabilities / length ** length_penalty.
 

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from minigpt4.models.kv_cache import KVCache
-from minigpt4.models.mini_gpt4 import IMAGE_SLOT
+from minigpt4.conversation.generation import copy_cache
+from minigpt4.models.language_model import new_cache
+from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX
 
 
 @dataclass
@@ -16,7 +18,7 @@ class Prefix:
 
     ids: list[int] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
-    cache: KVCache = field(default_factory=KVCache)
+    cache: DynamicCache = field(default_factory=new_cache)
 
     def shared(self, ids: Sequence[int], images: Sequence[Tensor]) -> int:
         """How many positions at the head of another context are the same, images included."""
@@ -24,7 +26,7 @@ class Prefix:
         for mine, other in zip(self.ids, ids, strict=False):
             if mine != other:
                 break
-            if mine == IMAGE_SLOT:
+            if mine == IMAGE_TOKEN_INDEX:
                 number, place = divmod(slots, self.images[0].shape[1])
                 if place == 0 and not torch.equal(self.images[number], images[number]):
                     break
@@ -34,7 +36,9 @@ class Prefix:
 
     def head(self, length: int) -> "Prefix":
         """The first ``length`` positions, nothing copied; this prefix stays as it is, whoever reads on."""
-        return Prefix(self.ids[:length], self.images, self.cache.head(length))
+        cache = copy_cache(self.cache)
+        cache.crop(length - cache.get_seq_length())
+        return Prefix(self.ids[:length], self.images, cache)
 
 
 class PrefixCache:
@@ -59,13 +63,13 @@ class PrefixCache:
             return Prefix()
         prefix = self._kept[best]
         head = prefix.head(lengths[best])
-        has_all_images = head.ids.count(IMAGE_SLOT) == prefix.ids.count(IMAGE_SLOT)
+        has_all_images = head.ids.count(IMAGE_TOKEN_INDEX) == prefix.ids.count(IMAGE_TOKEN_INDEX)
         if has_all_images and 2 * len(head.ids) > len(prefix.ids):  # else it shares a system text and goes on beside it
             del self._kept[best]
         return head
 
     def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
         """Keeps a chat; ``ids`` are all its tokens, of which its cache may lack the last ones."""
-        prefix.ids, prefix.images = list(ids[: prefix.cache.length]), list(images)
+        prefix.ids, prefix.images = list(ids[: prefix.cache.get_seq_length()]), list(images)
         self._kept.append(prefix)
         del self._kept[: max(0, len(self._kept) - self.num_chats)]

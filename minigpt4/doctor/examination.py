@@ -20,11 +20,12 @@ from torch import nn
 from minigpt4.common import device as devices
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.torch_setup import PACKAGES, npu_mismatch
 from minigpt4.doctor import data, language, memory
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, collect, refused, size
 from minigpt4.doctor.model import ModelFiles
-from minigpt4.models.llama_folder import load_llama
+from minigpt4.models.language_model import decoder_layers, load_language_model
 
 SMALL_LM = 10**9  # bytes; the loss of an LM up to this size is computed without being asked for
 TINY_LM = 10**8  # bytes; up to here threads wait for each other longer than they work
@@ -46,14 +47,14 @@ def examine(args: Any) -> list[Finding]:
         findings.append(refused("run.device", error))
         device = torch.device("cpu")
     findings += collect("run.device", _device, run_cfg, device)
-    files = ModelFiles(cfg.model_cfg, device)
+    files = ModelFiles(read_section(ModelConfig, cfg.model_cfg, "model"), device)
     findings += files.examine()
     drawn, more = data.draw(cfg, args.samples)
     findings += _vitality(files, args.deep, [caption for part in drawn for caption in part.captions])
     findings += collect("precision", _precision, cfg, device, files.llm_dtype)
     findings += more
     for part in drawn:
-        settings = files.tokenizer, cfg.model_cfg.get("max_txt_len", 32), cfg.model_cfg.get("end_sym", "\n")
+        settings = files.tokenizer, files.cfg.max_txt_len, files.cfg.end_sym
         findings += collect(f"datasets.{part.name}", data.judge, part, *settings)
     findings += collect("contact sheet", _sheet, args, drawn)
     is_training = "init_lr" in run_cfg or "max_epoch" in run_cfg
@@ -133,8 +134,8 @@ def _vitality(files: ModelFiles, is_deep: bool, captions: list[str]) -> list[Fin
 
     def look() -> Finding:
         is_large = files.lm_bytes > SMALL_LM and files.device.type == "cpu"  # there, mapped weights cost no memory
-        dtype = files.tensors["model.norm.weight"].dtype if is_large else files.llm_dtype
-        return language.vitality(load_llama(files.folder, dtype, files.device), files.tokenizer, captions)
+        dtype = next(iter(files.tensors.values())).dtype if is_large else files.llm_dtype
+        return language.vitality(load_language_model(files.folder, dtype, files.device), files.tokenizer, captions)
 
     num_threads = torch.get_num_threads()
     try:
@@ -153,7 +154,9 @@ def _sheet(args: Any, drawn: list[data.Drawn]) -> list[Finding]:
 
 def _disk(cfg: Any, files: ModelFiles, drawn: list[data.Drawn]) -> list[Finding]:
     run_cfg = cfg.run_cfg
-    model = files.skeleton
+    model = files.model
+    if model is None:
+        return []
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     one = 3 * 4 * trained + 20_000  # weights and AdamW's means in float32, and a rank's state
     epochs, per_epoch = int(run_cfg.get("max_epoch", 1)), int(run_cfg.get("iters_per_epoch") or 0)
@@ -193,14 +196,14 @@ def _told(parts: Mapping[str, int], capacity: int) -> tuple[str, int]:
 def _training_memory(cfg: Any, files: ModelFiles, device: torch.device, captions: list[str]) -> Finding:
     rows = int(cfg.run_cfg.get("batch_size_train", 1))
     words = " ".join(captions) or "a picture of something"
-    longest = (words + " ") * (int(files.cfg.get("max_txt_len", 32)) // max(1, len(words) // 8) + 1)
+    longest = (words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)
     model = files.build(has_vision=not cfg.run_cfg.get("feature_cache"))
     parts = predicted(cfg, model, device, {"text_input": [longest] * rows})
     capacity, _ = devices.memory_left(device)
     evidence, total = _told(parts, capacity)
     evidence += f" ({rows} rows of the longest texts)"
     if cfg.run_cfg.get("parallel") == "fsdp":
-        layers = model.llama_model.model.layers
+        layers = decoder_layers(model.llama_model)
         sliced = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
         # A layer is whole while it computes, and the next one while it is fetched.
         if (room := capacity - (total - sliced) - 2 * sliced // len(layers)) > 0:
@@ -214,7 +217,7 @@ def _training_memory(cfg: Any, files: ModelFiles, device: torch.device, captions
             remedy = (
                 "Not even one row fits: take a half precision, model.low_resource, run.parallel: fsdp, a larger card."
             )
-        elif not files.cfg.get("llm_grad_checkpoint"):
+        elif not files.cfg.llm_grad_checkpoint:
             remedy = f"{remedy[:-1]}; or model.llm_grad_checkpoint: True."
         return Finding("memory, training", MISTAKE, evidence, remedy + see("out-of-memory"), parts)
     verdict = WARNING if total > 0.9 * capacity else OK

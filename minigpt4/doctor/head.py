@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.doctor import language
 from minigpt4.doctor.findings import OK
 
@@ -20,11 +21,11 @@ def look_ahead(cfg: Any, device: Any) -> None:
     Raises:
         UserError: the first refusal; the others are counted.
     """
-    if cfg.model_cfg.get("arch") != "mini_gpt4":
+    if cfg.model_cfg.get("arch") not in ("mini_gpt4", "minigpt4"):
         return
     from minigpt4.doctor.model import ModelFiles
 
-    files = ModelFiles(cfg.model_cfg, device)
+    files = ModelFiles(read_section(ModelConfig, cfg.model_cfg, "model"), device)
     findings = files.examine()
     refusals = [finding.refusal for finding in findings if finding.refusal]
     if refusals:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from minigpt4.common.errors import see
-from minigpt4.common.fingerprints import VOCABULARIES
+from minigpt4.common.schema import ModelConfig
+from minigpt4.common.weights import VOCABULARIES
 from minigpt4.conversation.templates import TEMPLATES, choose_template, usual_template
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding
-from minigpt4.models.kv_cache import KVCache
-from minigpt4.models.llama import Llama
 
 KEY = "model.llama_model"
 SENTENCES = (
@@ -28,20 +27,20 @@ _FP16_MAX = 65504.0
 
 
 @torch.no_grad()
-def next_token_loss(llama: Llama, tokenizer: Any, texts: Sequence[str]) -> tuple[float, float]:
+def next_token_loss(llama: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[float, float]:
     """Means over all tokens of texts, in nats: of the loss of the next token, and of the prediction's own entropy."""
-    embedding, losses, entropies = llama.model.embed_tokens, [], []
+    losses, entropies = [], []
+    begin = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
     for text in texts:
-        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
-        ids, cache = torch.tensor([ids], device=embedding.weight.device), KVCache()
-        hidden = llama.model(embedding(ids), cache.expect(torch.ones(ids.shape), ids.device), cache)
-        log_probs = llama.lm_head(hidden)[0, :-1].float().log_softmax(-1)
+        ids = begin + list(tokenizer(text, add_special_tokens=False).input_ids)
+        ids = torch.tensor([ids], device=llama.get_input_embeddings().weight.device)
+        log_probs = llama(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
         losses.append(-log_probs.gather(1, ids[0, 1:, None]).squeeze(1))
         entropies.append(-(log_probs.exp() * log_probs).sum(-1))
     return torch.cat(losses).mean().item(), torch.cat(entropies).mean().item()
 
 
-def vitality(llama: Llama, tokenizer: Any, captions: Sequence[str] = ()) -> Finding:
+def vitality(llama: Any, tokenizer: Any, captions: Sequence[str] = ()) -> Finding:
     """The true loss on plain sentences and on the run's own captions, against ln(vocabulary), which guessing has."""
     guess = math.log(llama.config.vocab_size)
     texts = {"plain sentences": SENTENCES, "captions of this run": captions[:MAX_CAPTIONS]}
@@ -66,8 +65,8 @@ def vitality(llama: Llama, tokenizer: Any, captions: Sequence[str] = ()) -> Find
     return Finding("LM vitality", MISTAKE, f"{evidence}: {cause}", remedy + see("a-dead-language-model"), numbers)
 
 
-def _nonfinite(llama: Llama, tokenizer: Any, evidence: str) -> tuple[str, str]:
-    dtype = str(llama.lm_head.weight.dtype).removeprefix("torch.")
+def _nonfinite(llama: Any, tokenizer: Any, evidence: str) -> tuple[str, str]:
+    dtype = str(llama.dtype).removeprefix("torch.")
     loss, _ = next_token_loss(llama.cpu().float(), tokenizer, SENTENCES)
     if math.isfinite(loss):
         told = f"{evidence}. In {dtype} it overflows: in float32 the loss is {loss:.2f}"
@@ -85,7 +84,7 @@ def sampled_vitality(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows
         if value.ndim == 2 and _layer(name) in few
     }
     largest = max(value.abs().max().item() for value in (*norms.values(), *rows.values()))
-    mean = norms["model.norm.weight"].abs().mean().item()
+    mean = norms[_final_norm(norms)].abs().mean().item()
     evidence = f"mean of the final norm {mean:.3g}, largest of the sampled weights {largest:.3g}"
     end = f" (some {num_rows} rows of {len(rows)} weights were read; --deep reads all and computes the loss)"
     remedy = "Take the LM's folder anew (PrepareVicuna.md)."
@@ -103,6 +102,11 @@ def sampled_vitality(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows
     return Finding("LM vitality", OK, evidence + end)
 
 
+def _final_norm(names: Iterable[str]) -> str:
+    """The norm that belongs to no layer; of several the last one."""
+    return [name for name in names if _layer(name) is None][-1]
+
+
 def _layer(name: str) -> int | None:
     found = re.search(r"layers\.(\d+)\.", name)
     return int(found.group(1)) if found else None
@@ -114,16 +118,16 @@ def _few_layers(names: Iterable[str]) -> set[int | None]:
     return {None, *numbers[:1], *numbers[-1:], *numbers[len(numbers) // 2 :][:1]}
 
 
-def tokens(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> Finding:
+def tokens(folder: Path, tokenizer: Any, config: Any) -> Finding:
     """Sizes and special ids: of the tokenizer, whose count, beside config.json and generation_config.json."""
-    rows, own = config.get("vocab_size", 0), {r: getattr(tokenizer, f"{r}_token_id") for r in ("bos", "eos")}
+    rows, own = config.vocab_size, {r: getattr(tokenizer, f"{r}_token_id") for r in ("bos", "eos")}
     evidence = f"{len(tokenizer)} tokens for {rows} embeddings, begin {own['bos']}, end {own['eos']}"
     file = folder / "generation_config.json"
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if different := {r: said.get(f"{r}_token_id") for r in own if said.get(f"{r}_token_id") not in (None, own[r])}:
         other = ", ".join(f"{role} {value}" for role, value in different.items())
         evidence += f"; generation_config.json says {other}, as published: the tokenizer's count"
-    if max(own.values()) >= rows:
+    if max(value or 0 for value in own.values()) >= rows:
         return Finding("tokenizer", MISTAKE, evidence + ": an id without embedding", "Take both from one version.")
     if len(tokenizer) < 0.9 * rows:  # a little less is usual: vocabularies are filled up to round numbers
         told, remedy = f"{evidence}: it knows far fewer than the LM has", "Is it the tokenizer of the same model?"
@@ -131,9 +135,9 @@ def tokens(folder: Path, tokenizer: Any, config: Mapping[str, Any]) -> Finding:
     return Finding("tokenizer", OK, evidence)
 
 
-def version(model_cfg: Mapping[str, Any], vocab_size: int) -> Finding:
+def version(model_cfg: ModelConfig, vocab_size: int) -> Finding:
     """The Vicuna that the LM is, by its vocabulary, against the template that the configuration writes."""
-    name, template = model_cfg.get("conversation"), str(model_cfg.get("prompt_template") or "")
+    name, template = model_cfg.conversation, model_cfg.prompt_template
     usual, kind = usual_template(vocab_size), VOCABULARIES.get(vocab_size, "no Vicuna")
     evidence = f"{vocab_size} tokens ({kind})"
     if name is not None and name not in TEMPLATES:

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigpt4.common import device as devices
-from minigpt4.conversation import recorded
-from minigpt4.models.kv_cache import KVCache, read
+from minigpt4.models.language_model import new_cache, next_token_logits
 
 PARTS = {
     "vision": ("visual_encoder", "ln_vision", "Qformer", "query_tokens"),
@@ -174,21 +173,15 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
     parts = weight_bytes(model)
     image = ledger.empty((1, 3, image_size, image_size))
     ledger.peak = before = ledger.now
-    cache, rooms = KVCache(), []
+    cache = new_cache()
     with torch.no_grad(), ledger, ledger.attention:
         images, _ = model.encode_img(image)
-        embedding = model.llama_model.model.embed_tokens.weight
+        embedding = model.llama_model.get_input_embeddings().weight
         for length in (num_tokens - 1, 1):  # the question is read, the last token of the answer follows
             embeds = ledger.empty((1, length, embedding.shape[1]), embedding.dtype)
-            mask = torch.ones(1, cache.length + length)
-            logits = model.llama_model.lm_head(read(model.llama_model, embeds, mask, cache)).float()
-            if length > 1 and devices.records(device):  # what is recorded has room of its own
-                (_, heads, _, width), size = cache.layers[0][0].shape, recorded.room(num_tokens)
-                rooms = [ledger.empty((1, heads, size, width), embeds.dtype) for _ in range(2 * len(cache.layers))]
+            mask = torch.ones(1, cache.get_seq_length() + length, dtype=torch.long)
+            logits = next_token_logits(model.llama_model, embeds, mask, cache)
     del images, logits
-    parts["keys and values"] = sum(part.nbytes for layer in cache.layers for part in layer)
-    if rooms:
-        parts["recorded steps"] = sum(part.nbytes for part in rooms)
-    held = parts["keys and values"] + parts.get("recorded steps", 0)
-    parts["activations"] = max(0, ledger.peak - before - held)
+    parts["keys and values"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    parts["activations"] = max(0, ledger.peak - before - parts["keys and values"])
     return parts

@@ -19,14 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.fingerprints import identify
 from minigpt4.common.utils import parse_json
+from minigpt4.models import llama_tokenizer
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.packed_attention import NAME, PackedBatch
 from minigpt4.models.parallel import local_slice
 
 KEY = "model.llama_model"
 MAX_LAYERS = 1000  # building more takes minutes, whatever the files hold
+HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 MIN_NORM = 0.05  # mean size of a trained Llama's final norm is about 1 or more, that of a difference of two near 0
 # Constants that old files store and that are computed today.
@@ -56,11 +57,11 @@ def load_language_model(
         UserError: files are missing or damaged, keys do not match, or the folder holds a raw delta.
     """
     llm = build_language_model(folder, dtype)
-    check_weights(llm, folder)
+    tensors = read_weights(llm, folder)
     if prepare is not None:
         prepare(llm)
-    _fill(llm, folder, dtype, torch.device(device))
-    return llm.to(device).eval()  # only buffers are left to move
+    fill_weights(llm, tensors, dtype, torch.device(device), folder)
+    return llm
 
 
 def build_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -78,7 +79,7 @@ def build_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         llm.tie_weights()  # building on the meta device makes every parameter its own
     except Exception as error:  # transformers and torch raise many kinds for values that make no sense
         cause = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{KEY}: {folder} cannot be built ({cause}); copy or convert it again.") from error
+        raise UserError(f"{KEY}: {folder} cannot be loaded ({cause}); copy or convert it again.") from error
     _use_fused_norms(llm, dtype)
     return llm.requires_grad_(False)
 
@@ -186,10 +187,10 @@ def lm_head(llm: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def check_weights(llm: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    """Compares every name and shape in a folder with a built model, and checks the final norm; returns mapped tensors.
+def read_weights(llm: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    """The memory-mapped tensors of a folder, every name and shape compared with a built model.
 
-    Nothing else is read, so a wrong folder is reported before its gigabytes are.
+    Only the values of the final norm are read, so a wrong folder is reported before its gigabytes are.
 
     Raises:
         UserError: names or shapes differ, or the folder holds a raw delta.
@@ -229,18 +230,28 @@ def _read(file: Path, expected: dict[str, Tensor], llm: PreTrainedModel) -> dict
     return {name: value for name, value in named.items() if name in expected or not str(name).endswith(COMPUTED)}
 
 
-def _fill(llm: PreTrainedModel, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    expected, num_threads = llm.state_dict(keep_vars=True), torch.get_num_threads()
+def fill_weights(
+    llm: PreTrainedModel, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, folder: Path
+) -> None:
+    """Moves tensors into a built model, in ``dtype`` on ``device``, and switches it to eval mode.
+
+    Args:
+        llm: built, its parameters on the meta device.
+        tensors: of ``read_weights``; emptied on the way, so that mapped files are closed one after the other.
+        dtype, device: of the weights.
+        folder: where they come from, for messages.
+    """
+    num_threads = torch.get_num_threads()
     # Each worker takes whole tensors: mapped pages are read, checked and copied by several at once, and none waits for
     # another at the end of each tensor, as the threads of one operation would.
     with ThreadPoolExecutor(min(8, num_threads), initializer=_start_worker, initargs=(device,)) as workers:
-        for file in weight_files(folder):
-            content = _read(file, expected, llm).items()
-            puts = [workers.submit(_put, llm, *item, dtype, device, folder) for item in content]
-            for put in puts:
-                put.result()
+        names = list(tensors)
+        puts = [workers.submit(_put, llm, name, tensors.pop(name), dtype, device, folder) for name in names]
+        for put in puts:
+            put.result()
     torch.set_num_threads(num_threads)  # of threads to come, such as the autograd engine's
     llm.tie_weights()
+    llm.to(device).eval()  # buffers are left to move
 
 
 def _put(
@@ -278,10 +289,23 @@ def weight_files(folder: Path, key: str = KEY) -> list[Path]:
     raise UserError(f"{key}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
 
 
+def load_tokenizer(llm: PreTrainedModel, folder: Path) -> Any:
+    """The tokenizer of the LM's folder; the LM's own ``generate`` then ends and pads with the tokenizer's ids.
+
+    Raises:
+        UserError: its files are missing or damaged, or it has ids for which the LM has no embedding.
+    """
+    tokenizer = llama_tokenizer.load_tokenizer(folder)
+    check_vocabulary(llm, tokenizer, folder)
+    for role in ("bos", "eos", "pad"):  # published generation_config.json files name other ids
+        setattr(llm.generation_config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    return tokenizer
+
+
 def check_vocabulary(llm: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Raises UserError where the tokenizer has ids for which the model has no embedding."""
     rows = llm.get_input_embeddings().weight.shape[0]
-    if (needed := max([len(tokenizer), *(i + 1 for i in tokenizer.all_special_ids)])) > rows:
+    if (needed := max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=0))) > rows:
         raise UserError(
             f"{KEY}: the tokenizer in {folder} has {needed} tokens, the model {rows} embeddings "
             "(Vicuna v0 has 32001, v1.1 and later 32000); take both from the same version."
@@ -293,8 +317,8 @@ def check_folder(folder: Path, key: str = KEY) -> dict[str, Any]:
     """Returns config.json of a model folder; raises UserError where the folder cannot be one, reading no weights."""
     if not folder.is_dir():
         raise UserError(
-            f"{key}: {folder} is a file ({identify(folder)}); expected the folder with config.json and the weight "
-            "files of the language model." + see("weights-that-do-not-fit")
+            f"{key}: {folder} is a file ({weights.identify_file(folder)}); expected the folder with config.json and "
+            "the weight files of the language model." + see("weights-that-do-not-fit")
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {folder} has no config.json; expected a Hugging Face model folder.")

@@ -8,6 +8,7 @@ tokenizer.
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
@@ -31,23 +32,30 @@ class LlamaTokenizer(SentencePieceBackend):
         folder = Path(folder)
         names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         config, roles, added = (_read_json(folder / name) for name in names)
+        vocabulary = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         special = {}
         for role in (*_DEFAULTS, "pad_token"):
-            token = roles.get(role, config.get(role)) or _DEFAULTS.get(role)
+            default = _DEFAULTS.get(role)
+            if default is not None and vocabulary.id_to_piece(vocabulary.piece_to_id(default)) != default:
+                default = None
+            token = roles.get(role, config.get(role)) or default
             # A token written as plain text strips the spaces beside it, one written as a record says whether it does.
             is_stripping = isinstance(token, str) and (role in roles or role == "pad_token")
             token = token["content"] if isinstance(token, dict) else token
             if token is not None:
-                special[role] = AddedToken(token, lstrip=is_stripping, rstrip=is_stripping, special=True)
+                special[role] = AddedToken(_checked(token), lstrip=is_stripping, rstrip=is_stripping, special=True)
         decoder = config.get("added_tokens_decoder", {})
         added = {entry["content"]: int(number) for number, entry in decoder.items()} | added
+        for token, number in added.items():
+            if type(number) is not int or number < 0 or not _checked(token):
+                raise ValueError(f"the added token '{token}' has the id {number!r}")
         tokens = {number: AddedToken(token, lstrip=True, rstrip=True, special=True) for token, number in added.items()}
         tokens |= {added[str(token)]: token for token in special.values() if str(token) in added}
         super().__init__(
             vocab_file=str(folder / "tokenizer.model"),
             legacy=True,
             added_tokens_decoder=tokens,
-            special_tokens_pattern="bos",
+            special_tokens_pattern="bos" if "bos_token" in special else "none",
             clean_up_tokenization_spaces=False,
             chat_template=config.get("chat_template"),
             **special,
@@ -109,8 +117,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     return tokenizer
 
 
+def _checked(token: str) -> str:
+    if not token.encode():  # which raises for half a surrogate pair
+        raise ValueError("a special token is empty")
+    return token
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     content = parse_json(path.read_bytes(), f"{KEY}: {path}") if path.is_file() else {}
     if not isinstance(content, dict):
-        raise UserError(f"{KEY}: {path} holds no JSON object; copy it again.")
+        raise UserError(f"{KEY}: {path} cannot be read: it holds no JSON object; copy it again.")
     return content

@@ -1,81 +1,120 @@
-"""Weights into a built model: the vision side from published files, the trained part from a checkpoint.
+"""Files of a ``model`` section into a built model: located, compared by names and shapes, then loaded.
 
-A model here is a built ``MiniGPT4``, some of whose parts may be on the meta device.
+Shapes and names of every file are compared before the first value is read. A model here is a built ``MiniGPT4``, whose
+vision side and LM may be on the meta device.
 """
 
 import fnmatch
 import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.fingerprints import kind_of
-from minigpt4.models.eva_vit import interpolate_pos_embed
+from minigpt4.common.files import locate
+from minigpt4.common.schema import ModelConfig
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
+from minigpt4.models import language_model as lm
+from minigpt4.models.int8 import to_int8
+from minigpt4.models.parallel import shard_language_model
+from minigpt4.models.vision import load_vision, locate_vision, q_former_state, vit_state
+
+CKPT, PROMPTS = "model.ckpt", "model.prompt_path"
 
 
-def load_vision(model: nn.Module, vit_file: Path, q_former_file: Path) -> None:
-    """Loads the vision tower, and ln_vision, queries and Q-Former, from published files or their twins.
+class ModelFiles(NamedTuple):
+    """Local files of a ``model`` section; None for what it does not need."""
 
-    The tower keeps the precision of its file until ``round_vit_weights``; the rest becomes float32.
+    llama_model: Path
+    vit_weights: Path | None
+    q_former_model: Path | None
+    ckpt: Path | None
+
+
+def locate_files(cfg: ModelConfig, has_vision: bool = True) -> ModelFiles:
+    """Finds or downloads all files of the section; UserError where one is missing."""
+    llama_model = locate(cfg.llama_model, lm.KEY, lm.HUB_FILES)
+    lm.check_folder(llama_model)
+    vision_files = locate_vision(cfg) if has_vision else (None, None)
+    return ModelFiles(llama_model, *vision_files, locate(cfg.ckpt, CKPT) if cfg.ckpt else None)
+
+
+def state_readers(model: nn.Module, files: ModelFiles) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
+    """For each YAML key a function that returns the file's memory-mapped tensors under the model's names.
+
+    Each function compares all names and shapes with the model and raises UserError where they differ.
     """
-    weights.load_strictly(*tower_weights(model, vit_file))
-    bridge, *rest = bridge_weights(model, q_former_file)
-    weights.load_strictly(bridge, *rest)
-    bridge.float()
-    model.query_tokens = bridge.query_tokens
-    for module in model.frozen_parts:  # assigned tensors come with their own requires_grad
-        module.requires_grad_(False)
-    model.query_tokens.requires_grad = model.Qformer not in model.frozen_parts
+    readers: dict[str, Callable[[], Mapping[str, Tensor]]] = {
+        lm.KEY: partial(lm.read_weights, model.llama_model, files.llama_model)
+    }
+    if files.vit_weights is not None:
+        readers["model.vit_weights"] = partial(vit_state, model, files.vit_weights)
+        readers["model.q_former_model"] = partial(q_former_state, model, files.q_former_model)
+    if files.ckpt is not None:
+        readers[CKPT] = partial(trained_state, model, files.ckpt)
+    return readers
 
 
-Arguments = tuple[nn.Module, dict[str, torch.Tensor], Path, str, list[str], str]
+def load_weights(
+    model: nn.Module,
+    states: Mapping[str, Mapping[str, Tensor]],
+    cfg: ModelConfig,
+    files: ModelFiles,
+    device: torch.device,
+    is_sharded: bool,
+) -> None:
+    """Loads what ``state_readers`` returned, in the precisions of a run on ``device``."""
+    if prepare := _preparation(cfg, device, is_sharded):
+        prepare(model.llama_model)
+    dtype = language_model_dtype(cfg, device)
+    lm.fill_weights(model.llama_model, dict(states[lm.KEY]), dtype, device, files.llama_model)
+    if files.vit_weights is not None:
+        vision_states = states["model.vit_weights"], states["model.q_former_model"]
+        load_vision(model, (files.vit_weights, files.q_former_model), *vision_states, cfg, device)
+    if files.ckpt is not None:
+        copy_trained_state(model, states[CKPT], files.ckpt)
 
 
-def tower_weights(model: nn.Module, vit_file: Path) -> Arguments:
-    """The arguments with which ``weights.load_strictly`` fills the tower, and ``weights.fitting`` checks its file."""
-    key = "model.vit_weights"
-    state = weights.read_state_dict(vit_file, key)
-    state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
-    state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
-    if "pos_embed" in state:
-        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], model.visual_encoder.pos_embed.shape[1])
-    depth = len(model.visual_encoder.blocks)
-    droppable = [f"blocks.{depth}.*", "norm.*", "fc_norm.*", "head.*"]  # the published file has one block more
-    droppable += ["ln_vision.*", "Qformer.*", "query_tokens", "language_*"]  # a twin's file holds all parts
-    hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
-    return model.visual_encoder, state, vit_file, key, droppable, hint
+def language_model_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
+    """The precision of the LM's weights: as configured, else the device's best."""
+    return devices.DTYPES[cfg.llm_dtype] if cfg.llm_dtype else devices.default_dtype(device)
 
 
-def bridge_weights(model: nn.Module, q_former_file: Path) -> Arguments:
-    """The same for ln_vision, queries and Q-Former."""
-    key = "model.q_former_model"
-    state = weights.published_names(weights.read_state_dict(q_former_file, key))
-    bridge = nn.ModuleDict({"ln_vision": model.ln_vision, "Qformer": model.Qformer})
-    bridge.register_parameter("query_tokens", model.query_tokens)
-    droppable = [
-        "Qformer.bert.embeddings.word_embeddings.*",  # the text branch
-        "Qformer.bert.embeddings.position_*",
-        "Qformer.bert.encoder.layer.*.intermediate.dense.*",
-        "Qformer.bert.encoder.layer.*.output.*",
-        "Qformer.cls.*",
-        *("t5_proj.*", "opt_proj.*", "llm_proj.*", "temp", "itm_head.*", "vision_proj.*", "text_proj.*"),
-        *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*", "language_*"),
-    ]
-    hint = "Is it blip2_pretrained_flant5xxl.pth, and do model.qformer_config and num_query_token describe it?"
-    return bridge, state, q_former_file, key, droppable, hint
+def is_int8(cfg: ModelConfig, device: torch.device) -> bool:
+    """Whether the LM's layers hold 8-bit weights: asked for, and supported by the device."""
+    return (cfg.low_resource or cfg.llm_precision == "int8") and devices.has_int8(device)
+
+
+def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> Callable[[nn.Module], None] | None:
+    """What happens to the LM before its weights arrive: shards over ranks, 8-bit layers, or nothing."""
+    is_wanted = cfg.low_resource or cfg.llm_precision == "int8"
+    key = "model.low_resource" if cfg.low_resource else "model.llm_precision: int8"
+    if is_wanted and is_sharded:
+        raise UserError(f"{key} and run.parallel: fsdp exclude each other; choose one of the two.")
+    if is_sharded:
+        return partial(shard_language_model, device=device)
+    if is_wanted and not is_int8(cfg, device):
+        logging.warning("%s: 8-bit weights are not supported on %s; using half precision.", key, device.type)
+    return to_int8 if is_int8(cfg, device) else None
 
 
 def load_trained_part(model: nn.Module, path: Path) -> None:
     """Loads the trained part from a checkpoint of this project or of the reference."""
-    state = trained_part(model, path)
+    copy_trained_state(model, trained_state(model, path), path)
+
+
+def copy_trained_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copies the tensors of ``trained_state`` into the model; UserError where one is not finite."""
     for name, value in state.items():
         if value.is_floating_point() and not weights.is_finite(value):
             raise UserError(
-                f"model.ckpt: '{name}' in {path} holds NaN or infinity; the run that wrote it had diverged."
-                + see("nan")
+                f"{CKPT}: '{name}' in {path} holds NaN or infinity; the run that wrote it had diverged." + see("nan")
             )
     own = model.state_dict()
     with torch.no_grad():
@@ -84,52 +123,82 @@ def load_trained_part(model: nn.Module, path: Path) -> None:
     logging.info("Loaded the projection from %s.", path)
 
 
-def trained_part(model: nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, names and shapes held against a model; reads no values."""
-    key = "model.ckpt"
-    state = weights.read_state_dict(path, key)
+def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, names and shapes compared with the model; reads no values."""
+    state = weights.read_state_dict(path, CKPT)
     leftovers = ("*.position_ids", "*.rotary_emb.inv_freq")  # buffers that the reference saved along
     state = {n: v for n, v in state.items() if not any(fnmatch.fnmatch(n, pattern) for pattern in leftovers)}
     weight = state.get("llama_proj.weight")
-    q_width, lm_width = model.llama_proj.in_features, model.llama_proj.out_features
     if weight is None:
         raise UserError(
-            f"{key}: {path} holds no llama_proj.weight (it looks like {kind_of(state)}); "
+            f"{CKPT}: {path} holds no llama_proj.weight (it looks like {weights.describe_weights(state)}); "
             "expected a checkpoint of MiniGPT-4, such as checkpoint_3.pth of a stage-1 run."
             + see("weights-that-do-not-fit")
         )
     if weight.shape != model.llama_proj.weight.shape:
-        rows, columns = weight.shape if weight.ndim == 2 else (weight.numel(), 0)
-        sizes = {4096: "7B", 5120: "13B"}
-        if columns == 5632:
-            cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
-        elif rows != lm_width:
-            made_for, there = sizes.get(rows, f"{rows} wide"), sizes.get(lm_width, f"{lm_width} wide")
-            cause = f"The projection was made for a {made_for} LM, model.llama_model is {there}: take the matching one."
-        else:
-            cause = "model.qformer_config describes another Q-Former than the one it was trained with."
-        raise UserError(
-            f"{key}: llama_proj.weight in {path} is {list(weight.shape)}, expected [{lm_width}, {q_width}]. {cause}"
-            + see("a-projection-for-another-language-model")
-        )
+        raise UserError(_explain_projection(model, weight, path))
     own = {n: v for n, v in model.state_dict().items() if not n.startswith("llama_model.")}
     for name, value in state.items():
-        fits = name in own and value.shape == own[name].shape
-        if not fits or value.is_floating_point() != own[name].is_floating_point():
+        is_known = name in own and value.shape == own[name].shape
+        if not is_known or value.is_floating_point() != own[name].is_floating_point():
             raise UserError(
-                f"{key}: '{name}' {list(value.shape)} {value.dtype} in {path} has no place in this model; "
+                f"{CKPT}: '{name}' {list(value.shape)} {value.dtype} in {path} is no part of this model; "
                 "expected llama_proj and whatever parts were trained with it."
             )
     if "llama_proj.bias" not in state:
-        raise UserError(f"{key}: {path} holds llama_proj.weight but no llama_proj.bias; the file is incomplete.")
+        raise UserError(f"{CKPT}: {path} holds llama_proj.weight but no llama_proj.bias; the file is incomplete.")
     return state
+
+
+def _explain_projection(model: nn.Module, weight: Tensor, path: Path) -> str:
+    q_width, lm_width = model.llama_proj.in_features, model.llama_proj.out_features
+    rows, columns = weight.shape if weight.ndim == 2 else (weight.numel(), 0)
+    sizes = {4096: "7B", 5120: "13B"}
+    if columns == 5632:
+        cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
+    elif rows != lm_width:
+        made_for, given = sizes.get(rows, f"{rows} wide"), sizes.get(lm_width, f"{lm_width} wide")
+        cause = f"The projection was made for a {made_for} LM, model.llama_model is {given}: take the matching one."
+    else:
+        cause = "model.qformer_config describes another Q-Former than the one it was trained with."
+    return (
+        f"{CKPT}: llama_proj.weight in {path} is {list(weight.shape)}, expected [{lm_width}, {q_width}]. {cause}"
+        + see("a-projection-for-another-language-model")
+    )
+
+
+def read_prompts(path: str | None, template: str) -> list[str]:
+    """Reads the prompt file: its lines with ``<ImageHere>``, each put into the template (stage 2); none without a path.
+
+    Raises:
+        UserError: the file is missing, no line has the placeholder, or the template has no ``{}``.
+    """
+    try:
+        is_template = not template or template.format("\0").count("\0") == 1
+    except (ValueError, LookupError, AttributeError):
+        is_template = False
+    if not is_template or (path and not template):
+        raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
+    if not path:
+        return []
+    file = locate(path, PROMPTS)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{PROMPTS}: {file} cannot be read as UTF-8 text ({error}).") from error
+    lines = [line for line in text.splitlines() if IMAGE_PLACEHOLDER in line]
+    if not lines:
+        raise UserError(f"{PROMPTS}: no line of {file} contains {IMAGE_PLACEHOLDER}; each prompt needs it once.")
+    if twice := [line for line in lines if line.count(IMAGE_PLACEHOLDER) > 1]:
+        raise UserError(f"{PROMPTS}: a line of {file} has {IMAGE_PLACEHOLDER} more than once: '{twice[0][:80]}'.")
+    return [template.format(line) for line in lines]
 
 
 def log_summary(model: nn.Module) -> None:
     """Logs what is frozen and what is trained, a line each."""
     parts = ("visual_encoder", "ln_vision", "Qformer", "query_tokens", "llama_proj", "llama_model")
     for name in filter(lambda name: hasattr(model, name), parts):
-        part = getattr(model, name)
+        part: Any = getattr(model, name)
         parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         state = "trained" if any(p.requires_grad for p in parameters) else "frozen"
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))

@@ -1,36 +1,40 @@
-"""MiniGPT-4 (Zhu et al., 2023): EVA-ViT and Q-Former, one linear projection, a frozen Llama.
+"""MiniGPT-4 (Zhu et al., 2023): EVA-ViT and Q-Former, one linear projection, a frozen language model.
 
-Shapes: B batch, S image side, N image tokens, Q queries, H width of the Q-Former, L width of the LM, T tokens.
+Shapes: B batch, S image side, Q queries, H width of the Q-Former, L width of the LM, T tokens of a row, N tokens of all
+rows without padding.
 """
 
-import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.common import device as devices
-from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
-from minigpt4.models import packed
-from minigpt4.models.int8 import to_int8
-from minigpt4.models.llama import Llama
-from minigpt4.models.llama_folder import check_folder, check_vocabulary, load_llama
-from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.loading import load_trained_part, log_summary
-from minigpt4.models.parallel import shard_language_model
+from minigpt4.models import language_model as lm
+from minigpt4.models import loading
+from minigpt4.models.loading import ModelFiles
+from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer, QFormerConfig
-from minigpt4.models.vision import VisionEncoder, build_vision, load, locate_vision, q_former_config, vision_settings
+from minigpt4.models.vision import VisionEncoder, build_vision, q_former_config, vision_settings
 
-IMAGE_SLOT = -1  # stands in a list of token ids where one image embedding goes
-IGNORED = -100  # label of a position that is no target
+IMAGE_TOKEN_INDEX = -1  # in a list of token ids: one image embedding goes here
+IGNORE_INDEX = -100  # label of a position that is no target
+
+
+class TextRow(NamedTuple):
+    """Token ids of a training row, image positions included, and the label of each."""
+
+    ids: list[int]
+    labels: list[int]
 
 
 @registry.register_model("minigpt4")  # the reference's later name
@@ -41,15 +45,15 @@ class MiniGPT4(VisionEncoder):
     Args:
         visual_encoder: images [B, 3, S, S] to tokens [B, N, W]; None where features come from a cache.
         Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; without vision its configuration alone.
-        llama_model: the LM, with which vision has to agree on nothing but L.
+        llama_model: a causal LM of transformers, built by ``language_model``.
         llama_tokenizer: its tokenizer, with a pad token.
         num_query_token: Q.
         prompts: texts with ``<ImageHere>`` of which one is drawn for each batch; none in stage 1.
-        prompt_template: what a sample's own instruction is formatted into.
-        max_txt_len: tokens of caption and end symbol together, the rest is cut.
-        end_sym: what ends a caption.
-        freeze_vit, freeze_qformer: frozen parts stay in eval mode and out of the graph.
-        vit_dtype: precision that the vision side computes in, where the device computes in half precisions.
+        prompt_template: the text into which a sample's own instruction is formatted.
+        max_txt_len: tokens of caption and end symbol together; the rest is cut.
+        end_sym: the text that ends a caption.
+        freeze_vit, freeze_qformer: frozen parts stay in eval mode and get no gradient.
+        vit_dtype: precision of the vision side on devices that compute in half precision.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
@@ -61,7 +65,7 @@ class MiniGPT4(VisionEncoder):
         self,
         visual_encoder: nn.Module | None,
         Qformer: QFormer | QFormerConfig,
-        llama_model: Llama,
+        llama_model: nn.Module,
         llama_tokenizer: Any,
         num_query_token: int = 32,
         prompts: Sequence[str] = (),
@@ -72,21 +76,17 @@ class MiniGPT4(VisionEncoder):
         freeze_qformer: bool = True,
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
-        if visual_encoder is None:
-            nn.Module.__init__(self)
-            config, self.frozen_parts, self.is_vision_trained = Qformer, [], False
-        else:
-            super().__init__(visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype)
-            config = Qformer.config
-        self.num_query_token = num_query_token
+        super().__init__(visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype)
+        q_former_width = (Qformer if visual_encoder is None else Qformer.config).hidden_size
         self.llama_model = llama_model
         self.llama_tokenizer = llama_tokenizer
-        self.llama_proj = nn.Linear(config.hidden_size, llama_model.config.hidden_size)
+        self.llama_proj = nn.Linear(q_former_width, llama_model.config.hidden_size)
         self.prompt_list = list(prompts)
         self.prompt_template = prompt_template
         self.max_txt_len = max_txt_len
         self.end_sym = end_sym
-        self._prefixes: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
+        self.packs_rows = True  # False for architectures whose attention cannot compute packed rows
+        self._prefix_kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
         self.frozen_parts.append(llama_model.requires_grad_(False))
         self.train()
 
@@ -101,69 +101,65 @@ class MiniGPT4(VisionEncoder):
     @classmethod
     def from_config(
         cls,
-        cfg: Mapping[str, Any],
-        device: torch.device | None = None,
+        cfg: Mapping[str, Any] | ModelConfig,
+        device: torch.device | str | None = None,
         is_sharded: bool = False,
         has_vision: bool = True,
     ) -> "MiniGPT4":
-        """Builds the model that the ``model`` section of a configuration describes and loads all its weights.
+        """Builds the model of a ``model`` section and loads its weights.
 
-        Every path is looked up before the first weight is read, so that a typing error costs a second.
+        The names and shapes in every file are compared with the model before the first weight is read, so that a wrong
+        file costs a second. On the meta device that check is all that happens.
 
         Args:
-            cfg: the section; ``docs`` of each key stand in the README.
-            device: where the model goes, which decides the default precision; the best there is by default.
-            is_sharded: every rank holds a slice of the LM (``run.parallel: fsdp``).
-            has_vision: without it, batches bring features from a cache in place of images.
+            cfg: the section; docs/CONFIGURATION.md describes its keys.
+            device: where the model goes, which decides the default precision; by default the best available one.
+            is_sharded: every rank holds a shard of the LM (``run.parallel: fsdp``).
+            has_vision: False where batches bring features from a cache in place of images.
 
         Raises:
-            UserError: a file is missing or does not fit.
+            UserError: a file is missing or does not match the model.
         """
-        device = device or devices.pick()
-        llama_folder = weights.locate(
-            cfg.get("llama_model"), "model.llama_model", ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
-        )
-        check_folder(llama_folder)
-        vision_cfg = read_section(ModelConfig, cfg, "model")
-        vision_files = locate_vision(vision_cfg) if has_vision else None
-        ckpt = weights.locate(cfg["ckpt"], "model.ckpt") if cfg.get("ckpt") else None
-        prompts = read_prompts(cfg.get("prompt_path"), cfg.get("prompt_template", ""))
-
-        llm_dtype = devices.DTYPES[cfg["llm_dtype"]] if cfg.get("llm_dtype") else devices.default_dtype(device)
-        tokenizer = load_tokenizer(llama_folder)
-        llama = load_llama(llama_folder, llm_dtype, device, _preparation(cfg, device, is_sharded))
-        check_vocabulary(llama, tokenizer, llama_folder)
-        if cfg.get("llm_grad_checkpoint"):
-            packed.recompute_layers(llama)
-        model = cls(
-            *(build_vision(vision_cfg) if has_vision else (None, q_former_config(vision_cfg))),
-            llama,
-            tokenizer,
-            prompts=prompts,
-            prompt_template=cfg.get("prompt_template", ""),
-            max_txt_len=cfg.get("max_txt_len", 32),
-            end_sym=cfg.get("end_sym", "\n"),
-            **vision_settings(vision_cfg, device),
-        )
-        if vision_files is not None:
-            load(model, vision_files, vision_cfg, device)
-        if ckpt is not None:
-            model.load_checkpoint(ckpt)
-        log_summary(model)
+        cfg = read_section(ModelConfig, cfg, "model")
+        device = devices.pick() if device is None else torch.device(device)
+        files = loading.locate_files(cfg, has_vision)
+        model = cls.build(cfg, files, device, has_vision)
+        states = {key: read() for key, read in loading.state_readers(model, files).items()}
+        if device.type != "meta":
+            loading.load_weights(model, states, cfg, files, device, is_sharded)
+            loading.log_summary(model)
         return model.to(device)
 
+    @classmethod
+    def build(cls, cfg: ModelConfig, files: ModelFiles, device: torch.device, has_vision: bool = True) -> "MiniGPT4":
+        """The model without weights: vision and LM on the meta device, in the precisions of a run on ``device``."""
+        llm = lm.build_language_model(files.llama_model, loading.language_model_dtype(cfg, device))
+        if cfg.llm_grad_checkpoint:
+            recompute_layers(lm.decoder_layers(llm))
+        return cls(
+            *(build_vision(cfg) if has_vision else (None, q_former_config(cfg))),
+            llm,
+            lm.load_tokenizer(llm, files.llama_model),
+            prompts=loading.read_prompts(cfg.prompt_path, cfg.prompt_template),
+            prompt_template=cfg.prompt_template,
+            max_txt_len=cfg.max_txt_len,
+            end_sym=cfg.end_sym,
+            **vision_settings(cfg, device),
+        )
+
     def load_checkpoint(self, path: Path) -> None:
-        """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not fit."""
-        load_trained_part(self, path)
+        """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not match."""
+        loading.load_trained_part(self, path)
 
     def compile_parts(self) -> None:
-        """Compiles the decoder's layers, for any number of tokens, and the vision side, which always sees one shape.
+        """Compiles the decoder's layers, for any number of tokens, and the vision side, whose shapes never change.
 
-        Beginnings are read before: they grow a cache layer by layer, so that each layer would be a function of its own
-        to compile. PyTorch compiles eight of one kind and then none, the steps that follow included.
+        Prefixes are computed before: they grow a cache layer by layer, so each layer would be compiled separately, and
+        PyTorch stops compiling a function after eight times.
         """
-        self._read_prefixes()
-        for layer in self.llama_model.model.layers:
+        self.compute_prefixes()
+        exclude_from_compilation()
+        for layer in lm.decoder_layers(self.llama_model):
             layer.compile(dynamic=True)
         for block in self.visual_encoder.blocks if hasattr(self, "visual_encoder") else ():
             block.compile()
@@ -177,168 +173,180 @@ class MiniGPT4(VisionEncoder):
         """Where the projection is."""
         return self.llama_proj.weight.device
 
+    @property
+    def bos_ids(self) -> list[int]:
+        """What every sequence begins with: the begin token, or nothing where the tokenizer has none."""
+        return [] if self.llama_tokenizer.bos_token is None else [self.llama_tokenizer.bos_token_id]
+
+    def maybe_autocast(self, dtype: torch.dtype = torch.float16) -> AbstractContextManager:
+        """Mixed precision in ``dtype`` on an accelerator; on a CPU nothing changes."""
+        return nullcontext() if self.device.type == "cpu" else devices.autocast(self.device, dtype)
+
     def encode_img(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, 3, S, S], normalised, to LM inputs [B, Q, L] and their attention mask [B, Q] (int64 ones)."""
-        embeds = self.project(self.encode_images(image))
+        embeds = self.project_features(self.encode_images(image))
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=image.device)
 
-    def project(self, features: Tensor) -> Tensor:
-        """What the Q-Former says [B, Q, H], in any precision, to LM inputs [B, Q, L]."""
+    def project_features(self, features: Tensor) -> Tensor:
+        """Query outputs of the Q-Former [B, Q, H], in any precision, to LM inputs [B, Q, L]."""
         return self.llama_proj(features.to(self.llama_proj.weight.dtype))
 
-    def tokens(self, text: str) -> list[int]:
-        """Ids of a text without begin token; halves of surrogate pairs, which JSON may hold alone, are read as "?"."""
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text without begin token; lone surrogates, which JSON may hold, are replaced by "?"."""
         text = text.encode(errors="replace").decode()
-        return self.llama_tokenizer(text, add_special_tokens=False).input_ids
+        return list(self.llama_tokenizer(text, add_special_tokens=False).input_ids)
 
-    def slots(self, text: str) -> list[int]:
-        """Ids of a prompt in which ``<ImageHere>`` stands for an image: Q slots each, the text between apart."""
+    def tokenize_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt: each ``<ImageHere>`` is Q times IMAGE_TOKEN_INDEX, the text around it is encoded apart."""
         first, *rest = text.split(IMAGE_PLACEHOLDER)
-        ids = self.tokens(first) if first else []
+        ids = self.tokenize(first) if first else []
         for segment in rest:
-            ids += [IMAGE_SLOT] * self.num_query_token
-            ids += self.tokens(segment) if segment else []
+            ids += [IMAGE_TOKEN_INDEX] * self.num_query_token
+            ids += self.tokenize(segment) if segment else []
         return ids
 
-    def embed(self, ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
-        """Ids [B, T] to LM inputs [B, T, L]; slots are filled, in order, from image embeddings [images, Q, L]."""
-        embeds = self.llama_model.model.embed_tokens(ids.clamp(min=0))
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Ids [...] to embeddings [..., L]; image positions get those of id 0."""
+        return self.llama_model.get_input_embeddings()(ids.clamp(min=0))
+
+    def embed_inputs(self, ids: Tensor, image_embeds: Tensor | None = None) -> Tensor:
+        """Ids [B, T] to LM inputs [B, T, L]; image positions are filled in order from image embeddings [n, Q, L]."""
+        embeds = self.embed_tokens(ids)
         if image_embeds is None:
             return embeds
-        return embeds.masked_scatter((ids == IMAGE_SLOT).unsqueeze(-1), image_embeds.to(embeds.dtype))
+        return embeds.masked_scatter((ids == IMAGE_TOKEN_INDEX).unsqueeze(-1), image_embeds.to(embeds.dtype))
 
-    def pack(self, captions: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Training rows: begin token, prompt with image slots, caption with end symbol, padded on the right.
+    def get_context_emb(self, prompt: str, img_list: Sequence[Tensor]) -> Tensor:
+        """LM inputs [1, T, L] of a prompt whose placeholders stand for the images [1, Q, L] of ``img_list``, in order.
+
+        Raises:
+            UserError: there are more or fewer placeholders than images.
+        """
+        if (count := prompt.count(IMAGE_PLACEHOLDER)) != len(img_list):
+            raise UserError(f"The prompt has {count} image placeholders, but {len(img_list)} images were given.")
+        ids = torch.tensor([self.bos_ids + self.tokenize_prompt(prompt)], device=self.device)
+        return self.embed_inputs(ids, torch.cat(list(img_list)) if img_list else None)
+
+    def prompt_wrap(
+        self, img_embeds: Tensor, atts_img: Tensor, prompt: str | Sequence[str] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Puts image embeddings [B, Q, L] into a prompt, or into one prompt each; without prompt they are unchanged.
 
         Returns:
-            ids, attention mask and labels, each int64 [B, T] on the CPU. Labels are the ids where they are
-            caption or end symbol and not the pad id (which may be written out in a caption), else -100.
+            LM inputs [B, T, L] without begin token, shorter rows padded on the right, and their mask int64 [B, T].
         """
-        tokenizer = self.llama_tokenizer
-        rows, starts = [], []
+        if not prompt:
+            return img_embeds, atts_img
+        prompts = [prompt] * len(img_embeds) if isinstance(prompt, str) else prompt
+        ids = [torch.tensor(self.tokenize_prompt(text), device=img_embeds.device) for text in prompts]
+        rows = [self.embed_inputs(row[None], image[None])[0] for row, image in zip(ids, img_embeds, strict=True)]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        return pad_sequence(rows, batch_first=True), mask
+
+    def tokenize_rows(self, captions: Sequence[str], prompts: Sequence[str]) -> list[TextRow]:
+        """Training rows: begin token, prompt with image positions, caption with end symbol.
+
+        Labels are the ids where they are caption or end symbol and not the pad id, which a caption may contain as text.
+        """
+        rows, pad = [], self.llama_tokenizer.pad_token_id
         for caption, prompt in zip(captions, prompts, strict=True):
-            prefix = [tokenizer.bos_token_id, *self.slots(prompt)]
-            rows.append(prefix + self.tokens(caption + self.end_sym)[: self.max_txt_len])
-            starts.append(len(prefix))
-        ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-            labels[i, start : len(row)] = ids[i, start : len(row)]
-        return ids, mask, labels.masked_fill(labels == tokenizer.pad_token_id, IGNORED)
+            before = self.bos_ids + self.tokenize_prompt(prompt)
+            target = self.tokenize(caption + self.end_sym)[: self.max_txt_len]
+            labels = [IGNORE_INDEX if token == pad else token for token in target]
+            rows.append(TextRow(before + target, [IGNORE_INDEX] * len(before) + labels))
+        return rows
 
     def choose_prompts(self, samples: Mapping[str, Any]) -> list[str]:
-        """A prompt a row: the sample's own instruction, else one that is drawn for the whole batch, else none."""
+        """A prompt for each row: the sample's own, else one that is drawn for the whole batch, else the image alone."""
+        if "instruction_input" in samples:  # whole prompts
+            return list(samples["instruction_input"])
         drawn = random.choice(self.prompt_list) if self.prompt_list else IMAGE_PLACEHOLDER
-        instructions = samples.get("instruction") or [None] * len(samples["text_input"])
+        instructions = samples.get("instruction") or [None] * len(_captions(samples))
         if any(instructions) and "{}" not in self.prompt_template:
             raise UserError("Samples have instructions, but model.prompt_template is not set; see the stage-2 YAML.")
-        return [
-            self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}</Img> {text}") if text else drawn
-            for text in instructions
-        ]
+        wrapped = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
+        return [self.prompt_template.format(wrapped + text) if text else drawn for text in instructions]
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Any]:
         """The loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, S, S] or in its place ``features`` [B, Q, H] from a cache, ``text_input``
-                (B captions), optionally ``instruction`` (B texts or None).
+            samples: ``image`` [B, 3, S, S] or in its place ``features`` [B, Q, H] from a cache, ``text_input`` or
+                ``answer`` (B captions), optionally ``instruction`` (B texts or None) or ``instruction_input``
+                (B whole prompts).
 
         Returns:
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without
             padding), ``num_padded_tokens`` (with) and ``num_targets`` as plain numbers.
         """
         features = samples["features"] if "features" in samples else self.encode_images(samples["image"])
-        image_embeds = self.project(features)
-        ids, mask, labels = self.pack(samples["text_input"], self.choose_prompts(samples))
-        counts = {"num_tokens": int(mask.sum()), "num_padded_tokens": mask.numel()}
-        prefix = self._common_prefix(ids)
-        ids, mask, labels = ids[:, prefix.length :], mask[:, prefix.length :].bool(), labels[:, prefix.length :]
-        number = (mask.flatten().cumsum(0) - 1).view_as(mask)  # of a token among those of all rows
-        is_target = labels[:, 1:] != IGNORED  # position t predicts token t + 1
-        tokens = ids[mask]  # [N]
-        parts = tokens, (tokens == IMAGE_SLOT).nonzero().squeeze(1), number[:, :-1][is_target], labels[:, 1:][is_target]
+        image_embeds = self.project_features(features)  # [B, Q, L]
+        rows = self.tokenize_rows(_captions(samples), self.choose_prompts(samples))
+        prefix = self._shared_prefix(rows)
+        ids = [token for row in rows for token in row.ids[len(prefix) :]]  # N, the rows one after the other
+        next_labels = [[*row.labels[len(prefix) + 1 :], IGNORE_INDEX] for row in rows]  # position t predicts t + 1
+        labels = [label for row in next_labels for label in row]
+        image_positions = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
+        target_positions = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+        targets = [labels[i] for i in target_positions]
+        if len(image_positions) != image_embeds.shape[0] * image_embeds.shape[1]:
+            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} exactly once; the batch has {len(rows)} images.")
+
         # One copy to the device for all four; nothing in this step waits for the device.
+        parts = [torch.tensor(part, dtype=torch.long) for part in (ids, image_positions, target_positions, targets)]
         on_device = torch.cat(parts).to(image_embeds.device, non_blocking=True).split([len(part) for part in parts])
-        tokens, slots, where, targets = on_device
-        embeds = self.llama_model.model.embed_tokens(tokens.clamp(min=0))
-        embeds = embeds.index_copy(0, slots, image_embeds.flatten(0, 1).to(embeds.dtype))  # [N, L]
-        rows = packed.Rows(mask.sum(1).tolist(), where, prefix.keys_and_values, embeds.device)
-        hidden = self.llama_model.model(embeds, rows.positions, rows, where)  # [targets, L]
-        loss = packed.next_token_loss(hidden, self.llama_model.lm_head.weight, targets)
+        ids, image_positions, target_positions, targets = on_device
+        embeds = self.embed_tokens(ids)  # [N, L]
+        embeds = embeds.index_copy(0, image_positions, image_embeds.flatten(0, 1).to(embeds.dtype))
+        lengths = [len(row.ids) - len(prefix) for row in rows]
+        batch = PackedBatch(lengths, self._prefix_kv[prefix] if prefix else [], embeds.device)
+        hidden = lm.last_hidden_states(self.llama_model, embeds, batch, self.packs_rows)  # [N, L]
+        loss = next_token_loss(hidden.index_select(0, target_positions), lm.lm_head(self.llama_model), targets)
+        lengths = [len(row.ids) for row in rows]
+        counts = {"num_tokens": sum(lengths), "num_padded_tokens": max(lengths) * len(lengths)}
         return {"loss": loss, **counts, "num_targets": len(targets)}
 
-    def _common_prefix(self, ids: Tensor) -> "_Prefix":
-        """What stands before the image in all rows alike, if the frozen LM has read it beforehand."""
-        if self._prefixes is None:
-            self._read_prefixes()
-        key = tuple(ids[0, : int((ids[0] == IMAGE_SLOT).nonzero()[0])].tolist())
-        if key in self._prefixes and (ids[:, : len(key)] == ids[:1, : len(key)]).all():
-            return _Prefix(len(key), self._prefixes[key])
-        return _Prefix(0, [])
+    def _shared_prefix(self, rows: Sequence[TextRow]) -> tuple[int, ...]:
+        """The tokens before the image where all rows agree in them and their keys and values are known, else none."""
+        if self._prefix_kv is None:
+            self.compute_prefixes()
+        first = rows[0].ids
+        prefix = tuple(first[: first.index(IMAGE_TOKEN_INDEX)]) if IMAGE_TOKEN_INDEX in first else ()
+        is_shared = prefix in self._prefix_kv and all(tuple(row.ids[: len(prefix)]) == prefix for row in rows)
+        return prefix if is_shared and self.packs_rows else ()
 
-    def _read_prefixes(self) -> None:
-        """Lets the LM read whatever may stand before the images of a batch.
+    def compute_prefixes(self) -> None:
+        """Computes keys and values of everything that may precede the images of a batch.
 
-        All at once: of a sharded LM every forward is the work of all ranks, which draw different prompts.
+        All at once: with a sharded LM every forward involves all ranks, and these draw different prompts.
         """
         prompts = self.prompt_list or [IMAGE_PLACEHOLDER]
         prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}")] * ("{}" in self.prompt_template)
-        slots = [[self.llama_tokenizer.bos_token_id, *self.slots(prompt)] for prompt in prompts]
-        keys = sorted({tuple(row[: row.index(IMAGE_SLOT)]) for row in slots})
-        self._prefixes = {key: packed.keys_and_values(self.llama_model, list(key)) for key in keys}
+        ids = [self.bos_ids + self.tokenize_prompt(prompt) for prompt in prompts]
+        prefixes = sorted({tuple(row[: row.index(IMAGE_TOKEN_INDEX)]) for row in ids})
+        self._prefix_kv = {prefix: lm.compute_prefix_kv(self.llama_model, list(prefix)) for prefix in prefixes}
+
+    @torch.inference_mode()
+    def generate(self, images: Tensor, texts: Sequence[str], **settings: Any) -> list[str]:
+        """Answers whole prompts about images [B, 3, S, S] in one batch, as evaluation scripts of the reference call it.
+
+        Args:
+            images: one for each text.
+            texts: prompts with one ``<ImageHere>`` each.
+            **settings: of transformers' ``generate``, such as ``max_new_tokens`` and ``do_sample``.
+
+        Returns:
+            B answers, cut at the end symbol.
+        """
+        embeds, _ = self.encode_img(images)
+        rows = [self.get_context_emb(text, [embed[None]])[0] for text, embed in zip(texts, embeds, strict=True)]
+        inputs = pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = pad_sequence([row.new_ones(len(row), dtype=torch.long) for row in rows], True, padding_side="left")
+        settings = {"max_new_tokens": 20, "do_sample": False} | settings
+        outputs = self.llama_model.generate(inputs_embeds=inputs, attention_mask=mask, **settings)
+        answers = self.llama_tokenizer.batch_decode(outputs, skip_special_tokens=True)
+        return [(answer.split(self.end_sym)[0] if self.end_sym.strip() else answer).strip() for answer in answers]
 
 
-class _Prefix(NamedTuple):
-    length: int
-    keys_and_values: list[tuple[Tensor, Tensor]]  # of each layer
-
-
-def _preparation(cfg: Mapping[str, Any], device: torch.device, is_sharded: bool) -> Callable[[nn.Module], None] | None:
-    """What happens to the LM before its weights arrive: slices over ranks, 8 bits, or nothing."""
-    key = "model.low_resource" if cfg.get("low_resource") else "model.llm_precision: int8"
-    is_int8 = cfg.get("low_resource") or cfg.get("llm_precision") == "int8"
-    if is_int8 and is_sharded:
-        raise UserError(f"{key} and run.parallel: fsdp exclude each other; choose one of the two.")
-    if is_sharded:
-        return partial(shard_language_model, device=device)
-    if is_int8 and not devices.has_int8(device):
-        logging.warning("%s: no 8-bit weights on %s; going on in half precision.", key, device.type)
-        return None
-    if is_int8:
-        logging.info("%s: the LM's layers hold 8-bit weights.", key)
-        return to_int8
-    return None
-
-
-def read_prompts(path: str | None, template: str) -> list[str]:
-    """Reads the prompt file: its lines with ``<ImageHere>``, each put into the template (stage 2); none without a path.
-
-    Raises:
-        UserError: the file is missing, no line has the mark, or the template has no ``{}``.
-    """
-    try:
-        is_template = not template or template.format("\0").count("\0") == 1
-    except (ValueError, LookupError, AttributeError):
-        is_template = False
-    if not is_template or (path and not template):
-        raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
-    if not path:
-        return []
-    file = weights.locate(path, "model.prompt_path")
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.prompt_path: {file} cannot be read as UTF-8 text ({error}).") from error
-    lines = [line for line in text.splitlines() if IMAGE_PLACEHOLDER in line]
-    if not lines:
-        raise UserError(
-            f"model.prompt_path: no line of {file} contains {IMAGE_PLACEHOLDER}; each prompt needs it once."
-        )
-    if twice := [line for line in lines if line.count(IMAGE_PLACEHOLDER) > 1]:
-        raise UserError(
-            f"model.prompt_path: a line of {file} has {IMAGE_PLACEHOLDER} more than once: '{twice[0][:80]}'."
-        )
-    return [template.format(line) for line in lines]
+def _captions(samples: Mapping[str, Any]) -> Sequence[str]:
+    return samples["text_input"] if "text_input" in samples else samples["answer"]

@@ -159,6 +159,11 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+def exclude_from_compilation() -> None:
+    """Leaves attention out of compiled layers: it differs from layer to layer, which would compile each one anew."""
+    AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
+
+
 def next_token_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int = 256) -> Tensor:
     """Mean cross-entropy in float32 (scalar) of hidden states [n, L] through a frozen output layer.
 

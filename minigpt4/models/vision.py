@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
+from minigpt4.common.files import locate
 from minigpt4.common.schema import ModelConfig, read_section
-from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
-from minigpt4.models.loading import load_vision
+from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
 
@@ -34,8 +34,8 @@ class VisionEncoder(nn.Module):
     """Encodes images into query embeddings. The constructor combines built parts; ``from_config`` builds and loads.
 
     Args:
-        visual_encoder: images [B, 3, S, S] to tokens [B, N, W].
-        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H].
+        visual_encoder: images [B, 3, S, S] to tokens [B, N, W]; None for a model whose features come from a cache.
+        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; without vision its configuration alone.
         num_query_token: Q.
         freeze_vit, freeze_qformer: frozen parts stay in eval mode and their parameters get no gradients.
         vit_dtype: autocast dtype of the vision encoder; with float32 it uses the autocast of the caller, if any.
@@ -43,26 +43,33 @@ class VisionEncoder(nn.Module):
 
     def __init__(
         self,
-        visual_encoder: Eva,
-        Qformer: QFormer,
+        visual_encoder: Eva | None,
+        Qformer: QFormer | QFormerConfig,
         num_query_token: int = 32,
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.num_query_token = num_query_token
+        self.frozen_parts: list[nn.Module] = []
+        self.is_vision_trained = visual_encoder is not None and not (freeze_vit and freeze_qformer)
+        self.vit_dtype = vit_dtype
+        if visual_encoder is None:
+            return
         self.visual_encoder = visual_encoder
         self.ln_vision = LayerNorm(Qformer.config.encoder_width, eps=1e-5)
         self.Qformer = Qformer
         self.query_tokens = nn.Parameter(torch.zeros(1, num_query_token, Qformer.config.hidden_size))
         nn.init.normal_(self.query_tokens, std=0.02)
-        self.vit_dtype = vit_dtype
-        self.frozen_parts: list[nn.Module] = [visual_encoder, self.ln_vision] if freeze_vit else []
+        self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
         self.frozen_parts += [Qformer] if freeze_qformer else []
-        self.query_tokens.requires_grad = not freeze_qformer
-        self.is_vision_trained = not (freeze_vit and freeze_qformer)
+        self._freeze()
+
+    def _freeze(self) -> None:
         for module in self.frozen_parts:
             module.requires_grad_(False)
+        self.query_tokens.requires_grad = self.Qformer not in self.frozen_parts
 
     @classmethod
     def from_config(cls, cfg: ModelConfig | Mapping[str, Any], device: torch.device) -> "VisionEncoder":
@@ -70,7 +77,7 @@ class VisionEncoder(nn.Module):
         cfg = read_section(ModelConfig, cfg, "model")
         files = locate_vision(cfg)
         vision = cls(*build_vision(cfg), **vision_settings(cfg, device))
-        load(vision, files, cfg, device)
+        load_vision(vision, files, vit_state(vision, files[0]), q_former_state(vision, files[1]), cfg, device)
         return vision.to(device).train()
 
     def train(self, mode: bool = True) -> "VisionEncoder":
@@ -103,9 +110,9 @@ class VisionEncoder(nn.Module):
 def locate_vision(cfg: ModelConfig) -> tuple[Path, Path]:
     """Finds or downloads the files of the vision transformer and of the Q-Former; reads no weights."""
     index = "*.index.json"
-    vit = weights.locate(cfg.vit_weights, "model.vit_weights", (index, "vision_model.*"))
+    vit = locate(cfg.vit_weights, "model.vit_weights", (index, "vision_model.*"))
     q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
-    return vit, weights.locate(cfg.q_former_model, "model.q_former_model", q_former_parts)
+    return vit, locate(cfg.q_former_model, "model.q_former_model", q_former_parts)
 
 
 def q_former_config(cfg: ModelConfig) -> QFormerConfig:
@@ -113,14 +120,23 @@ def q_former_config(cfg: ModelConfig) -> QFormerConfig:
     return QFormerConfig(**asdict(cfg.qformer_config), encoder_width=cfg.vit_config.embed_dim)
 
 
+def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
+    """The precision that the vision side computes in: ``vit_precision``, on a CPU the best that it is fast in.
+
+    float32 stands for the precision of the caller's autocast, if any.
+    """
+    if not cfg.freeze_vit or cfg.vit_precision == "fp32":
+        return torch.float32
+    return devices.default_dtype(device) if device.type == "cpu" else devices.DTYPES[cfg.vit_precision]
+
+
 def vision_settings(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     """The constructor's arguments other than the parts, from a ``model`` section."""
-    is_float32 = devices.default_dtype(device) == torch.float32 or not cfg.freeze_vit
     return {
         "num_query_token": cfg.num_query_token,
         "freeze_vit": cfg.freeze_vit,
         "freeze_qformer": cfg.freeze_qformer,
-        "vit_dtype": torch.float32 if is_float32 else devices.DTYPES[cfg.vit_precision],
+        "vit_dtype": vision_dtype(cfg, device),
     }
 
 
@@ -132,9 +148,67 @@ def build_vision(cfg: ModelConfig) -> tuple[Eva, QFormer]:
         return vit, QFormer(q_former_config(cfg))
 
 
-def load(vision: VisionEncoder, files: tuple[Path, Path], cfg: ModelConfig, device: torch.device) -> None:
-    """Loads both files into a built encoder and rounds the weights as ``vit_precision`` asks."""
-    load_vision(vision, *files)
-    dtype = devices.DTYPES[cfg.vit_precision] if cfg.freeze_vit else torch.float32
-    keeps_float32 = devices.default_dtype(device) == torch.float32
-    round_vit_weights(vision.visual_encoder, dtype, keep_float32=keeps_float32)
+def vit_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
+    """The vision transformer's tensors in a published file or its Hugging Face twin, matched with the built module."""
+    key = "model.vit_weights"
+    state = weights.read_state_dict(file, key)
+    state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
+    state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
+    if "pos_embed" in state:
+        state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], vision.visual_encoder.pos_embed.shape[1])
+    depth = len(vision.visual_encoder.blocks)
+    droppable = [f"blocks.{depth}.*", "norm.*", "fc_norm.*", "head.*"]  # the published file has one block more
+    droppable += ["ln_vision.*", "Qformer.*", "query_tokens", "language_*"]  # a twin's file holds all parts
+    hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
+    return weights.match_state_dict(vision.visual_encoder, state, file, key, droppable, hint)
+
+
+def q_former_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
+    """The same for ln_vision, queries and Q-Former."""
+    key = "model.q_former_model"
+    state = weights.published_names(weights.read_state_dict(file, key))
+    droppable = [
+        "Qformer.bert.embeddings.word_embeddings.*",  # the text branch
+        "Qformer.bert.embeddings.position_*",
+        "Qformer.bert.encoder.layer.*.intermediate.dense.*",
+        "Qformer.bert.encoder.layer.*.output.*",
+        "Qformer.cls.*",
+        *("t5_proj.*", "opt_proj.*", "llm_proj.*", "temp", "itm_head.*", "vision_proj.*", "text_proj.*"),
+        *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*", "language_*"),
+    ]
+    hint = "Is it blip2_pretrained_flant5xxl.pth, and do model.qformer_config and num_query_token describe it?"
+    return weights.match_state_dict(_query_side(vision), state, file, key, droppable, hint)
+
+
+def _query_side(vision: VisionEncoder) -> nn.ModuleDict:
+    """What the published Q-Former file holds, as one module."""
+    module = nn.ModuleDict({"ln_vision": vision.ln_vision, "Qformer": vision.Qformer})
+    module.register_parameter("query_tokens", vision.query_tokens)
+    return module
+
+
+def load_vision(
+    vision: VisionEncoder,
+    files: tuple[Path, Path],
+    vit: Mapping[str, Tensor],
+    q_former: Mapping[str, Tensor],
+    cfg: ModelConfig,
+    device: torch.device,
+) -> None:
+    """Loads what ``vit_state`` and ``q_former_state`` read from ``files``, in the precisions of a run on ``device``.
+
+    The vision transformer's weights are rounded as ``vit_precision`` asks; the rest becomes float32.
+    """
+    weights.assign(vision.visual_encoder, vit, files[0], "model.vit_weights")
+    query_side = _query_side(vision)
+    weights.assign(query_side, q_former, files[1], "model.q_former_model")
+    query_side.float()
+    vision.query_tokens = query_side.query_tokens
+    precision = devices.DTYPES[cfg.vit_precision] if cfg.freeze_vit else torch.float32
+    computed = vision_dtype(cfg, device)
+    round_vit_weights(vision.visual_encoder, precision, keep_float32=computed == torch.float32)
+    if computed not in (torch.float32, precision):
+        round_vit_weights(vision.visual_encoder, computed)
+    if cfg.freeze_qformer and computed != torch.float32:  # what autocast would do in every step
+        round_vit_weights(vision.Qformer, computed)
+    vision._freeze()  # assigned tensors come with their own requires_grad

@@ -13,6 +13,7 @@ import torch
 
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.files import locate
 
 RESUME_KEY = "run.resume_ckpt_path"
 BEST = "checkpoint_best.pth"
@@ -26,7 +27,7 @@ def find_resume_checkpoint(run_cfg: Mapping[str, Any]) -> Path | None:
         if found := dist_utils.run_on_main(lambda: newest(root)):
             return found
         logging.info("run.resume: auto finds no checkpoint below %s: starting at the beginning.", root)
-    return weights.locate(named, RESUME_KEY) if named else None
+    return locate(named, RESUME_KEY) if named else None
 
 
 def find_folder(run_cfg: Mapping[str, Any], job_id: str, resumed: Path | None, config: Any) -> tuple[Path, bool]:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
+from minigpt4.common.files import locate
 from minigpt4.models.language_model import MIN_NORM, check_folder, weight_files
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -199,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     hub_files = ("*.json", "*.model", "*.bin", "*.safetensors")
     try:
-        base, delta = (weights.locate(getattr(options, side), f"--{side}", hub_files) for side in ("base", "delta"))
+        base, delta = (locate(getattr(options, side), f"--{side}", hub_files) for side in ("base", "delta"))
         target = options.target.expanduser()
         apply_delta(base, delta, target, DTYPES[options.dtype])
         rows = json.loads((target / "config.json").read_text(encoding="utf-8"))["vocab_size"]

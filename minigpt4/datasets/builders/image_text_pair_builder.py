@@ -3,8 +3,8 @@
 import logging
 from typing import Any, ClassVar
 
+from minigpt4.common.files import locate
 from minigpt4.common.registry import registry
-from minigpt4.common.weights import locate
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets import PairDataset, ShardDataset
 from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
