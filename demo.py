@@ -1,10 +1,10 @@
-"""Talks about pictures with a trained MiniGPT-4.
+"""Answers questions about images with a trained MiniGPT-4.
 
-python demo.py --cfg-path eval_configs/minigpt4_eval.yaml                 # a web page
-python demo.py --cfg-path … --terminal                                    # a chat in the terminal
-python demo.py --cfg-path … --image picture.jpg --ask "What is in it?"    # one answer
-python demo.py --cfg-path … --batch FOLDER --out captions.jsonl           # many pictures
-python demo.py --cfg-path … --api                                         # an OpenAI-compatible server
+python demo.py --cfg-path eval_configs/minigpt4_eval.yaml               # a web page
+python demo.py --cfg-path … --terminal                                  # a chat in the terminal
+python demo.py --cfg-path … --image image.jpg --ask "What is in it?"    # one answer
+python demo.py --cfg-path … --batch FOLDER --out captions.jsonl         # many images
+python demo.py --cfg-path … --api                                       # an OpenAI-compatible server
 """
 
 import argparse
@@ -21,27 +21,27 @@ QUESTION = "Describe this image in detail."
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line; parsed before anything heavy is imported."""
+    """Parses the command line, before anything heavy is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg-path", required=True, help="YAML file of the model")
-    parser.add_argument("--gpu-id", type=int, default=0, help="which accelerator, where there are several")
+    parser.add_argument("--gpu-id", type=int, default=0, help="index of the accelerator")
     parser.add_argument("--options", nargs="+", help="settings that override the file: model.ckpt=FILE …")
-    parser.add_argument("--image", help="a picture to start with")
+    parser.add_argument("--image", help="an image to start with")
     parser.add_argument("--ask", help="one question; the answer is printed and the program ends")
     parser.add_argument("--terminal", action="store_true", help="chat in the terminal")
-    parser.add_argument("--batch", help="folder, glob or JSONL of pictures to describe, each with --ask or as it says")
-    parser.add_argument("--out", default="captions.jsonl", help="where --batch writes its rows, or goes on")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch", help="folder, glob or JSONL file of images to describe; the question is --ask")
+    parser.add_argument("--out", default="captions.jsonl", help="output of --batch; an incomplete file is continued")
+    parser.add_argument("--batch-size", type=int, default=16, help="images or requests that are answered together")
     parser.add_argument("--api", action="store_true", help="serve /v1/chat/completions")
     parser.add_argument("--host", default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
-    parser.add_argument("--port", type=int, help="7860 for the page, 8000 for the API")
+    parser.add_argument("--port", type=int, help="default: 7860 for the page, 8000 for the API")
     parser.add_argument("--share", action="store_true", help="also open a public tunnel to the page")
-    parser.add_argument("--api-key", help="what clients of the API have to send; better in MINIGPT4_API_KEY")
-    parser.add_argument("--allow-host", action="append", default=[], help="host from which the API may fetch pictures")
-    parser.add_argument("--allow-folder", help="folder whose pictures the API's clients may name as file:///NAME")
+    parser.add_argument("--api-key", help="key that clients of the API must send; better set MINIGPT4_API_KEY")
+    parser.add_argument("--allow-host", action="append", default=[], help="host that the API may fetch images from")
+    parser.add_argument("--allow-folder", help="folder whose images the API's clients may name as file:///NAME")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for the API")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token, instead of drawing")
-    parser.add_argument("--seed", type=int, default=42, help="of drawing")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
+    parser.add_argument("--seed", type=int, default=42, help="seed of sampling")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--num-beams", type=int, default=1)
@@ -50,22 +50,22 @@ def parse_args() -> argparse.Namespace:
 
 
 def build_chat(args: argparse.Namespace) -> "Chat":
-    """Configuration, device, model, image processor, chat."""
+    """Reads the configuration, loads the model and returns the chat."""
     from minigpt4.common import device as devices
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
+    from minigpt4.common.schema import RunConfig, read_section
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.templates import choose_template
     from minigpt4.doctor import look_ahead
 
     cfg = Config(args).check()
-    run_cfg = cfg.config.get("run") or {}
-    device = devices.pick(run_cfg.get("device", "auto"), args.gpu_id, bool(run_cfg.get("strict_device", False)))
+    run_cfg = read_section(RunConfig, cfg.config.get("run"), "run")
+    device = devices.pick(run_cfg.device, args.gpu_id, run_cfg.strict_device)
     look_ahead(cfg, device)
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
-    vocab_size = model.llama_model.config.vocab_size
-    template = choose_template(cfg.model_cfg.get("conversation"), vocab_size)
+    template = choose_template(cfg.model_cfg.get("conversation"), model.llama_model.config.vocab_size)
     return Chat(model, image_processor(cfg), device, template)
 
 
@@ -78,8 +78,8 @@ def image_processor(cfg: Any) -> Any:
     return BaseDatasetBuilder(sections[0] if sections else default).vis_processor("eval")
 
 
-def answer_options(args: argparse.Namespace) -> "GenerationOptions":
-    """How to answer."""
+def generation_options(args: argparse.Namespace) -> "GenerationOptions":
+    """The options that the command line selects."""
     from minigpt4.conversation.generation import GenerationOptions
 
     return GenerationOptions(
@@ -92,36 +92,25 @@ def answer_options(args: argparse.Namespace) -> "GenerationOptions":
     )
 
 
-def describe(args: argparse.Namespace, chat: "Chat") -> str:
-    """Which model is loaded, where and how, in one line."""
+def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
+    """Name, device and precision of the model in one line."""
     lm = next(chat.model.llama_model.parameters())
     layers = {type(module).__name__ for module in chat.model.llama_model.modules()}
     precision = "8 bit" if "Int8Linear" in layers else str(lm.dtype).removeprefix("torch.")
     return f"{Path(args.cfg_path).stem} · {chat.device} · LM {precision}"
 
 
-def one_answer(args: argparse.Namespace, chat: "Chat") -> None:
-    """Prints the answer to one question."""
-    from minigpt4.serve.terminal import write_answer
-
-    conv, images = chat.template.copy(), []
-    if args.image:
-        chat.upload_img(args.image, conv, images)
-    chat.ask(args.ask, conv)
-    write_answer(chat, conv, images, answer_options(args))
-
-
-def batch(args: argparse.Namespace, chat: "Chat") -> None:
-    """Describes many pictures."""
-    from minigpt4.serve.batch import answer_batch, find_questions
+def run_batch(args: argparse.Namespace, chat: "Chat") -> None:
+    """Describes many images."""
+    from minigpt4.serve.batch import answer_questions, find_questions
 
     questions = find_questions(args.batch, args.ask or QUESTION)
-    num_errors = answer_batch(chat, questions, Path(args.out), answer_options(args), args.batch_size)
+    num_errors = answer_questions(chat, questions, Path(args.out), generation_options(args), args.batch_size)
     print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
 
 
-def api(args: argparse.Namespace, chat: "Chat") -> None:
-    """Serves the API until it is stopped."""
+def run_api(args: argparse.Namespace, chat: "Chat") -> None:
+    """Serves the API until it is interrupted."""
     from minigpt4.serve.api import build_app, serve
     from minigpt4.serve.api_requests import Limits
     from minigpt4.serve.engine import Engine
@@ -135,44 +124,53 @@ def api(args: argparse.Namespace, chat: "Chat") -> None:
     serve(app, args.host, port)
 
 
-def page(args: argparse.Namespace, chat: "Chat") -> None:
-    """Serves the web page until it is stopped."""
-    from minigpt4.serve.web import serve
-
-    examples = sorted(Path("output/quickstart/held_out/image").glob("[0-5].jpg"))
-    names = ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
-    settings = {name: getattr(answer_options(args), name) for name in names}
-    serve(chat, describe(args, chat), args.host, args.port or 7860, args.share, examples, **settings)
-
-
-def terminal(args: argparse.Namespace, chat: "Chat") -> None:
+def run_terminal(args: argparse.Namespace, chat: "Chat") -> None:
     """Chats in the terminal."""
     from minigpt4.serve.terminal import terminal_chat
 
-    terminal_chat(chat, answer_options(args), args.image, is_person=sys.stdin.isatty())
+    terminal_chat(chat, generation_options(args), args.image, is_interactive=sys.stdin.isatty())
+
+
+def run_question(args: argparse.Namespace, chat: "Chat") -> None:
+    """Prints the answer to one question."""
+    from minigpt4.serve.terminal import write_answer
+
+    conv, images = chat.template.copy(), []
+    if args.image:
+        chat.upload_img(args.image, conv, images)
+    chat.ask(args.ask, conv)
+    write_answer(chat, conv, images, generation_options(args))
+
+
+def run_page(args: argparse.Namespace, chat: "Chat") -> None:
+    """Serves the web page until it is interrupted."""
+    from minigpt4.serve.web import serve
+
+    examples = sorted(Path("output/quickstart/held_out/image").glob("[0-5].jpg"))
+    options, description = generation_options(args), describe_model(args, chat)
+    serve(chat, description, options, args.host, args.port or 7860, args.share, examples)
 
 
 def main() -> None:
-    """One of five ways to talk to the model."""
+    """Builds the chat and runs the mode that the command line selects."""
     args = parse_args()
     try:
         from minigpt4.common.errors import UserError
-    except ImportError as error:  # an installation that lacks something says what
+    except ImportError as error:  # a package is missing; the message names it
         sys.exit(f"error: {error}")
+    from minigpt4.common.device import explain_out_of_memory
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
-    ways = [(args.batch, batch), (args.api, api), (args.terminal, terminal), (args.ask is not None, one_answer)]
-    way = next((way for is_wanted, way in ways if is_wanted), page)
+    modes = [(args.batch, run_batch), (args.api, run_api), (args.terminal, run_terminal), (args.ask, run_question)]
+    run = next((run for selected, run in modes if selected not in (None, False)), run_page)
     try:
-        way(args, build_chat(args))
+        run(args, build_chat(args))
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        from minigpt4.common.device import explain_out_of_memory
-
-        if lacking := explain_out_of_memory(error, "--batch-size"):
-            sys.exit(f"error: {lacking}")
+        if message := explain_out_of_memory(error, "--batch-size"):
+            sys.exit(f"error: {message}")
         raise
     except KeyboardInterrupt:
         sys.exit(130)

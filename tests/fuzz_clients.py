@@ -14,7 +14,7 @@ from fuzz_cases import (
 )
 from hypothesis import strategies as st
 
-from minigpt4.serve.api_requests import ApiError, Limits, load_picture, parse
+from minigpt4.serve.api_requests import ApiError, Limits, load_image, parse_body
 
 BODY = {
     "model": "m",
@@ -35,7 +35,7 @@ BODY = {
 )
 def requests(case: bytes) -> None:
     try:
-        parse(case)
+        parse_body(case)
     except ApiError as error:
         assert error.status == 400 and str(error).isprintable()
 
@@ -54,4 +54,4 @@ URLS = st.one_of(
 @target(URLS, 1.5)
 def addresses(case: str) -> None:
     (ROOM / "allowed").mkdir(exist_ok=True)
-    or_told(lambda: asyncio.run(load_picture(case, Limits(allowed_folder=ROOM / "allowed"))))
+    or_told(lambda: asyncio.run(load_image(case, Limits(allowed_folder=ROOM / "allowed"))))

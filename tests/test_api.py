@@ -67,15 +67,21 @@ def test_turns_cost_only_their_own_tokens(server, image):
     assert usage.prompt_tokens_details.cached_tokens > 0.5 * usage.prompt_tokens
 
 
-def test_stop_words_and_system_text(server, image):
+def test_stop_strings(server, image):
     words = text_of(server.ask(content(image))).split()
-    found = server.ask(content(image), stop=[words[1]])
-    assert words[1] not in text_of(found) and found.choices[0].finish_reason == "stop"
-    streamed = server.ask(content(image), stop=[words[1]], stream=True)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == text_of(found)
+    for stop in (words[1], " ".join(words[1:4])):  # one token, several tokens
+        found = server.ask(content(image), stop=[stop])
+        assert stop not in text_of(found) and found.choices[0].finish_reason == "stop"
+        assert found.usage.completion_tokens < 12
+        streamed = server.ask(content(image), stop=["never", stop], stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == text_of(found)
+
+
+def test_system_text(server, image):
+    plain = server.ask(content(image))
     system = {"role": "system", "content": "Be brief."}
     more = server.ask(None, messages=[system, {"role": "user", "content": content(image)}])
-    assert more.usage.prompt_tokens > found.usage.prompt_tokens
+    assert more.usage.prompt_tokens > plain.usage.prompt_tokens
 
 
 @pytest.mark.parametrize("limit", [1, 3])
@@ -170,7 +176,7 @@ def test_fetches_from_allowed_hosts_alone_and_follows_no_redirection(chat, scene
         (content("data:image/png,abc"), {}, 400, "data URL"),
         (content(data_url(b"no image")), {}, 400, "cannot be read"),
         (content("http://127.0.0.1:1/a.png"), {}, 400, "not allowed"),
-        (content("file:///../../../etc/passwd"), {}, 400, "no such"),
+        (content("file:///../../../etc/passwd"), {}, 400, "no such image"),
         (content("data:image/png;base64," + "A" * 2**20), {}, 413, "larger than"),
         (content("file:///0.png", text="<ImageHere>"), {}, 400, "cannot contain"),
     ],
@@ -217,7 +223,7 @@ def test_api_key(chat):
 
 
 def test_time_is_limited(chat):
-    server = Server(chat, seconds=0.0)
+    server = Server(chat, timeout_seconds=0.0)
     try:
         with pytest.raises(openai.InternalServerError, match="longer than 0 s"):
             server.ask("Yes?")
@@ -226,7 +232,7 @@ def test_time_is_limited(chat):
 
 
 def test_time_is_limited_while_waiting(chat):
-    server, release, updates = Server(chat, seconds=0.5), threading.Event(), []
+    server, release, updates = Server(chat, timeout_seconds=0.5), threading.Event(), []
     try:
         hold = Request("", [("user", ["Yes?"])], GREEDY, lambda update: (updates.append(update), release.wait(20)))
         server.engine.submit(hold)

@@ -10,7 +10,7 @@ from PIL import Image
 from serving import GREEDY, rows_of
 
 from minigpt4.common.errors import UserError
-from minigpt4.serve.batch import answer_batch, find_questions
+from minigpt4.serve.batch import answer_questions, find_questions
 
 PNG = picture_kinds.saved(Image.new("RGB", (8, 8)), "PNG")
 
@@ -24,7 +24,7 @@ def test_rows_in_order_and_resume(chat, scene_folder, tmp_path):
     questions = find_questions(str(scene_folder), "What is it?")
     assert [q.image.rsplit("/", 1)[1] for q in questions] == ["0.png", "1.png", "2.png", "2a.jpg", "3.png", "4.png"]
     out = tmp_path / "out" / "rows.jsonl"
-    assert answer_batch(chat, questions, out, GREEDY, size=2) == 1
+    assert answer_questions(chat, questions, out, GREEDY, batch_size=2) == 1
     whole = out.read_bytes()
     rows = rows_of(out)
     assert [row["image"] for row in rows] == [q.image for q in questions]
@@ -32,17 +32,17 @@ def test_rows_in_order_and_resume(chat, scene_folder, tmp_path):
     lines = whole.splitlines(keepends=True)
     for rest in (b"".join(lines[:2]), b"".join(lines[:2]) + lines[2][:20], whole):  # killed between, within, after
         out.write_bytes(rest)
-        assert answer_batch(chat, questions, out, GREEDY, size=2) == 1
+        assert answer_questions(chat, questions, out, GREEDY, batch_size=2) == 1
         assert out.read_bytes() == whole
-    with pytest.raises(UserError, match="other pictures or questions"):
-        answer_batch(chat, find_questions(str(scene_folder), "Why?"), out, GREEDY)
+    with pytest.raises(UserError, match="other images or questions"):
+        answer_questions(chat, find_questions(str(scene_folder), "Why?"), out, GREEDY)
     assert out.read_bytes() == whole
 
 
 def test_images_of_every_kind(chat, image_kinds, tmp_path):
     good, bad = image_kinds
     questions = find_questions(str(good[0].parent), "What?")
-    assert answer_batch(chat, questions, tmp_path / "out.jsonl", GREEDY) == len(bad)
+    assert answer_questions(chat, questions, tmp_path / "out.jsonl", GREEDY) == len(bad)
     for row in rows_of(tmp_path / "out.jsonl"):
         name = row["image"].rsplit("/", 1)[1]
         assert "answer" in row if name in {file.name for file in good} else name in row["error"]
@@ -51,7 +51,7 @@ def test_images_of_every_kind(chat, image_kinds, tmp_path):
 def test_a_question_that_is_too_long_is_a_row(chat, scene_folder, tmp_path):
     rows = [{"image": f"{scene_folder}/0.png", "question": text} for text in ("Why?", "x" * 100_000, "")]
     questions = find_questions(write_rows(tmp_path / "rows.jsonl", *rows), "What?")
-    assert answer_batch(chat, questions, tmp_path / "out.jsonl", GREEDY) == 2
+    assert answer_questions(chat, questions, tmp_path / "out.jsonl", GREEDY) == 2
     first, second, third = rows_of(tmp_path / "out.jsonl")
     assert first["answer"] and "too long" in second["error"] and "empty" in third["error"]
 
@@ -61,10 +61,10 @@ def test_resume_after_odd_line_ends_and_a_bad_target(chat, scene_folder, tmp_pat
     row = {"image": f"{scene_folder}/0.png", "question": "Why\u2028so\x85?"}
     rows.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     for _ in range(2):
-        assert answer_batch(chat, find_questions(str(rows), "What?"), out, GREEDY) == 0
+        assert answer_questions(chat, find_questions(str(rows), "What?"), out, GREEDY) == 0
         assert out.read_text(encoding="utf-8").count("\n") == 1
     with pytest.raises(UserError, match=r"--out.*cannot be written"):
-        answer_batch(chat, find_questions(str(rows), "What?"), tmp_path, GREEDY)
+        answer_questions(chat, find_questions(str(rows), "What?"), tmp_path, GREEDY)
 
 
 def test_sources(scene_folder, tmp_path):
@@ -75,7 +75,7 @@ def test_sources(scene_folder, tmp_path):
         (str(tmp_path / "b.png"), "What?"),
     ]
     assert len(find_questions(f"{scene_folder}/[0-2].png", "What?")) == 3
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         find_questions(str(tmp_path / "nothing"), "What?")
 
 
@@ -110,11 +110,11 @@ def test_rows_that_are_answered_with_an_error(chat, tmp_path):
     rows += [{"image": "good.png", "question": question} for question in questions]
     found = find_questions(write_rows(tmp_path / "rows.jsonl", *rows), "What?")
     out = tmp_path / "out.jsonl"
-    assert answer_batch(chat, found, out, GREEDY) == 11
+    assert answer_questions(chat, found, out, GREEDY) == 11
     lines = out.read_text(encoding="utf-8").split("\n")[:-1]
     assert ["error" in json.loads(line) for line in lines] == [False] + [True] * 11 + [False] * 3
     whole = out.read_bytes()
-    assert answer_batch(chat, found, out, GREEDY) == 11 and out.read_bytes() == whole  # recognises its own rows
+    assert answer_questions(chat, found, out, GREEDY) == 11 and out.read_bytes() == whole  # recognises its own rows
 
 
 def test_names_that_are_not_utf_8(chat, tmp_path):
@@ -124,7 +124,7 @@ def test_names_that_are_not_utf_8(chat, tmp_path):
     out = tmp_path / "out.jsonl"
     found = find_questions(str(tmp_path), "What?")
     for _ in range(2):
-        assert answer_batch(chat, found, out, GREEDY) == 0
+        assert answer_questions(chat, found, out, GREEDY) == 0
         row = json.loads(out.read_text(encoding="utf-8"))
         assert row["image"] == os.fsdecode(name) and row["answer"] is not None
 
@@ -145,5 +145,5 @@ def test_a_target_with_other_rows_is_left_unchanged(chat, tmp_path, case):
     (tmp_path / "a.png").write_bytes(PNG)
     (tmp_path / "out.jsonl").write_bytes(FOREIGN_TARGETS[case])
     found = find_questions(str(tmp_path), "What?")
-    told(lambda: answer_batch(chat, found, tmp_path / "out.jsonl", GREEDY), "--out", "out.jsonl")
+    told(lambda: answer_questions(chat, found, tmp_path / "out.jsonl", GREEDY), "--out", "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == FOREIGN_TARGETS[case]

@@ -1,5 +1,6 @@
 """The engine: which requests share a batch, who learns of a failure, and time limits."""
 
+import queue
 import threading
 import time
 from dataclasses import replace
@@ -9,7 +10,7 @@ from serving import GREEDY
 
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer
-from minigpt4.serve.engine import Busy, Engine, Request
+from minigpt4.serve.engine import Engine, Request
 
 
 class Log:
@@ -89,14 +90,14 @@ def test_a_failure_is_reported_to_the_whole_batch_and_the_engine_continues(chat,
     assert log.latest["next"].finish_reason is not None
 
 
-def test_a_full_queue_raises_busy(chat):
+def test_a_full_queue_is_reported(chat):
     engine = Engine(chat, max_batch=1, max_queue=1)
     release, updates = threading.Event(), []
     engine.submit(Request("", [("user", ["Yes?"])], GREEDY, lambda u: (updates.append(u), release.wait(20))))
     while not updates:  # it is being answered
         time.sleep(0.01)
     engine.submit(Request("", [("user", ["Yes?"])], GREEDY, updates.append))
-    with pytest.raises(Busy):
+    with pytest.raises(queue.Full):
         engine.submit(Request("", [("user", ["Yes?"])], GREEDY, updates.append))
     release.set()
     engine.close()
@@ -105,7 +106,7 @@ def test_a_full_queue_raises_busy(chat):
 def test_a_cancelled_request_ends_at_its_next_token(chat):
     log = Log()
     request = log.request("cancelled", min_length=1000, max_new_tokens=200)
-    on_update = request.tell
-    request.tell = lambda update: (on_update(update), request.cancelled.set())
+    on_update = request.on_update
+    request.on_update = lambda update: (on_update(update), request.cancelled.set())
     run_together(chat, [request], max_batch=1)
     assert len(log.latest["cancelled"].ids) == 2

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import os
+import queue
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from PIL import Image
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api, api_requests
 from minigpt4.serve.api_requests import Limits
-from minigpt4.serve.engine import Busy, Engine
+from minigpt4.serve.engine import Engine
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=4)
 NAME = "small"
@@ -88,13 +89,13 @@ REFUSED = {
     "blanks": (said(" \n\t"), 400, "empty"),
     "no parts": (said([]), 400, "empty"),
     "an unknown part": (said([{"type": "evil"}]), 400, "content"),
-    "the mark of an image": (said("What is <ImageHere>?"), 400, "<ImageHere>"),
-    "the mark of an image from the system": (
+    "the placeholder of an image": (said("What is <ImageHere>?"), 400, "<ImageHere>"),
+    "the placeholder of an image from the system": (
         body(messages=[{"role": "system", "content": "<ImageHere>"}, {"role": "user", "content": "Why?"}]),
         400,
         "images",
     ),
-    "the mark of an image from the model": (
+    "the placeholder of an image from the model": (
         body(messages=[{"role": "assistant", "content": "<ImageHere>"}, {"role": "user", "content": "Why?"}]),
         400,
         "images",
@@ -122,8 +123,8 @@ REFUSED = {
     "a stop word of a megabyte": (body(stop="x" * 500_000), 400, "stop"),
     "100 stop words": (body(stop=["x"] * 100), 400, "stop"),
     "stop words of numbers": (body(stop=[5]), 400, "stop"),
-    # pictures
-    "a picture of the model": (
+    # images
+    "an image of the model": (
         body(
             messages=[
                 {"role": "assistant", "content": shown("data:,")["messages"][0]["content"]},
@@ -131,7 +132,7 @@ REFUSED = {
             ]
         ),
         400,
-        "Pictures",
+        "Images",
     ),
     "no URL": (said({"type": "text", "text": "a"}, {"type": "image_url"}), 400, "image_url"),
     "an empty URL": (shown(""), 400, "not allowed"),
@@ -145,22 +146,22 @@ REFUSED = {
     "a port of letters": (shown("http://127.0.0.1:x/"), 400),
     "another scheme": (shown("ftp://127.0.0.1/a.png"), 400, "'ftp'"),
     "a pipe as a scheme": (shown("pipe:touch ran"), 400, "'pipe'"),
-    "a file that leads up": (shown("file:///../../etc/passwd"), 400, "no such picture"),
-    "a file that leads up, written otherwise": (shown("file:///%2e%2e/%2e%2e/etc/passwd"), 400, "no such picture"),
-    "an absolute file": (shown("file:////etc/passwd"), 400, "no such picture"),
-    "a link that leads out": (shown("file:///out.png"), 400, "no such picture"),
-    "a device": (shown("file:///zero.png"), 400, "no such picture"),
-    "a pipe": (shown("file:///pipe.png"), 400, "no such picture"),
-    "a zero byte in a name": (shown("file:///a%00.png"), 400, "no such picture"),
-    "a name of 5000 letters": (shown("file:///" + "a" * 5000), 400, "no such picture"),
-    "half a surrogate pair in a name": (json.dumps(shown("file:///\ud800")).encode(), 400, "no such picture"),
+    "a file that leads up": (shown("file:///../../etc/passwd"), 400, "no such image"),
+    "a file that leads up, written otherwise": (shown("file:///%2e%2e/%2e%2e/etc/passwd"), 400, "no such image"),
+    "an absolute file": (shown("file:////etc/passwd"), 400, "no such image"),
+    "a link that leads out": (shown("file:///out.png"), 400, "no such image"),
+    "a device": (shown("file:///zero.png"), 400, "no such image"),
+    "a pipe": (shown("file:///pipe.png"), 400, "no such image"),
+    "a zero byte in a name": (shown("file:///a%00.png"), 400, "no such image"),
+    "a name of 5000 letters": (shown("file:///" + "a" * 5000), 400, "no such image"),
+    "half a surrogate pair in a name": (json.dumps(shown("file:///\ud800")).encode(), 400, "no such image"),
     "data without a comma": (shown("data:image/png;base64"), 400, "data URL"),
     "data that is not base64": (shown("data:image/png,hello"), 400, "data URL"),
     "broken base64": (shown("data:image/png;base64,a"), 400, "base64"),
     "base64 of other letters": (shown("data:image/png;base64,é"), 400, "base64"),
     "data of no bytes": (shown("data:image/png;base64,"), 400, "cannot be read"),
-    "data that is no picture": (shown(data_url(b"no picture")), 400, "cannot be read"),
-    "17 pictures": (
+    "data that is not an image": (shown(data_url(b"no image")), 400, "cannot be read"),
+    "17 images": (
         said({"type": "text", "text": "a"}, *[shown(data_url(b""))["messages"][0]["content"][1]] * 17),
         400,
     ),
@@ -176,8 +177,8 @@ ANSWERED = {
     "next to no share": body(temperature=1, top_p=1e-300),
     "an empty stop word": body(stop=""),
     "unknown fields": body(evil={"a": [1]}),
-    "a picture": shown("data:image/png;base64," + PNG),
-    "a picture of the folder": shown("file:///a.png"),
+    "an image": shown("data:image/png;base64," + PNG),
+    "an image of the folder": shown("file:///a.png"),
 }
 
 
@@ -203,22 +204,22 @@ def test_request_that_is_answered(client, case, confined):
     assert found.json()["choices"][0]["finish_reason"] in ("stop", "length")
 
 
-@pytest.mark.parametrize("case", PICTURES := picture_kinds.unreadable())
-def test_picture_that_is_refused(client, case, confined):
-    data = PICTURES[case]
+@pytest.mark.parametrize("case", IMAGES := picture_kinds.unreadable())
+def test_image_that_is_refused(client, case, confined):
+    data = IMAGES[case]
     found = posted(client, shown(data_url(data)))
     assert found.status_code in (400, 413) and "the image" in found.json()["error"]["message"]
 
 
 def test_a_client_that_leaves_in_the_middle_of_a_request():
-    news = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 
     async def receive():
-        return next(news)
+        return next(messages)
 
     with pytest.raises(api_requests.ApiError) as error:
         asyncio.run(api_requests.read_body(Request({"type": "http", "method": "POST"}, receive), 100))
-    assert error.value.status == 400 and "broke off" in str(error.value.body)
+    assert error.value.status == 400 and "disconnected" in str(error.value.body)
 
 
 def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confined):
@@ -228,17 +229,17 @@ def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confine
     assert found.status_code == 200 and 2 < len(calls) < 50  # of 499 turns
 
 
-def test_few_pictures_are_decoded_at_a_time(client, monkeypatch, confined):
-    now, most, read_image = [], [], api.read_image
+def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):
+    now, most, vis_processor = [], [], chat.vis_processor
 
-    def count(raw):
-        now.append(raw)
+    def count(image):
+        now.append(image)
         most.append(len(now))
         time.sleep(0.1)
         now.pop()
-        return read_image(raw)
+        return vis_processor(image)
 
-    monkeypatch.setattr(api, "read_image", count)
+    monkeypatch.setattr(chat, "vis_processor", count)
     request = shown("data:image/png;base64," + PNG) | {"max_tokens": 1}
     threads = [threading.Thread(target=posted, args=(client, request)) for _ in range(6)]
     for thread in threads:
@@ -258,16 +259,16 @@ def test_connections_are_counted(monkeypatch):
     assert settings["limit_concurrency"] == api.MAX_CONNECTIONS
 
 
-def test_a_full_queue_is_told_to_the_client(client, monkeypatch):
+def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):
     def submit(self, request):
-        raise Busy
+        raise queue.Full
 
     monkeypatch.setattr(Engine, "submit", submit)
     found = posted(client, body())
     assert found.status_code == 429 and found.json()["error"]["type"] == "rate_limit_error"
 
 
-def test_a_fetched_picture_without_end_is_given_up(client, confined):
+def test_an_endless_image_is_given_up(client, confined):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -289,8 +290,8 @@ def test_a_fetched_picture_without_end_is_given_up(client, confined):
     assert found.status_code == 400 and "larger than" in found.text and sum(sent) < 2**24
 
 
-def test_a_picture_that_trickles_is_given_up(client, monkeypatch, confined):
-    monkeypatch.setattr(api_requests, "SECONDS_TO_FETCH", 0.5)
+def test_an_image_that_arrives_slowly_is_given_up(client, monkeypatch, confined):
+    monkeypatch.setattr(api_requests, "MAX_DOWNLOAD_SECONDS", 0.5)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

@@ -13,12 +13,14 @@ import picture_kinds
 import pytest
 
 from minigpt4.common.errors import UserError
+from minigpt4.conversation.generation import GenerationOptions
 from quickstart.scenes import draw_scene, render
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-SECONDS_A_TOKEN = 0.02  # the embedded model is quicker than anyone can press Stop
+OPTIONS = GenerationOptions(max_new_tokens=200, seed=42)
+SECONDS_PER_TOKEN = 0.02  # the embedded model is faster than anyone can press Stop
 
 pytestmark = pytest.mark.skipif(not shutil.which(CHROMIUM), reason=f"there is no browser at {CHROMIUM}")
 
@@ -42,17 +44,17 @@ def chat():
     def slow_stream(conv, images, options):
         with closing(plain(conv, images, replace(options, min_length=1000))) as answers:
             for answer in answers:
-                time.sleep(SECONDS_A_TOKEN)
+                time.sleep(SECONDS_PER_TOKEN)
                 yield answer
 
     chat.stream = slow_stream
-    chat.template = replace(chat.template, sep="%%")  # an end that it never says
+    chat.template = replace(chat.template, sep="%%")  # a stop string that it never generates
     return chat
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for number in range(2):
         render(draw_scene(Random(number)), Random(number)).save(folder / f"{number}.png")
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
@@ -60,11 +62,11 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(chat, pictures):
+def address(chat, images):
     from minigpt4.serve.web import serve
 
-    port, examples = free_port(), [pictures / "0.png"]
-    page = serve(chat, "Embedded model, CPU", port=port, examples=examples, is_blocking=False, max_new_tokens=200)
+    port, examples = free_port(), [images / "0.png"]
+    page = serve(chat, "Embedded model, CPU", OPTIONS, port=port, examples=examples, is_blocking=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
 
@@ -115,7 +117,7 @@ class Page:
         return self.page.inner_text("#status")
 
     @property
-    def num_pictures(self):
+    def num_images(self):
         return self.page.locator("#chat img[src*='/file=']").count()
 
     @property
@@ -143,9 +145,9 @@ def visit(browser, address):
         page.context.close()
 
 
-def test_answers_stream_and_stop(visit, pictures):
+def test_answers_stream_and_stop(visit, images):
     page = visit()
-    page.upload(pictures / "0.png")
+    page.upload(images / "0.png")
     page.send("What is there?")
     page.wait(lambda: page.num_tokens)
     first, begun = page.num_tokens, page.answers[0]
@@ -158,12 +160,12 @@ def test_answers_stream_and_stop(visit, pictures):
     page.page.wait_for_timeout(500)
     assert (page.num_tokens, page.answers) == (count, partial)
     assert "Embedded model, CPU" in page.status and "tokens/s" in page.status
-    assert page.questions == ["What is there?"] and page.num_pictures == 1
+    assert page.questions == ["What is there?"] and page.num_images == 1
 
-    page.send("And now?")  # the partial answer is part of what is read
+    page.send("And now?")  # the partial answer is part of the prompt
     page.wait(lambda: len(page.answers) == 2)
-    known, context = map(int, re.search(r"(\d+) of (\d+) context", page.status).groups())
-    assert count < known < context
+    cached, prompt = map(int, re.search(r"(\d+) of (\d+) prompt", page.status).groups())
+    assert count < cached < prompt
     page.press("stop")
     page.wait(lambda: "stopped" in page.status)
 
@@ -173,13 +175,13 @@ def test_answers_stream_and_stop(visit, pictures):
     page.press("clear")
     page.wait(lambda: not page.questions and not page.answers)
     page.page.wait_for_timeout(300)
-    assert not page.answers and page.num_pictures == 0
+    assert not page.answers and page.num_images == 0
 
 
-def test_browsers_do_not_see_each_other_and_wait_in_turn(visit, pictures):
+def test_browsers_do_not_see_each_other_and_wait_in_turn(visit, images):
     one, other = visit(), visit()
     for page, question in ((one, "First?"), (other, "Second?")):
-        page.upload(pictures / "1.png")
+        page.upload(images / "1.png")
         page.send(question)
         page.wait(lambda page=page: page.questions)
     one.wait(lambda: one.num_tokens)
@@ -192,7 +194,7 @@ def test_browsers_do_not_see_each_other_and_wait_in_turn(visit, pictures):
     other.press("stop")
     other.wait(lambda: "stopped" in other.status)
     third = visit()
-    assert not third.questions and not third.answers and third.num_pictures == 0
+    assert not third.questions and not third.answers and third.num_images == 0
 
 
 def test_an_answer_ends_with_its_page(visit):
@@ -203,45 +205,45 @@ def test_an_answer_ends_with_its_page(visit):
     begin = time.monotonic()
     next_one.send("Is it my turn?")
     next_one.wait(lambda: next_one.num_tokens)
-    assert time.monotonic() - begin < 200 * SECONDS_A_TOKEN / 2
+    assert time.monotonic() - begin < 200 * SECONDS_PER_TOKEN / 2
     next_one.press("stop")
 
 
-def test_refused_messages_leave_no_trace(visit, pictures):
+def test_refused_messages_leave_no_trace(visit, images):
     page = visit()
     page.send()
     page.wait(lambda: "There is no question" in page.status)
-    page.upload(pictures / "broken.png")
+    page.upload(images / "broken.png")
     page.send("What is there?")
     page.wait(lambda: "'broken.png' cannot be read as an image" in page.status)
     assert "'broken.png' cannot be read" in page.page.inner_text(".toast-wrap")
-    assert str(pictures) not in page.status and "gradio" not in page.status
-    page.send("Is <ImageHere> a picture?")
+    assert str(images) not in page.status and "gradio" not in page.status
+    page.send("Is <ImageHere> an image?")
     page.wait(lambda: "A question cannot contain" in page.status)
-    assert not page.questions and not page.answers and page.num_pictures == 0
+    assert not page.questions and not page.answers and page.num_images == 0
 
-    page.page.click("#examples button >> nth=0")  # a picture alone, and the chat goes on
+    page.page.click("#examples button >> nth=0")  # an image alone, and the chat continues
     page.wait(lambda: page.page.locator("#box button.delete-button").count() == 1)
     page.send()
-    page.wait(lambda: "picture received" in page.status)
-    assert page.num_pictures == 1 and not page.answers
+    page.wait(lambda: "image received" in page.status)
+    assert page.num_images == 1 and not page.answers
     page.send("What is there?")
     page.wait(lambda: page.num_tokens)
     page.press("stop")
 
 
-def test_pictures_of_every_kind(visit, tmp_path):
+def test_images_of_every_kind(visit, tmp_path):
     good, bad = picture_kinds.write_all(tmp_path)
     page = visit()
     for number, file in enumerate(good, 1):
         page.upload(file)
         page.send()
-        page.wait(lambda number=number: page.num_pictures == number and "picture received" in page.status)
+        page.wait(lambda number=number: page.num_images == number and "image received" in page.status)
     for file in bad:
         page.upload(file)
         page.send("What is there?")
         page.wait(lambda file=file: f"'{file.name}'" in page.status)
-    assert page.num_pictures == len(good) and "What is there?" not in " ".join(page.questions)
+    assert page.num_images == len(good) and "What is there?" not in " ".join(page.questions)
 
 
 def test_labels_follow_the_language_of_the_browser(visit):
@@ -256,4 +258,4 @@ def test_port_in_use(chat, address):
     from minigpt4.serve.web import serve
 
     with pytest.raises(UserError, match="--port"):
-        serve(chat, "Embedded model", port=int(address.rpartition(":")[2]), is_blocking=False)
+        serve(chat, "Embedded model", OPTIONS, port=int(address.rpartition(":")[2]), is_blocking=False)

@@ -97,7 +97,7 @@ class Chat:
         self.upload_batch([self.preprocess_image(image)], [conv], [img_list])
         return "Received."
 
-    def preprocess_image(self, image: str | Path | Image.Image | Tensor) -> Tensor:
+    def preprocess_image(self, image: str | Path | bytes | Image.Image | Tensor) -> Tensor:
         """What ``upload_img`` takes, as a processed float32 tensor [3, S, S]; UserError where it cannot be read."""
         if not isinstance(image, Tensor):
             image = self.vis_processor(read_image(image))

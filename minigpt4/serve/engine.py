@@ -1,11 +1,11 @@
-"""One thread that answers for many: requests wait in a bounded queue and are taken in batches."""
+"""One thread that answers for all clients: requests wait in a bounded queue and are answered in batches."""
 
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -13,113 +13,104 @@ from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer, Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 
-Part = str | Tensor  # text, or a processed picture [3, S, S]
-
-
-class Busy(Exception):
-    """The queue is full."""
-
 
 @dataclass
 class Request:
-    """Messages (role, parts) to answer; ``tell`` gets an Answer as it grows, or at last an exception.
+    """A conversation to answer.
 
-    Whoever loses interest sets ``cancelled``: the row then ends at its next token.
+    ``messages`` are (role, parts), a part being a text or a preprocessed image [3, S, S]. ``on_update`` is called on
+    the engine's thread with the growing Answer or, at the end, with an exception. Setting ``cancelled`` ends the answer
+    at its next token.
     """
 
     system: str
-    messages: list[tuple[str, list[Part]]]
+    messages: list[tuple[str, list[str | Tensor]]]
     options: GenerationOptions
-    tell: Callable[[Answer | Exception], None]
-    seconds: float = 300.0
+    on_update: Callable[[Answer | Exception], None]
+    timeout_seconds: float = 300.0
     cancelled: threading.Event = field(default_factory=threading.Event)
-    begin: float = field(default_factory=time.monotonic)
+    arrival: float = field(default_factory=time.monotonic)
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody waits any more or its time is up."""
-        return self.cancelled.is_set() or time.monotonic() - self.begin > self.seconds
+        """Whether the request is cancelled or out of time."""
+        return self.cancelled.is_set() or time.monotonic() - self.arrival > self.timeout_seconds
 
 
 class Engine:
-    """Answers requests in batches of those that wait; a single one goes on from what is kept of its chat.
+    """Answers waiting requests in batches; a single request reuses the cached keys and values of its chat.
 
     Args:
-        chat: answers; from now on it belongs to the engine's thread.
+        chat: answers; only the engine's thread may use it from now on, ``preprocess_image`` apart.
         max_batch: requests in one batch.
         max_queue: requests that may wait.
-        max_length: tokens of context and answer.
+        max_length: tokens of prompt and answer.
     """
 
     def __init__(self, chat: Chat, max_batch: int = 16, max_queue: int = 64, max_length: int = 2000) -> None:
         self.chat = chat
         self.max_batch = max_batch
         self.max_length = max_length
-        self.waiting: queue.Queue[Request | None] = queue.Queue(max_queue)
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.waiting: queue.Queue[Request | None] = queue.Queue(max_queue)  # None ends the thread
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Puts a request into the queue; raises Busy where that is full."""
-        try:
-            self.waiting.put_nowait(request)
-        except queue.Full:
-            raise Busy from None
+        """Puts a request into the queue; raises ``queue.Full`` if there is no place."""
+        self.waiting.put_nowait(request)
 
     def close(self) -> None:
-        """Ends the thread after the present batch."""
+        """Ends the thread after the waiting requests."""
         self.waiting.put(None)
         self._thread.join()
 
-    def _work(self) -> None:
-        while (first := self.waiting.get()) is not None:
-            batch = [first]
+    def _run(self) -> None:
+        batch: list[Request | None] = []
+        while None not in batch:
+            batch = [self.waiting.get()]
             while len(batch) < self.max_batch and not self.waiting.empty():
-                if (following := self.waiting.get()) is None:
-                    self._answer(batch)
-                    return
-                batch.append(following)
-            self._answer(batch)
+                batch.append(self.waiting.get())
+            self._answer([request for request in batch if request is not None])
 
     def _answer(self, batch: list[Request]) -> None:
-        ready: list[tuple[Request, Conversation, list[Tensor]]] = []
+        ready: list[tuple[Request, Conversation, list[Tensor], GenerationOptions]] = []
         for request in batch:
             try:
-                if request.is_over:
-                    raise TimeoutError
-                conv, images = self._conversation(request)
-                self.chat.check_length(conv, images, request.options, self.max_length)
-                ready.append((request, conv, images))
-            except Exception as error:  # told to the one who asked; the server goes on
-                _tell_error(request, error)
+                ready.append((request, *self._prepare(request)))
+            except Exception as error:  # concerns this request only
+                _report(request, error)
         if not ready:
             return
-        requests, convs, img_lists = map(list, zip(*ready, strict=True))
+        requests, *arguments = map(list, zip(*ready, strict=True))
         try:
-            for row, answer in self.chat.stream_batch(convs, img_lists, [r.options for r in requests], self.max_length):
-                requests[row].tell(answer)
-        except Exception as error:  # out of memory, say: told to all, and the server goes on
+            for row, answer in self.chat.stream_batch(*arguments, self.max_length):
+                requests[row].on_update(answer)
+        except Exception as error:  # out of memory, for example; the server continues
             for request in requests:
-                _tell_error(request, error)
+                _report(request, error)
 
-    def _conversation(self, request: Request) -> tuple[Conversation, list[Tensor]]:
+    def _prepare(self, request: Request) -> tuple[Conversation, list[Tensor], GenerationOptions]:
+        """Encodes a request's images and checks its length; raises whatever makes it unanswerable."""
+        if request.is_over:
+            raise TimeoutError
         conv, images = self.chat.template.copy(), []
         conv.system = f"{conv.system} {request.system}".strip()
         for role, parts in request.messages:
+            text = " ".join(part for part in parts if isinstance(part, str))
             if role == "assistant":
-                conv.append_message(conv.roles[1], " ".join(map(str, parts)))
+                conv.append_message(conv.roles[1], text)
                 continue
             for part in parts:
                 if isinstance(part, Tensor):
                     self.chat.upload_img(part, conv, images)
-            if text := " ".join(part for part in parts if isinstance(part, str)).strip():
-                self.chat.ask(text, conv)
-        plain_stop = request.options.stop
-        request.options.stop = lambda ids: request.is_over or plain_stop(ids)
-        return conv, images
+            if text.strip():
+                self.chat.ask(text.strip(), conv)
+        self.chat.check_length(conv, images, request.options, self.max_length)
+        stop = request.options.stop
+        return conv, images, replace(request.options, stop=lambda ids: request.is_over or stop(ids))
 
 
-def _tell_error(request: Request, error: Exception) -> None:
+def _report(request: Request, error: Exception) -> None:
     if not isinstance(error, UserError | TimeoutError):
         logging.exception("A request failed.")
-    request.tell(error)
+    request.on_update(error)

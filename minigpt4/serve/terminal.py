@@ -10,44 +10,44 @@ from minigpt4.conversation.conversation import Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.conversation.stopping import hold_back_partial_stop
 
-HELP = "/image PATH shows a picture, /reset starts anew, /help tells this, an empty line or end of input leaves."
+HELP = "/image PATH adds an image, /reset starts a new chat, /help shows this; an empty line or end of input quits."
 
 
 def terminal_chat(
     chat: Chat,
     options: GenerationOptions,
-    picture: str | None = None,
+    image: str | None = None,
     read: Callable[[str], str] = input,
-    is_person: bool = False,
+    is_interactive: bool = False,
 ) -> None:
-    """Reads questions and commands until the input ends; answers appear word by word.
+    """Reads questions and commands until the input ends; answers are streamed.
 
     Args:
         chat: answers.
         options: how.
-        picture: a file to start with.
-        read: gives the next line, from the prompt that it is to show.
-        is_person: whether somebody types, who gets a prompt, help and a line history.
+        image: a file to start with.
+        read: shows a prompt and returns the next line.
+        is_interactive: whether a person types, who gets a prompt, the help and a line history.
     """
-    if is_person:
+    if is_interactive:
         import readline  # noqa: F401  input() then edits lines and has a history
 
         sys.stdout.write(f"{HELP}\n")
     conv, images = chat.template.copy(), []
-    if picture:
-        chat.upload_img(picture, conv, images)
+    if image:
+        chat.upload_img(image, conv, images)
     while True:
         try:
-            line = read("> " if is_person else "").strip()
+            line = read("> " if is_interactive else "").strip()
         except EOFError:
-            return
+            line = ""
         if not line:
             return
-        command, _, rest = line.partition(" ")
+        command, _, argument = line.partition(" ")
         before = conv.copy(), list(images)
         try:
             if command == "/image":
-                sys.stdout.write(chat.upload_img(rest.strip(), conv, images) + "\n")
+                sys.stdout.write(chat.upload_img(argument.strip(), conv, images) + "\n")
             elif command == "/reset":
                 conv, images = chat.template.copy(), []
             elif command == "/help":
@@ -56,20 +56,20 @@ def terminal_chat(
                 chat.ask(line, conv)
                 write_answer(chat, conv, images, options)
         except UserError as error:
-            conv, images = before  # a refused question leaves no trace in the chat
+            conv, images = before  # the chat continues without the refused question
             sys.stderr.write(f"error: {error}\n")
         except KeyboardInterrupt:
-            sys.stdout.write("\n")  # the answer stops, the chat goes on
+            sys.stdout.write("\n")  # ends the answer, not the chat
         sys.stdout.flush()
 
 
 def write_answer(chat: Chat, conv: Conversation, images: list[Tensor], options: GenerationOptions) -> None:
-    """Writes the answer to the last question to standard output as it grows."""
+    """Streams the answer to the last question to standard output."""
     written = ""
     for answer in chat.stream(conv, images, options):
-        shown = hold_back_partial_stop(answer.text, [conv.stop_string]) if answer.finish_reason is None else answer.text
-        if shown.startswith(written):
-            sys.stdout.write(shown[len(written) :])
+        text = answer.text if answer.finish_reason else hold_back_partial_stop(answer.text, [conv.stop_string])
+        if text.startswith(written):
+            sys.stdout.write(text[len(written) :])
             sys.stdout.flush()
-            written = shown
+            written = text
     sys.stdout.write("\n")

@@ -1,4 +1,4 @@
-"""The chat as a web page. Each browser has a conversation of its own; the model answers one request at a time."""
+"""The chat as a web page. Each browser has its own conversation; the model answers one request at a time."""
 
 import os
 import time
@@ -20,29 +20,29 @@ from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.conversation.images import read_image
 
 TEXTS = {
-    "subtitle": ("Upload a picture and ask about it.", "上传一张图片，然后就它提问。"),
-    "placeholder": ("Your question. Pictures: click, drag or paste.", "输入问题；点击、拖放或粘贴图片。"),
-    "examples": ("Example pictures (click to take one)", "示例图片（点击选用）"),
+    "subtitle": ("Upload an image and ask about it.", "上传一张图片，然后就它提问。"),
+    "placeholder": ("Your question. Images: click, drag or paste.", "输入问题；点击、拖放或粘贴图片。"),
+    "examples": ("Example images (click to use one)", "示例图片（点击选用）"),
     "stop": ("Stop", "停止"),
     "retry": ("Retry", "重试"),
     "clear": ("Clear", "清空"),
     "settings": ("Settings", "设置"),
-    "draw": ("Draw words (otherwise always the likeliest)", "随机采样（否则总取最可能的词）"),
+    "sample": ("Sample (otherwise greedy)", "随机采样（否则贪心解码）"),
     "temperature": ("Temperature", "温度"),
     "beams": ("Beams", "束宽"),
-    "longest": ("Longest answer (tokens)", "回答最大长度（词元）"),
+    "max_new_tokens": ("Maximum length (tokens)", "最大长度（词元）"),
     "seed": ("Seed", "随机种子"),
     "busy": (
         "The last question is still being answered: wait, or press Stop.",
         "上一个问题仍在回答：请等待，或按“停止”。",
     ),
-    "nothing": ("There is no question: write one, or add a picture.", "没有问题：请输入问题，或添加图片。"),
-    "no_answer": ("There is no answer yet to try again.", "还没有可以重试的回答。"),
+    "nothing": ("There is no question: write one, or add an image.", "没有问题：请输入问题，或添加图片。"),
+    "no_answer": ("There is no answer to retry yet.", "还没有可以重试的回答。"),
     "stopped": ("stopped", "已停止"),
-    "received": ("picture received", "已收到图片"),
+    "received": ("image received", "已收到图片"),
     "numbers": (
-        "{count} tokens, {speed:.1f} tokens/s, first after {first:.2f} s, {cached} of {context} context tokens cached",
-        "{count} 个词元，{speed:.1f} 词元/秒，首个用时 {first:.2f} 秒，上下文词元 {context} 个，其中 {cached} 个已缓存",
+        "{count} tokens, {speed:.1f} tokens/s, first after {first:.2f} s, {cached} of {prompt} prompt tokens cached",
+        "{count} 个词元，{speed:.1f} 词元/秒，首个用时 {first:.2f} 秒，提示词元 {prompt} 个，其中 {cached} 个已缓存",
     ),
 }
 ENGLISH, CHINESE = ({key: texts[i] for key, texts in TEXTS.items()} for i in range(2))
@@ -54,10 +54,11 @@ CSS = """
 #chat img {min-width: 160px; max-height: 260px; object-fit: contain}
 #chat .message-buttons:has(.download-link) {display: none}
 """
-FONT, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the page needs no other host
-SECONDS_BETWEEN_UPDATES = 0.08  # every update of the page costs the answer time
-SHOWN_SIDE = 1024
-Job = tuple[list[Image.Image], str]  # pictures and question
+FONT, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # no fonts from other hosts
+UPDATE_SECONDS = 0.08  # each update of the page delays the answer
+MAX_SHOWN_SIDE = 1024
+EMPTY_BOX = {"text": "", "files": []}
+Job = tuple[list[Image.Image], str]  # images and question
 
 
 @dataclass
@@ -66,51 +67,93 @@ class Session:
 
     conv: Conversation
     images: list[Tensor] = field(default_factory=list)
-    view: list[dict[str, Any]] = field(default_factory=list)  # its messages as the page shows them
-    job: Job | None = None  # what waits for the model, or is under way
+    view: list[dict[str, Any]] = field(default_factory=list)  # messages as the page shows them
+    job: Job | None = None  # waiting for the model, or being answered
     before: tuple[Conversation, list[Tensor], list[dict[str, Any]]] | None = None  # the chat before the job
     is_stopped: bool = False
 
     def begin(self, job: Job) -> None:
-        """Remembers the chat as it is, and what the model is to do next."""
+        """Saves the chat and sets the next job."""
         self.before, self.job, self.is_stopped = (self.conv.copy(), list(self.images), list(self.view)), job, False
 
-    def withdraw(self) -> None:
-        """Back to the chat before the job."""
+    def restore(self) -> None:
+        """Goes back to the chat before the job."""
         if self.before:
             self.conv, self.images, self.view = self.before
 
 
 class _Page:
-    """What happens on the page; the handlers change the session in place."""
+    """Layout and event handlers; the handlers change the session in place."""
 
-    def __init__(self, chat: Chat, description: str, samples: Sequence[str]) -> None:
+    def __init__(self, chat: Chat, description: str, examples: Sequence[str | Path]) -> None:
         self.chat = chat
         self.description = description
-        self.samples = samples
+        self.examples = [_cache_for_display(read_image(path)) for path in examples]
+
+    def build(self, options: GenerationOptions) -> gr.Blocks:
+        """Lays out the page and connects its events; ``options`` are the initial settings."""
+        text = gr.I18n()
+        with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, fill_width=True) as blocks:
+            session = gr.State(Session(self.chat.template.copy()))
+            gr.Markdown("# MiniGPT-4", elem_id="head")
+            gr.Markdown(text("subtitle"), elem_id="subtitle")
+            chatbot = gr.Chatbot(
+                elem_id="chat", height="48vh", min_height=320, show_label=False, buttons=["copy"],
+                latex_delimiters=[], feedback_options=None,
+            )  # fmt: skip
+            status = gr.Markdown(self.status(), elem_id="status")
+            box = gr.MultimodalTextbox(
+                file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="box",
+                placeholder=text("placeholder"), autofocus=True,
+            )  # fmt: skip
+            with gr.Row():
+                stop, retry, clear = (
+                    gr.Button(text(name), size="sm", elem_id=name) for name in ("stop", "retry", "clear")
+                )
+            if self.examples:
+                self._build_examples(box, text)
+            settings = _build_settings(text, options)
+            answer = {
+                "fn": self.answer, "inputs": [session, *settings], "outputs": [chatbot, status],
+                "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal",
+            }  # fmt: skip
+            everything, quiet = [session, box, chatbot, status], {"show_progress": "hidden"}
+            box.submit(self.submit, [session, box], everything, **quiet).success(**answer)
+            retry.click(self.retry, [session, settings[-1]], [chatbot, settings[-1]], **quiet).success(**answer)
+            stop.click(self.stop, session, None, queue=False, **quiet)
+            gr.on([clear.click, chatbot.clear], self.clear, session, everything, queue=False, **quiet)
+        return blocks
+
+    def _build_examples(self, box: gr.MultimodalTextbox, text: gr.I18n) -> None:
+        gr.Markdown(text("examples"), elem_id="caption")
+        gallery = gr.Gallery(
+            self.examples, show_label=False, columns=10, fit_columns=False, height=108, allow_preview=False,
+            buttons=[], object_fit="contain", interactive=False, container=False, elem_id="examples",
+        )  # fmt: skip
+        gallery.select(self.add_example, box, box, queue=False, show_progress="hidden")
 
     def status(self, *notes: str) -> str:
         return " · ".join((self.description, *notes))
 
-    def post(self, session: Session, message: dict[str, Any], request: gr.Request) -> tuple[Session, Any, Any, str]:
-        """Takes a message in, or refuses it: session, text box, chat, status."""
+    def submit(self, session: Session, message: dict[str, Any], request: gr.Request) -> tuple[Session, Any, Any, str]:
+        """Accepts or refuses a message: session, text box, chat, status."""
         question = (message["text"] or "").strip()
         try:
             if session.job:
                 raise UserError(_text(request, "busy"))
             if not question and not message["files"]:
                 raise UserError(_text(request, "nothing"))
-            pictures = [_uploaded(path) for path in message["files"]]
+            images = [_read_upload(path) for path in message["files"]]
         except UserError as error:
             gr.Warning(str(error))
-            return session, {"text": question, "files": []}, session.view, self.status(f"⚠ {error}")
-        session.begin((pictures, question))
-        content = [{"path": _cached(picture)} for picture in pictures] + ([question] if question else [])
+            return session, EMPTY_BOX | {"text": question}, session.view, self.status(f"⚠ {error}")
+        session.begin((images, question))
+        content = [{"path": _cache_for_display(image)} for image in images] + ([question] if question else [])
         session.view = [*session.view, {"role": "user", "content": content}]
-        return session, {"text": "", "files": []}, session.view, self.status()
+        return session, EMPTY_BOX, session.view, self.status()
 
     def retry(self, session: Session, seed: float, request: gr.Request) -> tuple[Any, float]:
-        """Drops the last answer, so that it is given anew: chat, seed."""
+        """Removes the last answer, to be generated again with the next seed: chat, seed."""
         if session.job or not session.view or session.view[-1]["role"] != "assistant":
             gr.Warning(_text(request, "busy" if session.job else "no_answer"))
             return session.view, seed
@@ -120,7 +163,7 @@ class _Page:
         return session.view, seed + 1
 
     def answer(self, session: Session, request: gr.Request, *settings: Any) -> Iterator[tuple[Any, Any]]:
-        """Does the session's job: chat and status, again and again."""
+        """Answers the session's job: chat and status, repeatedly."""
         if not (job := session.job):
             yield gr.skip(), gr.skip()
             return
@@ -132,7 +175,7 @@ class _Page:
         )  # fmt: skip
         notes, is_done = [], False
         try:
-            for notes in self._work(session, job, options, request):
+            for notes in self._generate(session, job, options, request):
                 yield session.view, self.status(*notes)
             is_done = True
         except UserError as error:
@@ -142,50 +185,67 @@ class _Page:
             if session.job is job:
                 session.job = None
                 if not is_done:
-                    session.withdraw()
+                    session.restore()
         yield session.view, self.status(*notes)
 
-    def _work(self, session: Session, job: Job, options: GenerationOptions, request: gr.Request) -> Iterator[list[str]]:
+    def _generate(
+        self, session: Session, job: Job, options: GenerationOptions, request: gr.Request
+    ) -> Iterator[list[str]]:
         """Notes for the status line, while the answer grows in the session."""
-        conv, images, view, (pictures, question) = session.conv, session.images, session.view, job
-        if session.is_stopped:  # while others were answered
-            session.withdraw()
+        conv, images, view, (new_images, question) = session.conv, session.images, session.view, job
+        if session.is_stopped:  # while waiting
+            session.restore()
             yield [_text(request, "stopped")]
             return
-        for picture in pictures:
-            self.chat.upload_img(picture, conv, images)
+        for image in new_images:
+            self.chat.upload_img(image, conv, images)
         if question:
             self.chat.ask(question, conv)
-        elif pictures:
+        elif new_images:
             yield [_text(request, "received")]
             return
         notes, updated = [], 0.0
-        with closing(self.chat.stream(conv, images, options)) as parts:
-            for part in parts:
-                if session.job is not job:  # by Clear
+        with closing(self.chat.stream(conv, images, options)) as answers:
+            for answer in answers:
+                if session.job is not job:  # the chat was cleared
                     return
-                session.view = [*view, {"role": "assistant", "content": part.text}]
-                notes = [_numbers(request, part)]
-                if time.monotonic() - updated > SECONDS_BETWEEN_UPDATES:
+                session.view = [*view, {"role": "assistant", "content": answer.text}]
+                notes = [_numbers(request, answer)]
+                if time.monotonic() - updated > UPDATE_SECONDS:
                     yield notes
                     updated = time.monotonic()
                 if session.is_stopped:
                     break
         yield [*notes, _text(request, "stopped")] if session.is_stopped else notes
 
-    def take(self, message: dict[str, Any], event: gr.SelectData) -> dict[str, Any]:
-        """Puts the example that was clicked into the text box."""
-        return {"text": message["text"], "files": [*message["files"], self.samples[event.index]]}
+    def add_example(self, message: dict[str, Any], event: gr.SelectData) -> dict[str, Any]:
+        """Adds the clicked example to the text box."""
+        return message | {"files": [*message["files"], self.examples[event.index]]}
 
     def stop(self, session: Session) -> None:
-        """Ends the answer; what is there of it stays."""
+        """Ends the answer; its text so far is kept."""
         session.is_stopped = True
 
     def clear(self, session: Session) -> tuple[Session, Any, Any, str]:
-        """Begins anew, whatever is under way: session, text box, chat, status."""
+        """Starts a new chat, whatever is being answered: session, text box, chat, status."""
         session.conv, session.images, session.view = self.chat.template.copy(), [], []
         session.job = session.before = None
-        return session, {"text": "", "files": []}, [], self.status()
+        return session, EMPTY_BOX, [], self.status()
+
+
+def _build_settings(text: gr.I18n, options: GenerationOptions) -> list[Any]:
+    """The panel of settings; returns its components in the order in which ``_Page.answer`` gets their values."""
+    with gr.Accordion(text("settings"), open=False, elem_id="settings"):
+        with gr.Row():
+            sample = gr.Checkbox(options.do_sample, label=text("sample"))
+            seed_box = gr.Number(options.seed, label=text("seed"), precision=0)
+        with gr.Row():
+            heat = gr.Slider(0, 2, options.temperature, step=0.05, label=text("temperature"))
+            mass = gr.Slider(0.05, 1, options.top_p, step=0.05, label="Top-p")
+        with gr.Row():
+            beams = gr.Slider(1, 8, options.num_beams, step=1, label=text("beams"))
+            length = gr.Slider(1, 1000, options.max_new_tokens, step=1, label=text("max_new_tokens"))
+    return [sample, heat, mass, beams, length, seed_box]
 
 
 def _text(request: gr.Request, key: str) -> str:
@@ -194,134 +254,62 @@ def _text(request: gr.Request, key: str) -> str:
 
 
 def _numbers(request: gr.Request, answer: Answer) -> str:
-    """How fast an answer comes."""
-    count, seconds = len(answer.ids), answer.seconds - answer.seconds_to_first_token
-    speed = (count - 1) / seconds if seconds > 0 else count / answer.seconds
-    numbers = {"first": answer.seconds_to_first_token, "cached": answer.cached_tokens, "context": answer.prompt_tokens}
-    return _text(request, "numbers").format(count=count, speed=speed, **numbers)
+    """Length and speed of an answer."""
+    count, first = len(answer.ids), answer.seconds_to_first_token
+    speed = (count - 1) / (answer.seconds - first) if answer.seconds > first else count / answer.seconds
+    numbers = {"count": count, "speed": speed, "first": first}
+    return _text(request, "numbers").format(**numbers, cached=answer.cached_tokens, prompt=answer.prompt_tokens)
 
 
-def _uploaded(path: str) -> Image.Image:
+def _read_upload(path: str) -> Image.Image:
     name = Path(path).name
     try:
         return read_image(path, f"'{name}'")
-    except UserError as error:  # where the server keeps it is nobody's business
+    except UserError as error:  # the message must not show the server's folders
         raise UserError(str(error).replace(path, name)) from error
 
 
-def _cached(picture: Image.Image) -> str:
-    """A file that the page may show: the picture as the model sees it, whatever its own format is."""
-    shown = picture.copy()
-    shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+def _cache_for_display(image: Image.Image) -> str:
+    """The path of a file that the page may show, in a format that every browser reads."""
+    shown = image.copy()
+    shown.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
     return save_pil_to_cache(shown, get_upload_folder())
-
-
-def build_page(
-    chat: Chat,
-    description: str,
-    examples: Sequence[str | Path] = (),
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    top_p: float = 0.9,
-    num_beams: int = 1,
-    max_new_tokens: int = 300,
-    seed: int = 42,
-) -> gr.Blocks:
-    """The page, yet to be launched.
-
-    Args:
-        chat: answers, one request at a time; the others see their place in the queue.
-        description: model, device and precision in one line.
-        examples: pictures that a click takes.
-        do_sample, temperature, top_p, num_beams, max_new_tokens, seed: where the settings stand at first.
-
-    Raises:
-        UserError: an example cannot be read.
-    """
-    samples = [_cached(read_image(path)) for path in examples]
-    say, page = gr.I18n(), _Page(chat, description, samples)
-    with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, fill_width=True) as blocks:
-        session = gr.State(Session(chat.template.copy()))
-        gr.Markdown("# MiniGPT-4", elem_id="head")
-        gr.Markdown(say("subtitle"), elem_id="subtitle")
-        chatbot = gr.Chatbot(
-            elem_id="chat", height="48vh", min_height=320, show_label=False, buttons=["copy"],
-            latex_delimiters=[], feedback_options=None,
-        )  # fmt: skip
-        status = gr.Markdown(page.status(), elem_id="status")
-        box = gr.MultimodalTextbox(
-            file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="box",
-            placeholder=say("placeholder"), autofocus=True,
-        )  # fmt: skip
-        with gr.Row():
-            stop = gr.Button(say("stop"), size="sm", elem_id="stop")
-            retry = gr.Button(say("retry"), size="sm", elem_id="retry")
-            clear = gr.Button(say("clear"), size="sm", elem_id="clear")
-        if samples:
-            gr.Markdown(say("examples"), elem_id="caption")
-            gallery = gr.Gallery(
-                samples, show_label=False, columns=10, fit_columns=False, height=108, allow_preview=False, buttons=[],
-                object_fit="contain", interactive=False, container=False, elem_id="examples",
-            )  # fmt: skip
-        with gr.Accordion(say("settings"), open=False, elem_id="settings"):
-            with gr.Row():
-                drawn = gr.Checkbox(do_sample, label=say("draw"))
-                seed_box = gr.Number(seed, label=say("seed"), precision=0)
-            with gr.Row():
-                heat = gr.Slider(0, 2, temperature, step=0.05, label=say("temperature"))
-                mass = gr.Slider(0.05, 1, top_p, step=0.05, label="Top-p")
-            with gr.Row():
-                beams = gr.Slider(1, 8, num_beams, step=1, label=say("beams"))
-                longest = gr.Slider(1, 1000, max_new_tokens, step=1, label=say("longest"))
-
-        answer = {
-            "fn": page.answer,
-            "inputs": [session, drawn, heat, mass, beams, longest, seed_box],
-            "outputs": [chatbot, status],
-            "concurrency_limit": 1,
-            "concurrency_id": "model",
-            "show_progress": "minimal",
-        }
-        everything = [session, box, chatbot, status]
-        box.submit(page.post, [session, box], everything, show_progress="hidden").success(**answer)
-        retry.click(page.retry, [session, seed_box], [chatbot, seed_box], show_progress="hidden").success(**answer)
-        stop.click(page.stop, session, None, queue=False, show_progress="hidden")
-        gr.on([clear.click, chatbot.clear], page.clear, session, everything, queue=False, show_progress="hidden")
-        if samples:
-            gallery.select(page.take, box, box, queue=False, show_progress="hidden")
-    return blocks
 
 
 def serve(
     chat: Chat,
     description: str,
+    options: GenerationOptions,
     host: str = "127.0.0.1",
     port: int = 7860,
     share: bool = False,
     examples: Sequence[str | Path] = (),
     is_blocking: bool = True,
-    **settings: Any,
 ) -> gr.Blocks:
-    """Serves the page until it is interrupted; ``settings`` and the rest as for ``build_page``.
+    """Serves the page until it is interrupted.
 
     Args:
-        host: address to listen on; 0.0.0.0 for all of the machine's.
+        chat: answers, one request at a time; other clients see their place in the queue.
+        description: model, device and precision in one line.
+        options: initial settings.
+        host: address to listen on; 0.0.0.0 for all interfaces.
         port: port to listen on.
-        share: also opens a public tunnel.
-        is_blocking: otherwise the page is served in the background, until its ``close``.
+        share: also open a public tunnel.
+        examples: image files that a click adds.
+        is_blocking: False serves in the background, until the page's ``close``.
 
     Raises:
-        UserError: the port is taken.
+        UserError: the port is in use, or an example cannot be read.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = build_page(chat, description, examples, **settings).queue()
-    look = gr.themes.Default(primary_hue="slate", secondary_hue="slate", font=FONT, font_mono=MONOSPACE)
+    page = _Page(chat, description, examples).build(options).queue()
+    theme = gr.themes.Default(primary_hue="slate", secondary_hue="slate", font=FONT, font_mono=MONOSPACE)
     try:
         page.launch(
-            server_name=host, server_port=port, share=share, prevent_thread_lock=not is_blocking, theme=look, css=CSS,
+            server_name=host, server_port=port, share=share, prevent_thread_lock=not is_blocking, theme=theme, css=CSS,
             i18n=gr.I18n(en=ENGLISH, zh=CHINESE), footer_links=[], run_history=False, ssr_mode=False,
             quiet=not is_blocking, max_file_size="50mb",
         )  # fmt: skip
     except OSError as error:
-        raise UserError(f"Port {port} of {host} is taken or not allowed: choose another one with --port.") from error
+        raise UserError(f"Port {port} of {host} is in use or not allowed: choose another one with --port.") from error
     return page
