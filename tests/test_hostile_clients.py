@@ -223,8 +223,8 @@ def test_a_client_that_leaves_in_the_middle_of_a_request():
 
 
 def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confined):
-    calls, slots = [], chat.model.slots
-    monkeypatch.setattr(chat.model, "slots", lambda text: calls.append(text) or slots(text))
+    calls, tokenize = [], chat.model.tokenize_prompt
+    monkeypatch.setattr(chat.model, "tokenize_prompt", lambda text: calls.append(text) or tokenize(text))
     found = posted(client, body(messages=[*LONG[:998], body()["messages"][0]], max_tokens=1))
     assert found.status_code == 200 and 2 < len(calls) < 50  # of 499 turns
 
