@@ -108,7 +108,7 @@ def pipelines(shards: list[str], batch_size: int, draft: bool) -> dict[str, Call
         processor = Blip2ImageTrainProcessor(IMAGE_SIZE, draft=draft)
         dataset = ShardDataset("bench", shards, processor, BlipCaptionProcessor(), BUFFER)
         settings = {"batch_size": batch_size, "iters_per_epoch": 10**5, "num_workers": 1, "seed": 0}
-        return TrainLoader({"bench": dataset}, {}, **settings, pin_memory=pin_memory).epoch(0)
+        return TrainLoader({"bench": dataset}, {}, **settings, pin_memory=pin_memory).iter_epoch(0)
 
     def plain() -> Iterator[dict[str, Any]]:
         return iter(DataLoader(PlainShards(shards), batch_size, num_workers=1, pin_memory=pin_memory))

@@ -37,6 +37,20 @@ def bounded(seconds=SECONDS):
 
 
 @pytest.fixture
+def time_limit():
+    """Ends a test that hangs."""
+
+    def stop(*_):
+        raise Hangs("still at it after 60 s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
 def confined(tmp_path_factory, monkeypatch):
     """A test within bounds, in a folder beside which and in which nothing may be written."""
     outer = tmp_path_factory.mktemp("outer")

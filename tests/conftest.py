@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from confined import confined  # noqa: F401  (a fixture)
+from confined import confined, time_limit  # noqa: F401  (fixtures)
+from data_samples import pairs, shards  # noqa: F401
 from golden_data import TINY
 
 from minigpt4.models import MiniGPT4

@@ -248,7 +248,7 @@ def test_data_that_one_rank_cannot_use_ends_all(command, tmp_path):
 
     statuses, logs = run_ranks(2, command(tmp_path / "out"), tmp_path / "log", before=spoil)
     assert statuses == [1, 1]
-    assert "[rank 1] Data set cc_sbu_align gives no usable sample" in errors(logs)[1][0]
+    assert "[rank 1] Data set cc_sbu_align has no usable sample" in errors(logs)[1][0]
     assert "lost contact" in errors(logs)[0][0] and "Traceback" not in "".join(logs)
 
 

@@ -14,7 +14,7 @@ from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.datasets import feature_cache
-from minigpt4.datasets.datasets.sample import Place
+from minigpt4.datasets.datasets.sample import WorkerInfo
 from minigpt4.models import MiniGPT4
 from minigpt4.models.vision import VisionEncoder
 from minigpt4.tasks import setup_task
@@ -62,7 +62,8 @@ def test_features_are_what_vision_says(config, stage, num_workers):
     (cached,) = (splits["train"] for splits in datasets_of(cfg).values())
     (plain,) = (splits["train"] for splits in plain_datasets(cfg).values())
     vision = VisionEncoder.from_config(cfg.model_cfg, CPU)
-    samples = list(plain.once(Place(seed=0)))
+    is_stream = hasattr(plain, "iter_eval")
+    samples = list(plain.iter_eval(WorkerInfo(seed=0)) if is_stream else map(plain.__getitem__, range(len(plain))))
     assert len(cached) == len(samples) == {1: 18, 2: 10}[stage]
     for index, sample in enumerate(samples):
         expected = vision.encode_images(sample["image"][None])[0]

@@ -1,6 +1,5 @@
 """Shards, pictures, captions and lists that somebody prepared: what is good is read, the rest is counted or refused."""
 
-import itertools
 import json
 import os
 import random
@@ -15,8 +14,9 @@ from minigpt4.common.errors import UserError
 from minigpt4.conversation.images import read_image
 from minigpt4.datasets.datasets import PairDataset, ShardDataset, tar_files
 from minigpt4.datasets.datasets.pairs import Pair, read_align_folder, read_pairs
-from minigpt4.datasets.datasets.sample import Place
+from minigpt4.datasets.datasets.sample import SkipSample, WorkerInfo
 from minigpt4.datasets.datasets.tar_files import expand_shards
+from minigpt4.datasets.loader import TrainLoader, eval_batches
 from minigpt4.processors import Blip2ImageEvalProcessor, BlipCaptionProcessor
 
 pytestmark = pytest.mark.usefixtures("confined")
@@ -26,10 +26,21 @@ EVAL = Blip2ImageEvalProcessor(8)
 
 def read(path, text_processor=str):
     """Captions of the samples of one shard, and what was counted."""
-    place = Place(seed=0)
-    samples = list(ShardDataset("x", [str(path)], EVAL, text_processor).once(place))
+    skipped = Counter()
+    samples = list(ShardDataset("x", [str(path)], EVAL, text_processor).iter_eval(WorkerInfo(seed=0), skipped))
     assert all(sample["image"].shape == (3, 8, 8) for sample in samples)
-    return [sample["text_input"] for sample in samples], {kind: count for kind, count in place.skipped.items() if count}
+    return [sample["text_input"] for sample in samples], {kind: count for kind, count in skipped.items() if count}
+
+
+def read_pairs_once(pairs):
+    """The same for pairs."""
+    batches = eval_batches("x", PairDataset("x", pairs, EVAL), batch_size=3, num_workers=0, seed=0)
+    return [text for batch in batches for text in batch["text_input"]], batches.skipped
+
+
+def train(dataset, num_batches=1):
+    loader = TrainLoader({dataset.name: dataset}, {}, 8, num_batches, num_workers=0, seed=0)
+    return [text for batch in loader.iter_epoch(0) for text in batch["text_input"]]
 
 
 # shards
@@ -65,7 +76,7 @@ def test_shard_cut_at(tmp_path, offset):
 def test_a_shard_that_is_all_bad_ends_the_run_with_a_line(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"rubbish" * 500)
     dataset = ShardDataset("web", [str(tmp_path / "0.tar")], EVAL)
-    told(lambda: next(dataset.endless(Place(seed=0))), "web", "unreadable shard", "0.tar", "KEY.jpg")
+    told(lambda: train(dataset), "web", "unreadable shard", "0.tar", "KEY.jpg")
 
 
 def test_a_large_file_is_left_out(tmp_path, monkeypatch):
@@ -147,9 +158,8 @@ FILES = {  # what may lie in a folder where a picture is expected
 def test_what_is_no_picture_file(tmp_path, case):
     make, kind = FILES[case]
     make(tmp_path / "b.jpg")
-    place = Place(seed=0)
-    assert list(PairDataset("x", [Pair(tmp_path / "b.jpg", "b")], EVAL).once(place)) == []
-    assert place.skipped == {kind: 1}
+    with pytest.raises(SkipSample, match=f"^{kind}$"):
+        PairDataset("x", [Pair(tmp_path / "b.jpg", "b")], EVAL)[0]
     told(lambda: read_image(tmp_path / "b.jpg"), "b.jpg", "cannot be read as an image")
 
 
@@ -205,7 +215,8 @@ def test_odd_caption_that_is_read(tmp_path, case, model):
     data, caption = READ_CAPTIONS[case]
     (tmp_path / "0.tar").write_bytes(archive(*good("a"), ("b.jpg", PICTURE), ("b.json", data), *good("z")))
     assert read(tmp_path / "0.tar") == (["caption a", caption, "caption z"], {})
-    assert model.pack([caption, BlipCaptionProcessor()(caption)], ["<ImageHere>"] * 2)[2].max() >= 0
+    rows = model.tokenize_rows([caption, BlipCaptionProcessor()(caption)], ["<ImageHere>"] * 2)
+    assert all(max(row.labels) >= 0 for row in rows)
 
 
 @pytest.mark.parametrize(
@@ -294,18 +305,16 @@ def test_pair(tmp_path, case):
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "1.jpg").write_bytes(PICTURE)
     (tmp_path / "filter_cap.json").write_bytes(annotations({"image_id": "1", "caption": "good"}, entry))
-    dataset, place = PairDataset("x", read_align_folder(tmp_path, KEY), EVAL), Place(seed=0)
-    assert [sample["text_input"] for sample in dataset.once(place)] == ["good"]
-    assert place.skipped == {kind: 1}
-    assert {sample["text_input"] for sample in itertools.islice(dataset.endless(Place(seed=0)), 8)} == {"good"}
+    found = read_align_folder(tmp_path, KEY)
+    assert read_pairs_once(found) == (["good"], {kind: 1})
+    assert train(PairDataset("x", found, EVAL)) == ["good"] * 8
 
 
 def test_a_picture_may_have_two_captions(tmp_path):
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "1.jpg").write_bytes(PICTURE)
     (tmp_path / "filter_cap.json").write_bytes(annotations(*[{"image_id": "1", "caption": c} for c in "aab"]))
-    dataset = PairDataset("x", read_align_folder(tmp_path, KEY), EVAL)
-    assert Counter(sample["text_input"] for sample in dataset.once(Place(seed=0))) == {"a": 2, "b": 1}
+    assert Counter(read_pairs_once(read_align_folder(tmp_path, KEY))[0]) == {"a": 2, "b": 1}
 
 
 # one's own pictures
@@ -359,14 +368,12 @@ def test_image_of_ones_own_that_is_none(tmp_path, image):
     rows = [json.dumps({"image": name, "caption": name or "a"}) for name in ("good.jpg", image)]
     (tmp_path / "own.jsonl").write_text("\n".join(rows) + "\n")
     (tmp_path / "good.jpg").write_bytes(PICTURE)
-    place = Place(seed=0)
-    found = [sample["text_input"] for sample in PairDataset("x", read_pairs(tmp_path, KEY), EVAL).once(place)]
-    assert found == ["good.jpg"] and place.skipped == {"missing image file": 1}
+    assert read_pairs_once(read_pairs(tmp_path, KEY)) == (["good.jpg"], {"missing image file": 1})
 
 
 def test_nothing_but_bad_pairs_ends_the_run_with_a_line(tmp_path):
     dataset = PairDataset("mine", [Pair(tmp_path / "a\0b.jpg", "a")], EVAL)
-    told(lambda: next(dataset.endless(Place(seed=0))), "mine", "missing image file")
+    told(lambda: train(dataset), "mine", "missing image file")
 
 
 def test_the_bounds_bite(tmp_path):

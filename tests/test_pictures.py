@@ -9,8 +9,8 @@ from PIL import Image
 
 from minigpt4.datasets.datasets import PairDataset
 from minigpt4.datasets.datasets.pairs import Pair
-from minigpt4.datasets.datasets.sample import Place, decode_image
-from minigpt4.datasets.loader import TrainLoader, validation_batches
+from minigpt4.datasets.datasets.sample import SkipSample, decode_image
+from minigpt4.datasets.loader import TrainLoader, eval_batches
 from minigpt4.processors import Blip2ImageEvalProcessor, Blip2ImageTrainProcessor
 
 KINDS = [Blip2ImageTrainProcessor, Blip2ImageEvalProcessor]
@@ -37,7 +37,7 @@ def pairs(tmp_path):
 def test_batches_are_what_the_processor_returns(pairs, num_workers):
     processor = Blip2ImageEvalProcessor(16)
     settings = {"batch_size": 3, "num_workers": num_workers, "seed": 1}
-    batches = list(validation_batches("x", PairDataset("x", pairs, processor), **settings))
+    batches = list(eval_batches("x", PairDataset("x", pairs, processor), **settings))
     images = torch.cat([batch["image"] for batch in batches])
     order = [int(text[1:]) for batch in batches for text in batch["text_input"]]
     assert images.dtype == torch.float32 and sorted(order) == list(range(10))
@@ -47,7 +47,7 @@ def test_batches_are_what_the_processor_returns(pairs, num_workers):
 
 def test_a_function_may_be_the_processor(pairs):
     dataset = PairDataset("x", pairs, lambda image: torch.full((3, 2, 2), float(image.width)))
-    (batch,) = TrainLoader({"x": dataset}, {}, batch_size=4, iters_per_epoch=1, num_workers=0, seed=0).epoch(0)
+    (batch,) = TrainLoader({"x": dataset}, {}, batch_size=4, iters_per_epoch=1, num_workers=0, seed=0).iter_epoch(0)
     assert batch["image"].shape == (4, 3, 2, 2)
 
 
@@ -55,7 +55,12 @@ def test_images_without_caption_are_not_decoded(pairs, monkeypatch):
     decoded = []
     monkeypatch.setattr("minigpt4.datasets.datasets.pairs.prepare_image", lambda data, _: decoded.append(data))
     pairs[1:] = [Pair(pair.image, " ") for pair in pairs[1:]]
-    assert len(list(PairDataset("x", pairs, None).once(Place(seed=0)))) == len(decoded) == 1
+    dataset = PairDataset("x", pairs, None)
+    assert dataset[0]["text_input"] == "c0"
+    for index in range(1, len(pairs)):
+        with pytest.raises(SkipSample, match="no caption"):
+            dataset[index]
+    assert len(decoded) == 1
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4, 8])

@@ -103,31 +103,32 @@ def test_killed_at_twenty_random_moments(command, whole, tmp_path):
 
 
 class Slow(IterableDataset):
-    def __init__(self, batch, seconds):
-        self.batch, self.seconds = batch, seconds
+    def __init__(self, sample, seconds):
+        self.sample, self.seconds = sample, seconds
 
     def __iter__(self):
         for _ in range(100):
             time.sleep(self.seconds)
-            yield self.batch
+            yield self.sample
 
 
 @pytest.mark.parametrize("moment", ["at the first batch", "before a worker knows its rank", "waiting for a pipe"])
 def test_the_workers_of_a_killed_run_leave_nothing(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    begin, is_early, is_full = loader._begin_worker, moment.startswith("before"), moment.startswith("waiting")
+    begin, is_early, is_full = loader._init_worker, moment.startswith("before"), moment.startswith("waiting")
 
-    def begin_late(rank, number):
+    def begin_late(rank, *arguments):
         while is_early and os.getppid() == rank:
             time.sleep(0.01)
-        begin(rank, number)
+        begin(rank, *arguments)
 
-    monkeypatch.setattr(loader, "_begin_worker", begin_late)
-    batches = Slow("a caption" * 10_000, 0.01) if is_full else Slow(torch.ones(1000), 0.3)
+    monkeypatch.setattr(loader, "_init_worker", begin_late)
+    dataset = Slow({"text_input": "a caption" * 10_000}, 0.01) if is_full else Slow({"image": torch.ones(1000)}, 0.3)
+    batches = loader.TrainLoader({"x": dataset}, {}, 1, iters_per_epoch=100, num_workers=2, seed=0)
     pid = os.fork()
     if not pid:
         try:
-            for _ in loader._run_loader(batches, 2, pin_memory=False):
+            for _ in batches.iter_epoch(0):
                 time.sleep(60 * is_full)
         finally:
             os._exit(0)

@@ -36,13 +36,12 @@ class RecordedLoader:
     def load_state_dict(self, ranks, epoch, first):
         pass
 
-    def epoch(self, epoch, first=0):
+    def iter_epoch(self, epoch, first=0):
         for k in range(epoch * self.iters_per_epoch + first, (epoch + 1) * self.iters_per_epoch):
             if k in self.choices:
                 self.model.prompt_list = [self.choices[k]]
             index = k % len(TRAINING["captions"])
             yield {
-                "position": (0, None),
                 "image": TENSORS["images_f16"][index].float(),
                 "text_input": TRAINING["captions"][index],
             }

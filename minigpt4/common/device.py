@@ -329,14 +329,16 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def local_seed(seed: int) -> Iterator[None]:
-    """Seeds Python's and torch's CPU generators for a block, and puts their states back after it."""
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    """Seeds Python's, numpy's and torch's CPU generators for a block, and restores their states after it."""
+    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     random.seed(seed)
+    numpy.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would look at every kind of device, for 0.2 ms
     try:
         yield
     finally:
         random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
 
 

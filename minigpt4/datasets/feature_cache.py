@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from minigpt4.common import device as devices
@@ -27,9 +28,8 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
 from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.utils import parse_json
-from minigpt4.datasets.datasets.pairs import ListedDataset
-from minigpt4.datasets.datasets.sample import Place, Sample, SkipSample
-from minigpt4.datasets.loader import validation_batches
+from minigpt4.datasets.datasets.sample import Sample, SkipSample, WorkerInfo, collate, derive_seed
+from minigpt4.datasets.loader import eval_batches
 
 KEY = "run.feature_cache"
 _CODE = (
@@ -41,7 +41,7 @@ _CODE = (
 _CODE_ROOT = Path(__file__).parents[1]
 
 
-class FeatureDataset(ListedDataset):
+class FeatureDataset(Dataset):
     """Samples whose ``image`` is replaced by ``features``, bfloat16 [Q, H] of one of the K crops.
 
     Args:
@@ -49,8 +49,11 @@ class FeatureDataset(ListedDataset):
         files: of all parts, complete.
     """
 
+    collater = staticmethod(collate)
+    drop_last = False  # every sample is used in each pass
+
     def __init__(self, name: str, files: list[Path]) -> None:
-        super().__init__(name)
+        self.name = name
         self.files = files
         sizes = [_shape(file)[0] for file in files]
         self.ends = list(itertools.accumulate(sizes))
@@ -63,8 +66,8 @@ class FeatureDataset(ListedDataset):
         return self.ends[-1]
 
     @property
-    def first_place(self) -> str:
-        """Where the first sample is, for messages."""
+    def first_file(self) -> str:
+        """The first part, for messages."""
         return str(self.files[0])
 
     def __getitem__(self, index: int) -> Sample:
@@ -158,7 +161,7 @@ def _fill(
     seed, skipped = int(run_cfg.get("seed", 42)), Counter()
     for part in tqdm(lacking[rank::world], desc=f"{dataset.name} features", unit="part", disable=rank > 0):
         view = _Part(dataset, part, crops)
-        batches = validation_batches(
+        batches = eval_batches(
             dataset.name,
             view,
             int(run_cfg.get("batch_size_eval") or run_cfg.get("batch_size_train", 1)),
@@ -173,7 +176,7 @@ def _fill(
                 features = vision.encode_images(batch["image"].to(device)).bfloat16().cpu()
             texts = zip(batch["text_input"], batch["instruction"], strict=True)
             rows |= dict(zip(batch["number"], zip(features, map(json.dumps, texts), strict=True), strict=True))
-            skipped.update(batch["skipped"])
+        skipped.update(batches.skipped)
         _write(files[part], rows, crops, (vision.query_tokens.shape[1], vision.query_tokens.shape[2]))
     log_skipped(skipped, dataset.name)
     dist_utils.gather_objects(None)  # whoever goes on needs the others' parts
@@ -200,20 +203,22 @@ def _write(file: Path, rows: dict[int, tuple[Tensor, str]], crops: int, shape: t
 class _Part:
     """One part of a data set as the loader reads it: each sample in K crops, each with its number."""
 
+    collater = staticmethod(collate)
+
     def __init__(self, dataset: Any, part: int, crops: int) -> None:
         self.dataset, self.part, self.crops = dataset, part, crops
-        self.vis_processor = dataset.vis_processor
 
-    def once(self, place: Place) -> Iterator[Sample]:
-        """This worker's share; a sample that cannot be used is counted and has no number."""
-        for i, process in enumerate(self.dataset.samples_of(self.part, place.skipped)):
-            if i % place.count == place.index:
+    def iter_eval(self, worker: WorkerInfo, skipped: Counter) -> Iterator[Sample]:
+        """This worker's share; an unusable sample is counted and has no number."""
+        for i, process in enumerate(self.dataset.iter_part(self.part, skipped)):
+            if i % worker.count == worker.index:
                 try:
                     for crop in range(self.crops):
-                        with devices.local_seed(place.sub_seed(self.dataset.name, "crop", self.part, i, crop)):
+                        seed = derive_seed(worker.seed, self.dataset.name, "crop", self.part, i, crop)
+                        with devices.local_seed(seed):
                             yield {**process(), "number": i * self.crops + crop}
                 except SkipSample as skip:
-                    place.skipped[str(skip)] += 1
+                    skipped[str(skip)] += 1
 
 
 def _claim(folder: Path, made_of: dict[str, str]) -> None:

@@ -1,158 +1,145 @@
-"""Batches for training, mixed from several sources, and for validation. What a run sees follows from its seed."""
+"""Loaders: training batches mixed from several data sets, and evaluation batches. All order follows from the seed.
+
+A checkpoint stores how far each data set was read. A resumed run, and a new loader that starts at a later epoch,
+continue with exactly the batches of a run that was never interrupted.
+"""
 
 import atexit
+import copy
+import ctypes
 import logging
+import multiprocessing
 import multiprocessing.util
 import os
 import random
 import shutil
 import signal
 import sys
-import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
-from minigpt4.datasets.datasets.sample import Place, Sample
+from minigpt4.common.logger import log_skipped
+from minigpt4.datasets.batches import (
+    EvalSampler,
+    LoadedBatch,
+    MapBatches,
+    PassSampler,
+    StreamBatches,
+    check_kind,
+    is_map_style,
+    repeat_iterable,
+)
+from minigpt4.datasets.datasets.sample import StreamPosition, WorkerInfo, derive_seed
 
-# image [B, 3, S, S], or features [B, Q, H]; text_input, instruction: B each; source: name; position: (worker,
-# of its stream); skipped: counts
+# A batch is what its data set's collater returns; of the built-in data sets: image float32 [B, 3, S, S], or features
+# bfloat16 [B, Q, H] instead, text_input and instruction, lists of length B.
 Batch = dict[str, Any]
+LOADER_KEY = "loader"  # in a training batch: {"source": name of the data set, "skipped": counts by kind}
+_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 
 
-class _Batches(IterableDataset):
-    """One source's batches, made in loader workers: batch k of an epoch comes from worker k modulo their number."""
+def _init_worker(rank_pid: int, is_closed: Any, _: int) -> None:
+    """Ties a worker's life to its rank's, and to nothing else."""
+    folder = multiprocessing.util.get_temp_dir()  # created now: an ending worker could not remove a later one
 
-    def __init__(self, name: str, dataset: Any, place: Place, num_batches: int | None) -> None:
-        self.name = name
-        self.dataset = dataset
-        self.place = place
-        self.num_batches = num_batches  # None: every sample once
+    def on_sigterm(*_: Any) -> None:
+        # Without this condition, a scheduler that sends SIGTERM to all processes would end the workers while the rank
+        # finishes its step and saves a checkpoint.
+        if is_closed.value or os.getppid() != rank_pid:
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(0)
 
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        worker = get_worker_info()
-        place = replace(
-            self.place,
-            turn=worker.id if worker else 0,
-            num_workers=worker.num_workers if worker else 1,
-            skipped=Counter(),
-        )
-        try:
-            if self.num_batches is None:
-                yield from self._validation(place)
-            else:
-                samples = self.dataset.endless(place)
-                for _ in range(place.turn, self.num_batches, place.num_workers):
-                    yield self._collate([next(samples) for _ in range(place.batch_size)], place)
-        except UserError as error:  # raised in a worker it would arrive wrapped in a traceback
-            yield error
-
-    def _validation(self, place: Place) -> Iterator[Batch]:
-        rows: list[Sample] = []
-        for sample in self.dataset.once(place):
-            rows.append(sample)
-            if len(rows) == place.batch_size:
-                yield self._collate(rows, place)
-                rows = []
-        if rows:
-            yield self._collate(rows, place)
-
-    def _collate(self, rows: list[Sample], place: Place) -> Batch:
-        skipped, place.skipped = place.skipped, Counter()
-        batch = {name: [row[name] for row in rows] for name in rows[0]}
-        for name in batch.keys() & {"image", "features"}:
-            batch[name] = default_collate(batch[name])  # in a worker, into the memory that it shares
-        return batch | {
-            "source": self.name,
-            "position": (place.worker, place.position),
-            "skipped": dict(skipped),  # a Counter would be doubled: the loader copies mappings with update()
-        }
-
-
-def _begin_worker(rank: int, _: int) -> None:
-    """Lets a worker finish its batches while its rank, signalled along with it, finishes its step.
-
-    Args:
-        rank: the process that the worker belongs to, whose end is the worker's too.
-    """
-    # Made now and not when the first batch is handed over: a worker that is ending then would not remove it.
-    folder = multiprocessing.util.get_temp_dir()
-    threading.Thread(target=_end_with, args=(rank, folder), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The loader ends stuck workers by SIGTERM; the first one may have come from a scheduler.
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    on_sigterm()  # if the rank died before that call
 
 
-def _end_with(rank: int, folder: str) -> None:
-    """Ends a worker whose rank was killed, whatever it does then.
-
-    PyTorch's own watch misses a rank that is killed before it begins, and a worker that waits for room in a pipe which
-    nobody reads any more.
-    """
-    while os.getppid() == rank:
-        time.sleep(1)
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
-
-
-_running: weakref.WeakSet[Iterator[Batch]] = weakref.WeakSet()
+_running: weakref.WeakSet[Iterator[LoadedBatch]] = weakref.WeakSet()
 
 
 @atexit.register
-def _end_workers() -> None:
-    """Lets go of what an exception has left running: Python would send its workers one SIGTERM and wait for ever."""
+def _close_loaders() -> None:
+    """Ends the workers of loaders that an exception keeps alive; Python would wait for them for ever."""
     for batches in list(_running):
         batches.close()
 
 
-def _loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    running = _run_loader(batches, num_workers, pin_memory)
+def _load(
+    name: str, batches: Dataset, sampler: Sampler | None, num_workers: int, pin_memory: bool, seed: int
+) -> Iterator[LoadedBatch]:
+    running = _run_loader(name, batches, sampler, num_workers, pin_memory, seed)
     _running.add(running)
     return running
 
 
-def _run_loader(batches: _Batches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+def _run_loader(
+    name: str, batches: Dataset, sampler: Sampler | None, num_workers: int, pin_memory: bool, seed: int
+) -> Iterator[LoadedBatch]:
+    is_closed = multiprocessing.RawValue("b", 0)
     loader = DataLoader(
         batches,
         batch_size=None,
+        sampler=sampler,
         num_workers=num_workers,
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_begin_worker, os.getpid()),
-        # A child of this process, not of a server of forks.
+        worker_init_fn=partial(_init_worker, os.getpid(), is_closed),
+        # Workers have to be children of this process, and not of a fork server.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        generator=torch.Generator(),  # of its own: a loader begun anew must not move the model's random state
+        generator=torch.Generator().manual_seed(seed),  # its own: a resumed loader must not advance the model's
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    failure = ""
+    try:
+        for loaded in loader:
+            if loaded.error is not None:
+                raise loaded.error
+            yield loaded
+    except UserError:
+        raise
+    except Exception as error:  # batches carry the exceptions of data sets, so a worker has died
+        failure = " ".join(str(error).split())[:200]
+    finally:
+        is_closed.value = 1
+    if failure:  # raised here, where its traceback does not keep the loader and its other workers alive
+        raise UserError(
+            f"The loader of data set {name} failed ({failure}). If a worker was killed for lack of memory, lower "
+            "run.num_workers or build_info.shuffle_buffer."
+        )
+
+
+def _unchanged(value: Any) -> Any:
+    return value
 
 
 class TrainLoader:
-    """Batches of several sources, one source a batch, drawn by ``sample_ratio``; the same source on every rank.
+    """Training batches of several data sets: one data set per batch, drawn by ``sample_ratio``, alike on every rank.
 
     Args:
-        sources: data sets by name.
-        ratios: their weights; equal where a weight is None.
-        batch_size: samples a rank and batch.
-        iters_per_epoch: batches an epoch.
-        num_workers: loader processes a source.
+        datasets: by name; each is map-style, a resumable stream or an iterable, see ``batches``.
+        ratios: their weights; 1 where a weight is None.
+        batch_size: samples per rank and batch.
+        iters_per_epoch: batches per epoch.
+        num_workers: loader processes per data set.
         seed: of order, draws and augmentation.
-        pin_memory: for copies to an accelerator.
+        pin_memory: for faster copies to an accelerator.
+
+    Raises:
+        UserError: there is no data set, one is of no known kind, or the weights are unusable.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, Any],
+        datasets: Mapping[str, Any],
         ratios: Mapping[str, float | None],
         batch_size: int,
         iters_per_epoch: int,
@@ -160,90 +147,157 @@ class TrainLoader:
         seed: int,
         pin_memory: bool = False,
     ) -> None:
-        if not sources:
+        if not datasets:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
-        self.sources = dict(sources)
-        self.weights = [1.0 if ratios.get(name) is None else float(ratios[name]) for name in self.sources]
+        self.datasets = dict(datasets)
+        self.weights = [1.0 if ratios.get(name) is None else float(ratios[name]) for name in self.datasets]
         if min(self.weights) < 0 or sum(self.weights) <= 0:
-            raise UserError(f"sample_ratio of {', '.join(self.sources)} are {self.weights}; expected numbers above 0.")
+            raise UserError(f"sample_ratio of {', '.join(self.datasets)} are {self.weights}; expected numbers above 0.")
+        for name, dataset in self.datasets.items():
+            check_kind(name, dataset)
         self.batch_size = batch_size
         self.iters_per_epoch = iters_per_epoch
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
-        self._given: Counter | None = None  # samples by source to all ranks together; None: follows from the count
-        self._draw: int | str = 0
-        self._positions: dict[str, dict[int, Any]] = {}
+        self._shuffle_key: int | str = 0  # of the streams: the epoch, or the step of a resume
+        self._positions: dict[str, dict[int, Any]] = {}  # by data set and worker; missing ones follow from the step
+        self._iterables: dict[str, Iterator[LoadedBatch]] = {}  # they keep running from epoch to epoch
 
     def _source_of(self, step: int) -> str:
-        # str seeds hash alike on every platform and process
-        return random.Random(f"{self.seed}:{step}").choices(list(self.sources), self.weights)[0]
+        # A str seed gives the same draws on every platform and in every process.
+        return random.Random(f"{self.seed}:{step}").choices(list(self.datasets), self.weights)[0]
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from iteration ``first`` on, without those before it."""
+    def iter_epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from iteration ``first`` on, each with a ``LOADER_KEY``.
+
+        Raises:
+            UserError: a data set fails, or has no usable sample.
+        """
         start = epoch * self.iters_per_epoch
         order = [self._source_of(step) for step in range(start, start + self.iters_per_epoch)]
-        if self._given is None:
-            before = Counter(map(self._source_of, range(start))) + Counter(order[:first])
-            self._given = Counter({name: count * self._samples_a_batch for name, count in before.items()})
         if first == 0:
-            self._draw, self._positions = epoch, {}
-        done, streams = Counter(order[:first]), {}
-        for name, num_batches in Counter(order[first:]).items():
-            place = Place(
-                seed=self.seed,
-                rank=dist_utils.get_rank(),
-                world_size=dist_utils.get_world_size(),
-                batch_size=self.batch_size,
-                first_sample=self._given[name],
-                first_batch=done[name],
-                draw=self._draw,
-                positions=self._positions.get(name, {}),
-            )
-            batches = _Batches(name, self.sources[name], place, num_batches)
-            streams[name] = _loader(batches, self.num_workers, self.pin_memory)
+            self._shuffle_key = epoch
+            self._positions = {name: p for name, p in self._positions.items() if is_map_style(self.datasets[name])}
+        sources = {
+            name: self._open(name, num_batches, start + first, order[:first].count(name))
+            for name, num_batches in Counter(order[first:]).items()
+        }
         for name in order[first:]:
-            batch = next(streams[name])
-            self._given[name] += self._samples_a_batch
-            worker, position = batch["position"]
-            if position is not None:
-                self._positions.setdefault(name, {})[worker] = position
-            yield batch
+            loaded = next(sources[name])
+            if loaded.position is not None:
+                self._positions.setdefault(name, {})[loaded.worker_id] = loaded.position
+            yield {**loaded.batch, LOADER_KEY: {"source": name, "skipped": loaded.skipped}}
 
-    @property
-    def _samples_a_batch(self) -> int:
-        return self.batch_size * dist_utils.get_world_size()
+    def _open(self, name: str, num_batches: int, step: int, num_done: int) -> Iterator[LoadedBatch]:
+        """Starts the loader of a data set for ``num_batches`` batches at a step, ``num_done`` into the epoch."""
+        dataset, worker, sampler = self.datasets[name], _rank_info(self.seed), None
+        positions, shuffle_key = self._positions.get(name, {}), self._shuffle_key
+
+        def resume(worker: WorkerInfo, skipped: Counter) -> Iterator[Any]:
+            position = StreamPosition(**positions.get(worker.worker_id, {}))
+            return dataset.iter_train(worker, shuffle_key, position, skipped)
+
+        if is_map_style(dataset):
+            drop_last = getattr(dataset, "drop_last", True)
+            sampler = PassSampler(name, len(dataset), worker, self.batch_size, num_batches, drop_last)
+            earlier = sum(self._source_of(before) == name for before in range(0 if positions else step))
+            sampler.position = positions.get(0) or sampler.position_after(earlier)
+            batches: Any = MapBatches(name, dataset, self.seed, is_train=True)
+        elif hasattr(dataset, "iter_train"):
+            first_worker = num_done % max(1, self.num_workers)
+            batches = StreamBatches(name, dataset, resume, worker, self.batch_size, num_batches, first_worker)
+        elif name in self._iterables:
+            return self._iterables[name]
+        else:
+            worker = WorkerInfo(derive_seed(self.seed, "step", step), worker.rank, worker.world_size)
+            batches = StreamBatches(
+                name, dataset, lambda worker, _: repeat_iterable(name, dataset, worker), worker, self.batch_size
+            )
+        seed = derive_seed(worker.seed, name, "workers", worker.rank)
+        loaded = _load(name, batches, sampler, self.num_workers, self.pin_memory, seed)
+        if sampler is None and not hasattr(dataset, "iter_train"):
+            self._iterables[name] = loaded
+        return loaded
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's place in the data, behind the batch that came last; plain containers."""
+        """This rank's positions behind the last batch, as plain containers."""
         return {
-            "given": dict(self._given or {}),
-            "draw": self._draw,
-            "positions": self._positions,
-            "shape": [dist_utils.get_world_size(), self.num_workers, self.batch_size],
+            "shuffle_key": self._shuffle_key,
+            "positions": copy.deepcopy(self._positions),
+            "layout": self._layout(),
         }
 
-    def load_state_dict(self, ranks: Sequence[Mapping[str, Any]], epoch: int, first: int) -> None:
-        """Goes on where the ranks of a run left the data before iteration ``first`` of ``epoch``.
+    def _layout(self) -> list[int]:
+        return [dist_utils.get_world_size(), self.num_workers, self.batch_size]
 
-        With another number of ranks, workers or rows a batch, listed pairs go on behind the last one that was given;
-        streams of shards begin anew, with other draws than at the epoch's start.
+    def load_state_dict(self, ranks: Sequence[Mapping[str, Any]], epoch: int, first: int) -> None:
+        """Resumes before iteration ``first`` of ``epoch``, from the ``state_dict`` of every rank.
+
+        If the run had another number of ranks, workers or samples per batch, map-style data sets continue after the
+        samples already used, and streams of shards start anew with other draws than at the start of the epoch.
         """
-        self._given = Counter(ranks[0]["given"])
-        shape = self.state_dict()["shape"]
-        if ranks[0]["shape"] == shape:
-            mine = ranks[dist_utils.get_rank()]
-            self._draw, self._positions = mine["draw"], dict(mine["positions"])
-        else:
-            self._draw, self._positions = f"{epoch}, from {first} on", {}
+        is_same = ranks[0]["layout"] == self._layout()
+        state = ranks[dist_utils.get_rank() if is_same else 0]
+        self._shuffle_key = state["shuffle_key"] if is_same else f"{epoch}, from {first} on"
+        self._positions = {}
+        for name, dataset in self.datasets.items():
+            # A data set may be of another kind now, as with a feature cache: its position then follows from the step.
+            key = "offset" if is_map_style(dataset) else "num_samples"
+            saved = state["positions"].get(name, {}) if is_same or is_map_style(dataset) else {}
+            self._positions[name] = {worker_id: position for worker_id, position in saved.items() if key in position}
+            if not is_map_style(dataset) and not hasattr(dataset, "iter_train"):
+                logging.warning("Data set %s is an iterable, whose position is unknown: it begins anew.", name)
+        if not is_same:
             logging.warning(
                 "The checkpoint was written by %d ranks with %d loader workers and batches of %d, this run has %d, %d "
-                "and %d: listed pairs go on where they were, shards are drawn anew from here on.",
-                *(*ranks[0]["shape"], *shape),
+                "and %d: map-style data sets continue where they were, shards are drawn anew from here on.",
+                *(*ranks[0]["layout"], *self._layout()),
             )
 
 
-def validation_batches(
+def _rank_info(seed: int) -> WorkerInfo:
+    return WorkerInfo(seed, dist_utils.get_rank(), dist_utils.get_world_size())
+
+
+class EvalLoader:
+    """The batches of a data set, every sample once; see ``eval_batches``. Can be iterated several times.
+
+    ``skipped`` counts the unusable samples of an iteration by kind. The length is known for map-style data sets.
+    """
+
+    def __init__(
+        self, name: str, dataset: Any, batch_size: int, num_workers: int, worker: WorkerInfo, pin_memory: bool
+    ) -> None:
+        check_kind(name, dataset)
+        self.name = name
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.skipped: Counter = Counter()
+        self._seed = worker.seed
+        if is_map_style(dataset):
+            self._sampler: EvalSampler | None = EvalSampler(len(dataset), worker, batch_size)
+            self._batches: Any = MapBatches(name, dataset, worker.seed, is_train=False)
+        else:
+            open_stream = getattr(dataset, "iter_eval", lambda *_: iter(dataset))
+            self._sampler = None
+            self._batches = StreamBatches(name, dataset, open_stream, worker, batch_size)
+
+    def __len__(self) -> int:
+        if self._sampler is None:
+            raise TypeError(f"{self.name} is a stream: its number of batches is unknown")
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.skipped = Counter()
+        for loaded in _load(self.name, self._batches, self._sampler, self.num_workers, self.pin_memory, self._seed):
+            self.skipped.update(loaded.skipped)
+            if loaded.batch is not None:
+                yield loaded.batch
+        log_skipped(self.skipped, self.name)
+
+
+def eval_batches(
     name: str,
     dataset: Any,
     batch_size: int,
@@ -251,8 +305,7 @@ def validation_batches(
     seed: int,
     pin_memory: bool = False,
     is_whole: bool = False,
-) -> Iterator[Batch]:
-    """Every sample of a data set once, shared out over the ranks, or all of them on each that asks (``is_whole``)."""
-    rank, world = (0, 1) if is_whole else (dist_utils.get_rank(), dist_utils.get_world_size())
-    place = Place(seed=seed, rank=rank, world_size=world, batch_size=batch_size)
-    return _loader(_Batches(name, dataset, place, None), num_workers, pin_memory)
+) -> EvalLoader:
+    """Every sample of a data set once, divided over the ranks, or all of them on each rank (``is_whole``)."""
+    worker = WorkerInfo(seed) if is_whole else _rank_info(seed)
+    return EvalLoader(name, dataset, batch_size, num_workers, worker, pin_memory)

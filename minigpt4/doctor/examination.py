@@ -255,7 +255,7 @@ def _timed_steps(args: Any, cfg: Any, files: ModelFiles, device: torch.device) -
         runner = RunnerBase(cfg=short, job_id="doctor", task=task, model=model, datasets=datasets)
         runner.wrapped_model.train()
         seconds, waited, batches = [], [], []
-        loader = runner._train_loader().epoch(0)
+        loader = runner._train_loader().iter_epoch(0)
         for _ in range(min(args.steps, runner.iters_per_epoch)):
             start = time.perf_counter()
             batch = next(loader)

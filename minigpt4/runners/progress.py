@@ -18,6 +18,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
+from minigpt4.datasets.loader import LOADER_KEY
 
 
 class Tracker:
@@ -135,7 +136,8 @@ class EpochProgress:
         self._window["tokens"] += output.get("num_tokens", 0) * world
         self._window["padded_tokens"] += output.get("num_padded_tokens", 0) * world
         self._window["waited"] += waited
-        self.skipped.setdefault(batch.get("source", "data"), Counter()).update(batch.get("skipped", {}))
+        info = batch.get(LOADER_KEY) or {"source": "data", "skipped": {}}
+        self.skipped.setdefault(info["source"], Counter()).update(info["skipped"])
         self._bar.update()
         is_reported = i % self.log_freq == 0 or i + 1 == self.num_iters
         if is_reported:

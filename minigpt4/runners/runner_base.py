@@ -175,7 +175,7 @@ class RunnerBase:
         log_freq, save_every = int(self.run_cfg.get("log_freq", 50)), self.run_cfg.get("save_every_iters")
         logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
         self.progress.begin(epoch, self.iters_per_epoch, log_freq, state.iteration)
-        batches = loader.epoch(epoch, state.iteration)
+        batches = loader.iter_epoch(epoch, state.iteration)
         with self.progress:
             for i in range(state.iteration, self.iters_per_epoch):
                 asked = time.perf_counter()

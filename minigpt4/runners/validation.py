@@ -7,7 +7,7 @@ import torch
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
-from minigpt4.datasets.loader import validation_batches
+from minigpt4.datasets.loader import eval_batches
 
 if TYPE_CHECKING:
     from minigpt4.runners.runner_base import RunnerBase
@@ -25,10 +25,7 @@ def mean_loss(runner: "RunnerBase", datasets: dict[str, Any]) -> float:
     seed = int(cfg.get("seed", 42))
     sums = torch.zeros(2, dtype=torch.float64)  # of losses and of target tokens
     for name, dataset in datasets.items():
-        batches = validation_batches(
-            *(name, dataset, batch_size, num_workers, seed),
-            pin_memory=devices.pins_memory(device),
-        )
+        batches = eval_batches(name, dataset, batch_size, num_workers, seed, devices.pins_memory(device))
         is_sharded = cfg.get("parallel") == "fsdp"  # then every forward is the work of all ranks
         counted = dist_utils.lockstep(batches) if is_sharded else ((batch, True) for batch in batches)
         with devices.local_seed(seed):  # the same prompts every time

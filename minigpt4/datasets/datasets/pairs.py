@@ -1,6 +1,5 @@
-"""Image files and their texts, listed beforehand: cc_sbu_align and one's own pictures."""
+"""Image files and their texts from a list: cc_sbu_align and own pictures."""
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,19 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.utils.data import Dataset
 
-from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError, see
+from minigpt4.common.errors import UserError
 from minigpt4.common.utils import IMAGE_PLACEHOLDER, parse_json, read_plain_file
 from minigpt4.datasets.datasets.sample import (
-    MAX_BAD_IN_A_ROW,
     ImageProcessor,
-    Place,
     Sample,
     SkipSample,
     TextProcessor,
     check_caption,
+    collate,
     file_identity,
     prepare_image,
 )
@@ -30,80 +27,31 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Pair:
-    """One image file, its caption, and the question that the caption answers where there is one."""
+    """One image file, its caption, and the question that the caption answers, if any."""
 
     image: Path
     caption: str
     instruction: str | None = None
 
 
-class ListedDataset:
-    """Samples that can be indexed; subclasses give ``__len__``, ``__getitem__`` and ``first_place``.
-
-    Args:
-        name: of the data set, for seeds and messages.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def endless(self, place: Place) -> Iterator[Sample]:
-        """Samples for ever, each once a pass in a fresh order, from the place's first sample on.
-
-        What stands at a position of the run depends on the seed alone, not on the number of workers or ranks.
-        """
-        for batch in itertools.count(place.turn, place.num_workers):
-            for row in range(place.batch_size):
-                position = (batch * place.world_size + place.rank) * place.batch_size + row
-                yield self._sample_at(place.first_sample + position, place)
-
-    def _sample_at(self, position: int, place: Place) -> Sample:
-        """The sample of a position; one that cannot be used gives way to another drawn one."""
-        passes, within = divmod(position, len(self))
-        index = int(self._order(passes, place)[within])
-        with local_seed(place.sub_seed(self.name, "sample", position)):
-            for _ in range(MAX_BAD_IN_A_ROW):
-                try:
-                    return self[index]
-                except SkipSample as skip:
-                    place.skipped[str(skip)] += 1
-                    index = int(torch.randint(len(self), ()))
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in place.skipped.items())
-        told = f"Data set {self.name} gives no usable sample ({kinds}); first file: {self.first_place}."
-        raise UserError(told + see("silent-data-failure"))
-
-    def _order(self, passes: int, place: Place) -> torch.Tensor:
-        if getattr(self, "_cached_pass", None) != (passes, place.seed):
-            generator = torch.Generator().manual_seed(place.sub_seed(self.name, "order", passes))
-            self._cached_order = torch.randperm(len(self), generator=generator)
-            self._cached_pass = (passes, place.seed)
-        return self._cached_order
-
-    def once(self, place: Place) -> Iterator[Sample]:
-        """This part's share of all samples, in order, each once; what cannot be used is counted."""
-        for index in range(place.index, len(self), place.count):
-            try:
-                yield self[index]
-            except SkipSample as skip:
-                place.skipped[str(skip)] += 1
-
-
-class PairDataset(ListedDataset):
+class PairDataset(Dataset):
     """Image files and their captions.
 
     Args:
-        name: of the data set, for seeds and messages.
+        name: of the data set, for messages.
         pairs: all of them.
-        vis_processor: an image processor, or a function from RGB image to tensor [3, S, S].
-        text_processor: caption to caption.
+        vis_processor: from an RGB image to float32 [3, S, S].
+        text_processor: from caption to caption.
     """
 
-    PART = 1024  # pairs whose features stand in one file of a cache
+    PAIRS_PER_PART = 1024  # in one file of a feature cache
+    collater = staticmethod(collate)
+    drop_last = False  # every pair is used in each pass
 
     def __init__(
         self, name: str, pairs: Sequence[Pair], vis_processor: ImageProcessor, text_processor: TextProcessor = str
     ) -> None:
-        super().__init__(name)
+        self.name = name
         self.pairs = list(pairs)
         self.vis_processor = vis_processor
         self.text_processor = text_processor
@@ -112,7 +60,7 @@ class PairDataset(ListedDataset):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        """Reads and processes one pair; raises SkipSample where the file is missing or damaged."""
+        """Reads and processes one pair; raises SkipSample if its file is missing or damaged."""
         pair = self.pairs[index]
         caption = check_caption(pair.caption)
         try:
@@ -128,22 +76,22 @@ class PairDataset(ListedDataset):
         }
 
     @property
-    def first_place(self) -> str:
-        """Where the first sample is, for messages."""
+    def first_file(self) -> str:
+        """The first image, for messages."""
         return str(self.pairs[0].image)
 
     @property
     def num_parts(self) -> int:
-        """Files of a feature cache."""
-        return -(-len(self) // self.PART)
+        """The number of files of a feature cache."""
+        return -(-len(self) // self.PAIRS_PER_PART)
 
-    def samples_of(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
-        """Functions that read and process the samples of a part, one each."""
-        for index in range(part * self.PART, min(len(self), (part + 1) * self.PART)):
+    def iter_part(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
+        """Functions that read and process one sample of a part each."""
+        for index in range(part * self.PAIRS_PER_PART, min(len(self), (part + 1) * self.PAIRS_PER_PART)):
             yield partial(self.__getitem__, index)
 
     def identity(self) -> list[Any]:
-        """What a cache of this data set holds on to: files with their sizes and times, and texts."""
+        """What the features and texts in a cache depend on: files with sizes and times, and texts."""
         return [[*file_identity(pair.image), pair.caption, pair.instruction] for pair in self.pairs]
 
 

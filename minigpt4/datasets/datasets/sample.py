@@ -1,82 +1,89 @@
-"""What both kinds of data set share: the place of a reader, one sample, and why a sample is skipped."""
+"""What all data sets share: which worker reads, how far it has read, one sample, and why a sample is skipped."""
 
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import default_collate
 
 from minigpt4.common.utils import open_image
 
-ImageProcessor = Callable[[Image.Image], Any]
+ImageProcessor = Callable[[Image.Image], Tensor]
 TextProcessor = Callable[[str], str]
-Sample = dict[str, Any]  # image: what prepare_image gives; text_input: str; instruction: str or None
+Sample = dict[
+    str, Any
+]  # image: float32 [3, S, S], or features: bfloat16 [Q, H]; text_input: str; instruction: str or None
 
-MAX_CAPTION = 100_000  # characters; all but max_txt_len tokens are cut off, but only after all were made
-MAX_BAD_IN_A_ROW = 1000  # a source without a single usable sample among so many is a mistake, not bad luck
+MAX_CAPTION = 100_000  # characters; the tokenizer would process all of them before truncation to max_txt_len
+MAX_BAD_IN_A_ROW = 1000  # unusable samples in a row after which a data set is considered broken
 
 
 class SkipSample(Exception):
-    """A sample cannot be used; the message is the kind that is counted."""
+    """A sample cannot be used; the message is the kind under which it is counted."""
 
 
-@dataclass
-class Place:
-    """Which part of the data one loader worker reads, from where on, and what it had to skip there.
+@dataclass(frozen=True)
+class WorkerInfo:
+    """One loader worker among those of all ranks.
 
-    Part ``index`` of ``count``: workers of all ranks together. A run is repeated by the same seed on the same parts.
+    Args:
+        seed: of the run; order, shard draws and augmentation are derived from it.
+        rank, world_size: of the training process that the worker belongs to.
+        worker_id, num_workers: of the worker within its rank.
     """
 
     seed: int
     rank: int = 0
     world_size: int = 1
-    turn: int = 0  # of this worker in each round of batches
+    worker_id: int = 0
     num_workers: int = 1
-    batch_size: int = 1
-    first_sample: int = 0  # samples that this source gave to all ranks together before
-    first_batch: int = 0  # batches of this epoch that this source gave to each rank before
-    draw: int | str = 0  # names a fresh draw of shards: the epoch, or where within it other ranks went on
-    positions: dict[int, Any] = field(default_factory=dict)  # of streams to go on with, by worker
-    position: Any = None  # of this worker's stream, behind the sample that came last
-    skipped: Counter = field(default_factory=Counter)
-
-    @property
-    def worker(self) -> int:
-        """Number of this worker's stream; rounds begin with the one whose turn it was when the run was left."""
-        return (self.turn + self.first_batch) % self.num_workers
 
     @property
     def index(self) -> int:
-        """Number of this part."""
-        return self.rank * self.num_workers + self.worker
+        """The worker's number among ``count``."""
+        return self.rank * self.num_workers + self.worker_id
 
     @property
     def count(self) -> int:
-        """Number of parts."""
+        """The number of workers of all ranks."""
         return self.world_size * self.num_workers
 
-    def sub_seed(self, *names: Any) -> int:
-        """A seed of its own for whatever the names say, the same in every process and run."""
-        return zlib.crc32(repr((self.seed, *names)).encode())
 
+@dataclass(frozen=True)
+class StreamPosition:
+    """How far a worker has read its stream of shards; the stream can be resumed from here.
 
-def prepare_image(data: bytes, processor: ImageProcessor) -> Any:
-    """Decodes an image and processes it to [3, S, S].
-
-    Raises:
-        SkipSample: the bytes are no image that can be used.
+    Args:
+        num_samples: undecoded samples taken from the stream, unusable ones included.
+        shard_sizes: samples in each shard drawn so far, except the one being read.
     """
-    return processor(decode_image(data, getattr(processor, "draft_size", None)))
+
+    num_samples: int = 0
+    shard_sizes: tuple[int, ...] = ()
+
+
+def derive_seed(seed: int, *names: Any) -> int:
+    """A seed for one purpose, the same in every process and run."""
+    return zlib.crc32(repr((seed, *names)).encode())
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Samples to a batch: tensors stacked, [B, 3, S, S] or [B, Q, H], texts as lists of length B."""
+    batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
+    for name in batch.keys() & {"image", "features"}:
+        batch[name] = default_collate(batch[name])  # stacks into shared memory when called in a worker
+    return batch
 
 
 def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
-    """Bytes of a JPEG, PNG or WebP to an RGB image; raises SkipSample for whatever is not one.
+    """Decodes JPEG, PNG, WebP and similar bytes to an RGB image; raises SkipSample for anything else.
 
-    JPEGs may come out at 1/2, 1/4 or 1/8 of their width and height, not below what ``draft_size`` gives for them.
+    JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size, but not below what ``draft_size`` returns for it.
     """
     try:
         with warnings.catch_warnings():
@@ -85,20 +92,16 @@ def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] 
             if draft_size and (size := draft_size(*image.size)) != image.size:
                 image.draft("RGB", size)
             image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy what is RGB
+            return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even RGB
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise SkipSample("image too large") from error
-    except Exception as error:  # each of Pillow's decoders has exceptions of its own
+    except Exception as error:  # Pillow's decoders raise many kinds of exceptions
         raise SkipSample("unreadable image") from error
 
 
-def file_identity(path: Path | str) -> list[Any]:
-    """Name, size and time of a file, as far as it is one here."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return [str(path)]
-    return [str(path), status.st_size, status.st_mtime_ns]
+def prepare_image(data: bytes, processor: ImageProcessor) -> Tensor:
+    """Decodes an image and processes it to [3, S, S]; raises SkipSample if the bytes are no usable image."""
+    return processor(decode_image(data, getattr(processor, "draft_size", None)))
 
 
 def check_caption(caption: Any) -> str:
@@ -108,3 +111,12 @@ def check_caption(caption: Any) -> str:
     if len(caption) > MAX_CAPTION:
         raise SkipSample("caption too long")
     return caption
+
+
+def file_identity(path: Path | str) -> list[Any]:
+    """Name, size and modification time of a file; the name alone if it is no local file."""
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""Shards of img2dataset in the webdataset form: laion and cc_sbu of stage 1."""
+"""Shards of img2dataset in the webdataset format: laion and cc_sbu of stage 1."""
 
 import itertools
 import json
@@ -17,11 +17,14 @@ from minigpt4.common.errors import UserError, see
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
-    Place,
     Sample,
     SkipSample,
+    StreamPosition,
     TextProcessor,
+    WorkerInfo,
     check_caption,
+    collate,
+    derive_seed,
     file_identity,
     prepare_image,
 )
@@ -37,10 +40,12 @@ class ShardDataset:
     Args:
         name: of the data set, for seeds and messages.
         shards: paths or URLs of the tar files, see ``expand_shards``.
-        vis_processor: an image processor, or a function from RGB image to tensor [3, S, S].
-        text_processor: caption to caption.
-        shuffle_buffer: undecoded samples that a worker holds to draw from.
+        vis_processor: from an RGB image to float32 [3, S, S].
+        text_processor: from caption to caption.
+        shuffle_buffer: undecoded samples in the buffer from which each worker draws.
     """
+
+    collater = staticmethod(collate)
 
     def __init__(
         self,
@@ -56,42 +61,36 @@ class ShardDataset:
         self.text_processor = text_processor
         self.shuffle_buffer = shuffle_buffer
 
-    def endless(self, place: Place) -> Iterator[Sample]:
-        """Samples for ever: shards drawn with replacement, shuffled in a buffer, anew for each ``place.draw``.
+    def iter_train(
+        self,
+        worker: WorkerInfo,
+        shuffle_key: int | str = 0,
+        position: StreamPosition | None = None,
+        skipped: Counter | None = None,
+    ) -> "ShardStream":
+        """One worker's endless stream of samples: shards drawn with replacement, samples shuffled in a buffer.
 
-        Raises:
-            UserError: the shards are empty, or hold nothing usable for a long stretch.
+        Args:
+            worker: whose stream; each worker has another one.
+            shuffle_key: other keys give other draws; the epoch, or the step of a resume.
+            position: where to start; the beginning by default.
+            skipped: counts unusable samples by kind.
         """
-        names = self.name, place.draw, place.rank, place.worker
-        stream = _Stream(self, random.Random(place.sub_seed(*names)), place.skipped)
-        if position := place.positions.get(place.worker):
-            stream.go_to(*position)
-        num_bad = 0
-        for raw in stream:
-            place.position = stream.position
-            try:
-                with local_seed(place.sub_seed(*names, stream.number - 1)):
-                    sample = self.process(raw)
-                num_bad = 0
-            except SkipSample as skip:
-                place.skipped[str(skip)] += 1
-                num_bad += 1
-                if num_bad == MAX_BAD_IN_A_ROW:
-                    raise UserError(self.nothing_usable(place.skipped)) from skip
-                continue
-            yield sample
+        skipped = Counter() if skipped is None else skipped
+        return ShardStream(self, worker, shuffle_key, position or StreamPosition(), skipped)
 
-    def once(self, place: Place) -> Iterator[Sample]:
-        """This part's share of all samples, each once; what cannot be used is counted."""
-        for number, raw in enumerate(self.read(self.shards, place.skipped)):
-            if number % place.count == place.index:
+    def iter_eval(self, worker: WorkerInfo, skipped: Counter | None = None) -> Iterator[Sample]:
+        """This worker's share of all samples, each once; unusable ones are counted in ``skipped``."""
+        skipped = Counter() if skipped is None else skipped
+        for number, raw in enumerate(self.read(self.shards, skipped)):
+            if number % worker.count == worker.index:
                 try:
                     yield self.process(raw)
                 except SkipSample as skip:
-                    place.skipped[str(skip)] += 1
+                    skipped[str(skip)] += 1
 
     def process(self, raw: dict[str, Any]) -> Sample:
-        """Decodes and processes one undecoded sample; raises SkipSample where it cannot be used."""
+        """Decodes and processes one undecoded sample; raises SkipSample if it is unusable."""
         image = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
         if image is None:
             raise SkipSample("no image")
@@ -104,20 +103,20 @@ class ShardDataset:
 
     @property
     def num_parts(self) -> int:
-        """Files of a feature cache, one a shard."""
+        """The number of files of a feature cache: one per shard."""
         return len(self.shards)
 
-    def samples_of(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
-        """Functions that process the samples of a shard, one each."""
+    def iter_part(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
+        """Functions that process one sample of a shard each."""
         for raw in self.read([self.shards[part]], skipped):
             yield partial(self.process, raw)
 
     def identity(self) -> list[Any]:
-        """What a cache of this data set holds on to: the shards with their sizes and times."""
+        """What the features and texts in a cache depend on: the shards with their sizes and times."""
         return [file_identity(shard) for shard in self.shards]
 
     def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
-        """Undecoded samples of shards in their order; what cannot be read is counted."""
+        """Undecoded samples of shards in order; unreadable shards are counted."""
         handler = self._counting(skipped)
         return group_by_keys(read_files(shards, handler, skipped), keys=key_and_suffix, handler=handler)
 
@@ -126,81 +125,99 @@ class ShardDataset:
             is_duplicate = isinstance(error, ValueError) and "duplicate file name" in str(error)
             skipped["duplicate file in a shard" if is_duplicate else "unreadable shard"] += 1
             if not is_duplicate:
-                logging.warning("%s: a shard cannot be read on: %s", self.name, str(error)[:200])
+                logging.warning("%s: a shard cannot be read any further: %s", self.name, str(error)[:200])
             return True
 
         return handler
 
     def nothing_usable(self, skipped: Counter) -> str:
-        """A message for shards that hold no usable sample."""
+        """The message for shards without any usable sample."""
         kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items()) or "the shards are empty"
         return (
-            f"Data set {self.name} gives no usable sample ({kinds}) in {len(self.shards)} shards, as {self.shards[0]}. "
-            "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md."
-            + see("silent-data-failure")
+            f"Data set {self.name} has no usable sample ({kinds}) in {len(self.shards)} shards, "
+            f"such as {self.shards[0]}. Expected tar files of KEY.jpg with KEY.json or KEY.txt; see "
+            "dataset/README_1_STAGE.md." + see("silent-data-failure")
         )
 
 
 @dataclass
 class _Item:
-    """One undecoded sample: number ``index`` of shard draw number ``draw``; not read where it was given out before."""
+    """Undecoded sample number ``index`` of shard draw number ``draw``; ``raw`` is None while fast-forwarding."""
 
     draw: int
     index: int
     raw: dict[str, Any] | None
 
 
-class _Stream:
-    """One worker's undecoded samples: shards drawn with replacement, mixed in a buffer, from any position on.
+class ShardStream:
+    """An endless iterator over one worker's samples that can start at any position of itself.
 
-    What lies in the buffer at a position follows from the seed and from how many samples the shards drawn so far hold:
-    to go there, draws and swaps are repeated with those numbers alone, and what the buffer then lacks is read.
+    The buffer's content at a position depends only on the seed and on the sizes of the shards drawn so far. To resume,
+    the draws and swaps are repeated with the stored sizes, and only samples still in the buffer are read.
     """
 
-    def __init__(self, dataset: ShardDataset, rng: random.Random, skipped: Counter) -> None:
-        self.number = 0  # samples given so far
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        worker: WorkerInfo,
+        shuffle_key: int | str,
+        position: StreamPosition,
+        skipped: Counter,
+    ) -> None:
         self._dataset = dataset
-        self._rng = rng
+        self._seed = derive_seed(worker.seed, dataset.name, shuffle_key, worker.rank, worker.worker_id)
+        self._rng = random.Random(self._seed)
         self._skipped = skipped
-        self._drawn: list[str] = []
-        self._sizes: list[int] = []  # of the shards that were read to their ends
-        self._known: list[int] = []  # sizes that are known beforehand
+        self._num_samples = 0
+        self._drawn: list[str] = []  # shards
+        self._sizes: list[int] = []  # of the shards that were read to the end
+        self._known_sizes = position.shard_sizes
         self._buffer: list[_Item] = []
-        self._items = self._shuffled()
+        self._items = self._shuffle()
+        if position != StreamPosition():
+            self._fast_forward(position)
 
     @property
-    def position(self) -> tuple[int, list[int]]:
-        """What ``go_to`` takes to go on behind the last sample."""
-        return self.number, list(self._sizes)
+    def position(self) -> StreamPosition:
+        """The position behind the last sample returned."""
+        return StreamPosition(self._num_samples, tuple(self._sizes))
 
-    def go_to(self, number: int, sizes: list[int]) -> None:
-        """Goes to a position of an equal stream; UserError where the shards are not what they were."""
-        self._known = sizes
-        for _ in range(number):
+    def __iter__(self) -> "ShardStream":
+        return self
+
+    def __next__(self) -> Sample:
+        """The next usable sample; raises UserError if there is none for a long stretch."""
+        for _ in range(MAX_BAD_IN_A_ROW):
+            item = next(self._items)
+            self._num_samples += 1
+            try:
+                with local_seed(derive_seed(self._seed, self._num_samples)):
+                    return self._dataset.process(item.raw)
+            except SkipSample as skip:
+                self._skipped[str(skip)] += 1
+        raise UserError(self._dataset.nothing_usable(self._skipped))
+
+    def _fast_forward(self, position: StreamPosition) -> None:
+        for _ in range(position.num_samples):
             next(self._items)
-        self.number = number
-        lacking = [item for item in self._buffer if item.raw is None]
-        for draw in {item.draw for item in lacking}:
-            items = {item.index: item for item in lacking if item.draw == draw}
+        self._num_samples = position.num_samples
+        missing = [item for item in self._buffer if item.raw is None]
+        for draw in {item.draw for item in missing}:
+            items = {item.index: item for item in missing if item.draw == draw}
             raws = self._dataset.read([self._drawn[draw]], Counter())
             for index, raw in zip(range(max(items) + 1), raws, strict=False):
                 if index in items:
                     items[index].raw = raw
-        if len(self._sizes) != len(sizes) or any(item.raw is None for item in lacking):
+        if len(self._sizes) != len(position.shard_sizes) or any(item.raw is None for item in missing):
             shards = ", ".join(sorted(set(self._drawn)))
             raise UserError(
-                f"Data set {self._dataset.name}: a shard no longer holds the samples that it held when the run was "
-                f"left, one of {shards}; put the old file back, or go on with another run.seed."
+                f"Data set {self._dataset.name}: a shard no longer holds the samples that it held when the checkpoint "
+                f"was written, one of {shards}; restore the old file, or resume with another run.seed."
             )
-        self._skipped.clear()  # told by the run that was left
+        self._skipped.clear()  # already counted before the resume
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for item in self._items:
-            self.number += 1
-            yield item.raw
-
-    def _shuffled(self) -> Iterator[_Item]:
-        # Filled to a tenth before the first sample goes out, then growing to its full size while samples flow.
+    def _shuffle(self) -> Iterator[_Item]:
+        # The buffer is filled to a tenth before the first sample is returned; then it grows to its full size.
         buffer, size = self._buffer, self._dataset.shuffle_buffer
         for count, item in enumerate(self._read(), 1):
             buffer.append(item)
@@ -215,8 +232,8 @@ class _Stream:
         for draw in itertools.count():
             shard = self._rng.choice(self._dataset.shards)
             self._drawn.append(shard)
-            is_known = draw < len(self._known)
-            raws = [None] * self._known[draw] if is_known else self._dataset.read([shard], self._skipped)
+            is_known = draw < len(self._known_sizes)
+            raws = [None] * self._known_sizes[draw] if is_known else self._dataset.read([shard], self._skipped)
             index = -1
             for index, raw in enumerate(raws):
                 yield _Item(draw, index, raw)
