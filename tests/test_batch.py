@@ -22,12 +22,12 @@ def write_rows(path, *rows):
 
 def test_rows_in_order_and_resume(chat, scene_folder, tmp_path):
     questions = find_questions(str(scene_folder), "What is it?")
-    assert [q.image.rsplit("/", 1)[1] for q in questions] == ["0.png", "1.png", "2.png", "2a.jpg", "3.png", "4.png"]
+    assert [q["image"].rsplit("/", 1)[1] for q in questions] == ["0.png", "1.png", "2.png", "2a.jpg", "3.png", "4.png"]
     out = tmp_path / "out" / "rows.jsonl"
     assert answer_questions(chat, questions, out, GREEDY, batch_size=2) == 1
     whole = out.read_bytes()
     rows = rows_of(out)
-    assert [row["image"] for row in rows] == [q.image for q in questions]
+    assert [row["image"] for row in rows] == [q["image"] for q in questions]
     assert "2a.jpg" in rows[3]["error"] and all("answer" in row for row in rows if row is not rows[3])
     lines = whole.splitlines(keepends=True)
     for rest in (b"".join(lines[:2]), b"".join(lines[:2]) + lines[2][:20], whole):  # killed between, within, after
@@ -70,7 +70,7 @@ def test_resume_after_odd_line_ends_and_a_bad_target(chat, scene_folder, tmp_pat
 def test_sources(scene_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"image": "a.png", "question": "Why?"}\n\n{"image": "b.png"}\n', encoding="utf-8")
-    assert [(q.image, q.text) for q in find_questions(str(rows), "What?")] == [
+    assert [(q["image"], q["question"]) for q in find_questions(str(rows), "What?")] == [
         (str(tmp_path / "a.png"), "Why?"),
         (str(tmp_path / "b.png"), "What?"),
     ]

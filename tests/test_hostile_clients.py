@@ -249,14 +249,16 @@ def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):
     assert len(most) == 6 and max(most) == 2
 
 
-def test_connections_are_counted(monkeypatch):
-    settings = {}
-    monkeypatch.setattr(api.uvicorn, "run", lambda app, **given: settings.update(given))
+def test_connections_are_limited(monkeypatch):
+    served = []
+    monkeypatch.setattr(api.uvicorn.Server, "run", lambda self, sockets: served.append((self.config, *sockets)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     api.serve(None, "127.0.0.1", port)
-    assert settings["limit_concurrency"] == api.MAX_CONNECTIONS
+    config, listener = served[0]
+    assert config.limit_concurrency == api.MAX_CONNECTIONS and listener.getsockname()[1] == port
+    listener.close()
 
 
 def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):

@@ -82,13 +82,12 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
 
 def serve(app: FastAPI, host: str, port: int) -> None:
     """Runs the server until it is interrupted; UserError if the port is in use."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"--host {host} --port {port} cannot be used ({error.strerror}); give another.") from error
-    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port} cannot be used ({error.strerror}); give another.") from error
+    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+    uvicorn.Server(config).run([listener])
 
 
 @dataclass

@@ -3,9 +3,7 @@
 import glob
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,16 +16,11 @@ from minigpt4.conversation.generation import GenerationOptions
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
-@dataclass
-class Question:
-    """One row to answer: an image's path, as it is written to the output, and the question."""
-
-    image: str
-    text: str
+Row = dict[str, str]  # "image" (a path) and "question", later "answer" or "error"
 
 
-def find_questions(source: str, question: str) -> list[Question]:
-    """Lists the images of a source, in order.
+def find_questions(source: str, question: str) -> list[Row]:
+    """Lists the images of a source, in order, with their questions.
 
     Args:
         source: a folder (searched recursively), a glob, an image, or a .jsonl file of rows with ``image`` (relative
@@ -48,10 +41,10 @@ def find_questions(source: str, question: str) -> list[Question]:
         raise UserError(
             f"--batch: '{source}' holds no images ({', '.join(sorted(EXTENSIONS))}); give a folder or a glob."
         )
-    return [Question(str(file), question) for file in files]
+    return [{"image": str(file), "question": question} for file in files]
 
 
-def _read_rows(path: Path, question: str) -> Iterator[Question]:
+def _read_rows(path: Path, question: str) -> Iterator[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a text
     except UnicodeDecodeError as error:
@@ -61,11 +54,11 @@ def _read_rows(path: Path, question: str) -> Iterator[Question]:
             row = parse_json(line, f"--batch: line {number} of {path}")
             if not isinstance(row, dict) or not isinstance(row.get("image"), str):
                 raise UserError(f'--batch: line {number} of {path} is not a row such as {{"image": "a.jpg"}}.')
-            yield Question(str(path.parent / row["image"]), str(row.get("question", question)))
+            yield {"image": str(path.parent / row["image"]), "question": str(row.get("question", question))}
 
 
 def answer_questions(
-    chat: Chat, questions: list[Question], out: Path, options: GenerationOptions, batch_size: int = 16
+    chat: Chat, questions: list[Row], out: Path, options: GenerationOptions, batch_size: int = 16
 ) -> int:
     """Answers all questions into ``out``, after the rows that an earlier run wrote; returns how many hold an error.
 
@@ -89,7 +82,7 @@ def answer_questions(
     return sum("error" in row for row in rows)
 
 
-def _to_line(row: dict[str, Any]) -> str:
+def _to_line(row: Row) -> str:
     line = json.dumps(row, ensure_ascii=False) + "\n"
     try:
         line.encode()
@@ -98,7 +91,7 @@ def _to_line(row: dict[str, Any]) -> str:
     return line
 
 
-def _read_finished(out: Path, questions: list[Question]) -> list[dict[str, Any]]:
+def _read_finished(out: Path, questions: list[Row]) -> list[Row]:
     """The complete rows of an earlier run; a partial row at the end, where it was killed, is truncated."""
     out.parent.mkdir(parents=True, exist_ok=True)
     data = out.read_bytes() if out.exists() else b""
@@ -106,10 +99,10 @@ def _read_finished(out: Path, questions: list[Question]) -> list[dict[str, Any]]
     mismatch = UserError(f"--out: {out} holds rows of other images or questions; give another file or remove it.")
     try:
         rows = [json.loads(line) for line in complete.decode("utf-8").split("\n")[:-1]]
-        actual = [(row["image"], row["question"]) for row in rows]
+        actual = [{key: row[key] for key in ("image", "question")} for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise mismatch from error
-    if actual != [(question.image, question.text) for question in questions[: len(actual)]]:
+    if actual != questions[: len(actual)]:
         raise mismatch
     if len(complete) < len(data):
         with out.open("r+b") as file:
@@ -117,9 +110,8 @@ def _read_finished(out: Path, questions: list[Question]) -> list[dict[str, Any]]
     return rows
 
 
-def _answer(chat: Chat, questions: list[Question], options: GenerationOptions) -> list[dict[str, Any]]:
-    rows = [{"image": question.image, "question": question.text} for question in questions]
-    valid, pixels = [], []
+def _answer(chat: Chat, questions: list[Row], options: GenerationOptions) -> list[Row]:
+    rows, valid, pixels = [dict(question) for question in questions], [], []
     for row in rows:
         try:
             image = chat.preprocess_image(row["image"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -154,27 +155,21 @@ def _check_match(base: WeightFolder, delta: WeightFolder) -> None:
 
 
 def _write_weights(base: WeightFolder, delta: WeightFolder, folder: Path, dtype: torch.dtype) -> None:
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in delta.shapes.items()}
-    total = sum(sizes.values())
+    model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in delta.shapes.items()}
+    total = sum(value.nbytes for value in model.values())
     if (free := shutil.disk_usage(folder).free) < total:
         raise UserError(f"--target: {total:,} bytes are needed in {folder.parent}, but only {free:,} are free.")
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    weight_map = {}
+    shards = split_torch_state_dict_into_shards(model, max_shard_size=SHARD_BYTES)
     with tqdm(total=total, unit="B", unit_scale=True, desc="base + delta") as progress:
-        for number, names in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for file, names in shards.filename_to_tensors.items():
             tensors = {}
             for name in names:
                 tensors[name] = _sum(base, delta, name, dtype)
-                weight_map[name] = file
-                progress.update(sizes[name])
+                progress.update(tensors[name].nbytes)
             save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def _sum(base: WeightFolder, delta: WeightFolder, name: str, dtype: torch.dtype) -> Tensor:
