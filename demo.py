@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from minigpt4.conversation.conversation import Chat
@@ -58,6 +58,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.templates import choose_template
     from minigpt4.doctor import look_ahead
+    from minigpt4.processors import eval_image_processor
 
     cfg = Config(args).check()
     run_cfg = read_section(RunConfig, cfg.config.get("run"), "run")
@@ -66,16 +67,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     template = choose_template(cfg.model_cfg.get("conversation"), model.llama_model.config.vocab_size)
-    return Chat(model, image_processor(cfg), device, template)
-
-
-def image_processor(cfg: Any) -> Any:
-    """The image processor of the first data set: its ``eval`` one, else a deterministic one of the same size."""
-    from minigpt4.datasets.builders import BaseDatasetBuilder
-
-    sections = list((cfg.config.get("datasets") or {}).values())
-    default = {"vis_processor": {"train": {"name": "blip2_image_eval", "image_size": cfg.model_cfg.image_size}}}
-    return BaseDatasetBuilder(sections[0] if sections else default).vis_processor("eval")
+    return Chat(model, eval_image_processor(cfg), device, template)
 
 
 def generation_options(args: argparse.Namespace) -> "GenerationOptions":

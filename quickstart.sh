@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs into .venv (or into $VIRTUAL_ENV where one is active) and runs both stages on the small world.
+# Installs into .venv (or the active virtual environment) and runs both stages on small generated scenes.
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ -z "${VIRTUAL_ENV:-}" ]; then

@@ -1,3 +1,3 @@
-"""The small world in which the whole of MiniGPT-4 runs on a CPU: scenes, tiny frozen backbones, both stages."""
+"""The quickstart: small generated scenes and tiny frozen backbones, with which both stages run on a CPU."""
 
 import minigpt4  # noqa: F401  (before any transformers: it makes torchvision importable everywhere)

@@ -1,4 +1,4 @@
-"""Runs both stages on the small world and shows what they taught: a table, a loss curve, a sheet of pictures.
+"""Runs both stages on small generated scenes and reports the results: a table, a loss curve, a sheet of answers.
 
 python -m quickstart
 """
@@ -16,13 +16,13 @@ import matplotlib
 import torch
 from PIL import Image
 
-from demo import image_processor
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.datasets.datasets.pairs import read_align_folder
 from minigpt4.models import MiniGPT4
+from minigpt4.processors import eval_image_processor
 from quickstart import scenes
 
 matplotlib.use("Agg")
@@ -35,7 +35,7 @@ QUESTION = "Describe this image in detail."
 
 
 def write_data() -> list[scenes.Scene]:
-    """Writes shards, alignment folder and held-out pictures; returns the held-out scenes."""
+    """Writes shards, alignment folder and held-out images; returns the held-out scenes."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     scenes.write_shards(OUTPUT / "shards", num_shards=8, scenes_per_shard=1000, seed=1)
     scenes.write_alignment(OUTPUT / "align", num_scenes=2000, seed=2)
@@ -43,7 +43,7 @@ def write_data() -> list[scenes.Scene]:
 
 
 def train(stage: int) -> None:
-    """Runs train.py on a stage's YAML file, as a user would, and puts its last checkpoint where the next step looks."""
+    """Runs train.py on a stage's YAML file, as a user would, and copies its last checkpoint to a fixed name."""
     command = [sys.executable, "train.py", "--cfg-path", f"train_configs/quickstart_stage{stage}.yaml"]
     print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
@@ -54,33 +54,31 @@ def train(stage: int) -> None:
 
 @torch.inference_mode()
 def measure(name: str, ckpt: Path | None, held_out: list[scenes.Scene]) -> dict[str, Any]:
-    """Loss on the held-out scenes, and how many of their objects the model's own words name fully right."""
+    """The loss on the held-out scenes, and the share of their objects that the model's answers name fully right."""
     options = [f"model.ckpt={ckpt if ckpt else 'null'}"]
     cfg = Config(argparse.Namespace(cfg_path=ROOT / "eval_configs" / "quickstart_eval.yaml", options=options)).check()
-    torch.manual_seed(0)  # of the projection that has not been trained
+    torch.manual_seed(0)  # for the untrained projection
     model = MiniGPT4.from_config(cfg.model_cfg)
     model.prompt_list = model.prompt_list[:1]
-    processor, pairs = image_processor(cfg), read_align_folder(OUTPUT / "held_out", "held_out")
+    processor, pairs = eval_image_processor(cfg), read_align_folder(OUTPUT / "held_out", "held_out")
     chat, answers, loss = Chat(model, processor, model.device), [], 0.0
     for start in range(0, len(pairs), 50):
-        part = pairs[start : start + 50]
-        images = torch.stack([processor(Image.open(pair.image).convert("RGB")) for pair in part])
-        loss += model({"image": images, "text_input": [pair.caption for pair in part]})["loss"].item() * len(part)
-        convs, img_lists = [CONV_VISION.copy() for _ in part], [[] for _ in part]
+        batch = pairs[start : start + 50]
+        images = torch.stack([processor(Image.open(pair.image).convert("RGB")) for pair in batch])
+        loss += model({"image": images, "text_input": [pair.caption for pair in batch]})["loss"].item() * len(batch)
+        convs, img_lists = [CONV_VISION.copy() for _ in batch], [[] for _ in batch]
         for image, conv, img_list in zip(images, convs, img_lists, strict=True):
             chat.upload_img(image, conv, img_list)
             chat.ask(QUESTION, conv)
         greedy = GenerationOptions(max_new_tokens=80, do_sample=False)
         answers += [text for text, _ in chat.answer_batch(convs, img_lists, greedy)]
+    num_invented = sum(len(scenes.parse(a) - set(s.things)) for s, a in zip(held_out, answers, strict=True))
     share = scenes.share_fully_right(held_out, answers)
-    invented = sum(
-        len(scenes.parse(answer) - set(scene.things)) for scene, answer in zip(held_out, answers, strict=True)
-    )
-    return {"name": name, "loss": loss / len(pairs), "share": share, "invented": invented, "answers": answers}
+    return {"name": name, "loss": loss / len(pairs), "share": share, "num_invented": num_invented, "answers": answers}
 
 
 def draw_losses(path: Path) -> None:
-    """The training loss of both stages, from their metrics.jsonl."""
+    """Plots the training loss of both stages, from their metrics.jsonl."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
     offset = 0
     for stage in (1, 2):
@@ -97,7 +95,7 @@ def draw_losses(path: Path) -> None:
 
 
 def draw_sheet(path: Path, held_out: list[scenes.Scene], answers: list[str], num_rows: int = 4) -> None:
-    """Held-out pictures with the model's answers; the frame is green where every object is right and none invented."""
+    """Plots held-out images with the model's answers; a green frame: all objects are right and none is invented."""
     figure, grid = pyplot.subplots(num_rows, 4, figsize=(13, 4.2 * num_rows))
     for i, axes in enumerate(grid.flat):
         axes.imshow(Image.open(OUTPUT / "held_out" / "image" / f"{i}.jpg"))
@@ -106,13 +104,13 @@ def draw_sheet(path: Path, held_out: list[scenes.Scene], answers: list[str], num
             spine.set(color="green" if is_right else "red", linewidth=4)
         axes.set(xticks=[], yticks=[])
         axes.set_xlabel(answers[i].replace(". ", ".\n"), fontsize=9)
-    figure.suptitle(f"“{QUESTION}”: pictures the model never saw")
+    figure.suptitle(f"“{QUESTION}”: images that were not in the training data")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
-    """Data, both stages, and a measurement before, between and after."""
+    """Writes the data, runs both stages, and measures before, between and after them."""
     start = time.time()
     try:
         held_out = write_data()
@@ -124,21 +122,21 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: {' '.join(error.cmd[1:])} ended with status {error.returncode}; its messages stand above.")
+        sys.exit(f"error: {' '.join(error.cmd[1:])} ended with status {error.returncode}; its messages are above.")
     draw_losses(OUTPUT / "loss.png")
     draw_sheet(OUTPUT / "answers.png", held_out, rows[-1]["answers"])
     num_objects = sum(len(scene.things) for scene in held_out)
     print(f"\n{NUM_HELD_OUT} held-out scenes with {num_objects} objects:\n")
     print("| | held-out loss | objects fully right | objects invented |\n|---|---|---|---|")
     for row in rows:
-        print(f"| {row['name']} | {row['loss']:.3f} | {row['share']:.1%} | {row['invented']} |")
+        print(f"| {row['name']} | {row['loss']:.3f} | {row['share']:.1%} | {row['num_invented']} |")
     ceilings = json.loads((ROOT / "quickstart" / "weights" / "pretraining.json").read_text(encoding="utf-8"))
     for side in ("vision", "text"):
         print(f"\nCeiling of the frozen {side} side alone: {ceilings[side]['ceiling on held-out objects']:.1%}", end="")
-    print(f"\n\nPictures: {OUTPUT / 'loss.png'}, {OUTPUT / 'answers.png'}")
-    print(f"It took {time.time() - start:.0f} s. Now ask it something yourself:\n")
-    picture = (OUTPUT / "held_out" / "image" / "0.jpg").relative_to(ROOT)
-    print(f'python demo.py --cfg-path eval_configs/quickstart_eval.yaml --image {picture} --greedy --ask "{QUESTION}"')
+    print(f"\n\nFigures: {OUTPUT / 'loss.png'}, {OUTPUT / 'answers.png'}")
+    print(f"It took {time.time() - start:.0f} s. Now ask the model a question:\n")
+    image = (OUTPUT / "held_out" / "image" / "0.jpg").relative_to(ROOT)
+    print(f'python demo.py --cfg-path eval_configs/quickstart_eval.yaml --image {image} --greedy --ask "{QUESTION}"')
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scenes of one to three objects on a 3x3 grid: drawn, rendered, put into words, read back, written as data sets."""
+"""Scenes of one to three objects on a 3x3 grid: drawing, rendering, captions, parsing of answers, data sets."""
 
 import hashlib
 import io
@@ -80,7 +80,7 @@ def draw_scene(rng: Random, held_out: bool = False) -> Scene:
 
 
 def render(scene: Scene, rng: Random) -> Image.Image:
-    """Draws the picture [IMAGE_SIZE, IMAGE_SIZE] RGB; background, jitter and tint come from ``rng``."""
+    """Renders an image [IMAGE_SIZE, IMAGE_SIZE] RGB; background, jitter and tint come from ``rng``."""
     grey = rng.randint(112, 148)
     image = Image.new("RGB", (_CANVAS, _CANVAS), tuple(grey + rng.randint(-9, 9) for _ in range(3)))
     pen, cell = ImageDraw.Draw(image), _CANVAS / 3
@@ -113,7 +113,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: flo
 
 
 def jpeg(image: Image.Image) -> bytes:
-    """The picture as a JPEG file."""
+    """The image as the bytes of a JPEG file."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92)
     return buffer.getvalue()
@@ -194,5 +194,5 @@ def share_fully_right(scenes: list[Scene], answers: list[str]) -> float:
 
 
 def all_attribute_words() -> list[str]:
-    """Every word that can stand between the image tags, the filler included."""
+    """Every word that can occur between the image tags, including the filler."""
     return [*SIZES, *COLOURS, *SHAPES, *PLACES, FILLER]
