@@ -120,6 +120,25 @@ def test_names_of_what_fp16_rounds(model, keep_float32):
     assert {f"visual_encoder.{name}" for name in changed} == set(read_json("vit_fp16_names.json")["names"])
 
 
+def test_what_a_half_precision_file_holds_beside_linear_layers_becomes_float32():
+    vit = build_eva_vit(28, vit_config={"patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 4}).half()
+    round_vit_weights(vit, torch.float16)
+    block = vit.blocks[0]
+    assert (
+        block.mlp.fc1.weight.dtype == block.attn.proj.bias.dtype == vit.patch_embed.proj.weight.dtype == torch.float16
+    )
+    for parameter in (block.norm1.weight, block.attn.q_bias, block.attn.v_bias, vit.cls_token, vit.pos_embed):
+        assert parameter.dtype == torch.float32
+
+
+def test_ln_vision_computes_in_float32(model):
+    tokens = VISION["visual_encoder"].half() * 1000  # squares of these overflow in half precision
+    norm = model.ln_vision
+    with torch.no_grad():
+        expected = torch.nn.functional.layer_norm(tokens.float(), (48,), norm.weight, norm.bias, 1e-5)
+        assert torch.equal(norm(tokens), expected.half()) and norm.weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("case", ["from4_to2", "from4_to6"])
 def test_pos_embed_interpolation(case):
     golden = read_tensors("pos_embed_interpolation")
@@ -171,14 +190,19 @@ def test_only_trained_parts_get_gradients(build, frozen, trained):
 
 
 def test_parts_that_train_use_dropout_and_frozen_ones_never(build):
-    def is_random(**changes):
+    def is_random(without=(), **changes):
         model = build(**changes).train()
+        for module in model.modules():
+            if isinstance(module, without):
+                module.p = 0.0
+        torch.manual_seed(0)
         with torch.no_grad():
             outputs = [model.encode_images(VISION["image"]) for _ in range(2)]
             assert close(model.eval().encode_images(VISION["image"]), VISION["qformer_last_hidden_state"], 2e-5)
         return not torch.equal(*outputs)
 
     assert is_random(freeze_qformer=False)
+    assert is_random(without=torch.nn.Dropout, freeze_qformer=False)  # that of the attention weights remains
     assert is_random(freeze_vit=False, drop_path_rate=0.9)
     assert not is_random() and not is_random(drop_path_rate=0.9) and not is_random(freeze_vit=False)
 

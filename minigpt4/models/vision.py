@@ -90,7 +90,8 @@ class VisionEncoder(nn.Module):
     def encode_images(self, image: Tensor) -> Tensor:
         """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H].
 
-        Gradients reach the pixels if ``image`` requires them. Otherwise, a frozen encoder builds no graph.
+        Gradients reach the pixels if ``image`` requires them. Otherwise a frozen encoder builds no graph, as none of
+        its parameters requires gradients.
 
         Raises:
             ValueError: the images are of another size than the encoder was built for.
@@ -98,11 +99,7 @@ class VisionEncoder(nn.Module):
         if tuple(image.shape[-2:]) != self.visual_encoder.patch_embed.img_size:
             expected = list(self.visual_encoder.patch_embed.img_size)
             raise ValueError(f"Images are {list(image.shape[-2:])} pixels; the vision encoder expects {expected}.")
-        needs_graph = self.is_vision_trained or image.requires_grad
-        with (
-            torch.set_grad_enabled(needs_graph and torch.is_grad_enabled()),
-            devices.autocast(image.device, self.vit_dtype),
-        ):
+        with devices.autocast(image.device, self.vit_dtype):
             image_tokens = self.ln_vision(self.visual_encoder(image))  # [B, N, W]
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
