@@ -53,7 +53,6 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.num_query_token = num_query_token
         self.frozen_parts: list[nn.Module] = []
-        self.is_vision_trained = visual_encoder is not None and not (freeze_vit and freeze_qformer)
         self.vit_dtype = vit_dtype
         if visual_encoder is None:
             return
@@ -118,9 +117,9 @@ def q_former_config(cfg: ModelConfig) -> QFormerConfig:
 
 
 def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
-    """The precision that the vision side computes in: ``vit_precision``, on a CPU the best that it is fast in.
+    """The dtype that the vision encoder computes in: ``vit_precision``, on a CPU its fastest precision.
 
-    float32 stands for the precision of the caller's autocast, if any.
+    float32 means that the autocast of the caller applies, if any.
     """
     if not cfg.freeze_vit or cfg.vit_precision == "fp32":
         return torch.float32
