@@ -54,7 +54,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.common import device as devices
     from minigpt4.common.config import Config
     from minigpt4.common.registry import registry
-    from minigpt4.common.schema import RunConfig, read_section
+    from minigpt4.common.schema import ModelConfig, RunConfig, read_section
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.templates import choose_template
     from minigpt4.doctor import look_ahead
@@ -66,8 +66,8 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     look_ahead(cfg, device)
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
-    template = choose_template(cfg.model_cfg.get("conversation"), model.llama_model.config.vocab_size)
-    return Chat(model, eval_image_processor(cfg), device, template)
+    template = choose_template(read_section(ModelConfig, cfg.model_cfg, "model"), model.llama_tokenizer)
+    return Chat(model, eval_image_processor(cfg), device, template=template)
 
 
 def generation_options(args: argparse.Namespace) -> "GenerationOptions":
@@ -75,8 +75,8 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     from minigpt4.conversation.generation import GenerationOptions
 
     return GenerationOptions(
-        do_sample=not args.greedy and args.temperature > 0,
-        temperature=args.temperature or 1.0,
+        do_sample=not args.greedy,
+        temperature=args.temperature,
         top_p=args.top_p,
         num_beams=args.num_beams,
         max_new_tokens=args.max_new_tokens,
@@ -125,8 +125,11 @@ def run_terminal(args: argparse.Namespace, chat: "Chat") -> None:
 
 def run_question(args: argparse.Namespace, chat: "Chat") -> None:
     """Prints the answer to one question."""
+    from minigpt4.common.errors import UserError
     from minigpt4.serve.terminal import write_answer
 
+    if not args.ask.strip():
+        raise UserError("--ask: the question is empty; write what you want to know.")
     conv, images = chat.template.copy(), []
     if args.image:
         chat.upload_img(args.image, conv, images)

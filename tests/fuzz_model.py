@@ -27,10 +27,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from minigpt4.common import weights
-from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat, _drop_oldest_turn
+from minigpt4.conversation.context import IMAGE_MESSAGE, build_context_ids, drop_oldest_turn
+from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.templates import TEMPLATES
 from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.mini_gpt4 import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MiniGPT4, read_prompts
+from minigpt4.models.loading import read_prompts
+from minigpt4.models.mini_gpt4 import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MiniGPT4
 
 STATE = {"model": {"llama_proj.weight": torch.ones(4, 3), "llama_proj.bias": torch.zeros(4), "n": torch.arange(3)}}
 
@@ -159,7 +161,8 @@ def tokenizers(case: tuple[str, int, Any]) -> None:
 class Packer:
     """The parts of a model that make rows of ids."""
 
-    tokens, slots, pack = MiniGPT4.tokens, MiniGPT4.slots, MiniGPT4.pack
+    tokenize, tokenize_prompt, tokenize_rows = MiniGPT4.tokenize, MiniGPT4.tokenize_prompt, MiniGPT4.tokenize_rows
+    bos_ids = MiniGPT4.bos_ids
     llama_tokenizer = load_tokenizer(LLAMA)
     num_query_token = 3
 
@@ -176,18 +179,16 @@ def packing(case: tuple[list[tuple[str, str]], int, str]) -> None:
     """Labels fall on the caption and the end symbol and nowhere else, in every row of every batch."""
     rows, longest, end = case
     packer = Packer(longest, end)
-    ids, mask, labels = packer.pack([caption for caption, _ in rows], [prompt for _, prompt in rows])
     tokenizer = packer.llama_tokenizer
-    for i, (caption, prompt) in enumerate(rows):
+    found = packer.tokenize_rows([caption for caption, _ in rows], [prompt for _, prompt in rows])
+    for (caption, prompt), (ids, labels) in zip(rows, found, strict=True):
         prefix = [tokenizer.bos_token_id, *packer.tokenize_prompt(prompt)]
         target_ids = packer.tokenize(caption + end)[:longest]
-        length = len(prefix) + len(target_ids)
-        assert ids[i].tolist() == prefix + target_ids + [tokenizer.pad_token_id] * (ids.shape[1] - length)
-        assert mask[i].tolist() == [1] * length + [0] * (ids.shape[1] - length)
-        wanted = [IGNORE_INDEX if t == tokenizer.pad_token_id else t for t in target_ids]
-        assert labels[i].tolist() == [IGNORE_INDEX] * len(prefix) + wanted + [IGNORE_INDEX] * (ids.shape[1] - length)
-        assert (ids[i] == IMAGE_TOKEN_INDEX).sum() == 3 * prompt.count(IMAGE_PLACEHOLDER)
-        assert not (labels[i] == IMAGE_TOKEN_INDEX).any()
+        targets = [IGNORE_INDEX if t == tokenizer.pad_token_id else t for t in target_ids]
+        assert ids == prefix + target_ids
+        assert labels == [IGNORE_INDEX] * len(prefix) + targets
+        assert ids.count(IMAGE_TOKEN_INDEX) == 3 * prompt.count(IMAGE_PLACEHOLDER)
+        assert IMAGE_TOKEN_INDEX not in labels
 
 
 @target(st.tuples(st.one_of(st.binary(max_size=60), TEXTS.map(lambda text: text.encode(errors="replace"))), TEXTS), 1)
@@ -214,12 +215,12 @@ def trimming(case: tuple[str, list[tuple[int, str]], str, int]) -> None:
             conv.append_message(conv.roles[kind % 2], text.replace(IMAGE_PLACEHOLDER, ""))
     if or_told(lambda: chat.ask(question, conv) or True) is None:
         return
-    found = or_told(lambda: chat._context_ids(conv, num_images, room))
+    found = or_told(lambda: build_context_ids(chat.model, conv, num_images, room))
     rest = conv.copy()
     rest.append_message(rest.roles[1], None)
     while True:  # one turn after the other
-        ids = [chat.model.llama_tokenizer.bos_token_id, *chat.model.tokenize_prompt(rest.get_prompt())]
-        if len(ids) <= room or not _drop_oldest_turn(rest):
+        ids = [*chat.model.bos_ids, *chat.model.tokenize_prompt(rest.get_prompt())]
+        if len(ids) <= room or not drop_oldest_turn(rest):
             break
     assert found == (ids if len(ids) <= room else None)
     assert ids.count(IMAGE_TOKEN_INDEX) == 3 * num_images and rest.messages[-2][1].endswith(question)

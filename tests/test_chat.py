@@ -5,8 +5,10 @@ import pytest
 import torch
 from golden_data import TINY, close, read_json, read_tensors
 from PIL import Image
+from scripted_chats import CHAT, PATCHED, PLAIN, asked, upload
 
 from minigpt4.common.errors import UserError
+from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import (
     CONV_VISION,
     Chat,
@@ -14,15 +16,14 @@ from minigpt4.conversation.conversation import (
     SeparatorStyle,
     StoppingCriteriaSub,
 )
-from minigpt4.conversation.generation import GenerationOptions, generate, next_token_scores
+from minigpt4.conversation.generation import GenerationOptions, generate
+from minigpt4.conversation.sampling import build_processors, build_warpers
+from minigpt4.conversation.stopping import StopStringCriteria
+from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX
 from minigpt4.processors import Blip2ImageEvalProcessor
 
-CHAT = read_json("chat.json")
 EMBEDS = read_tensors("chat_embeddings")
 BOS, EOS = 1, 2
-# Scripts with a note ran under other stop ids, another end token or a forced cut: only generate() is asked those.
-PLAIN = [script for script in CHAT["scripts"] if script["note"] is None]
-PATCHED = [script for script in CHAT["scripts"] if isinstance(script["note"], dict)]
 
 
 def name_of(value):
@@ -35,20 +36,16 @@ def chat(model):
 
 
 @pytest.fixture
-def generated(monkeypatch, chat):
-    """What the LM was given for every answer: (embeds, mask)."""
-    calls, plain = [], chat._token_lists
+def generated(monkeypatch):
+    """The LM inputs of every answer."""
+    calls, plain = [], conversation.stream
 
-    def spy(embeds, mask, *arguments):
-        calls.append((embeds, mask))
-        return plain(embeds, mask, *arguments)
+    def spy(llm, inputs_embeds, *arguments):
+        calls.append(inputs_embeds)
+        return plain(llm, inputs_embeds, *arguments)
 
-    monkeypatch.setattr(chat, "_token_lists", spy)
+    monkeypatch.setattr(conversation, "stream", spy)
     return calls
-
-
-def upload(chat, number, conv, images):
-    chat.upload_img(read_tensors("vision")["image"][number], conv, images)
 
 
 def without_tail(ids, *tail):
@@ -60,17 +57,17 @@ def without_tail(ids, *tail):
 
 
 def context_ids(answer, num_queries=8):
-    """The golden ids of a prompt with -1 for each image position."""
+    """The golden ids of a prompt with the image index at each image position."""
     ids = []
     for i, segment in enumerate(answer["segment_ids"]):
-        ids += [-1] * num_queries * (i > 0) + segment
+        ids += [IMAGE_TOKEN_INDEX] * num_queries * (i > 0) + segment
     return ids
 
 
 def up_to_separator(chat, ids):
     """Ids up to the separator's, which ends an answer in this vocabulary too; the original knows Vicuna's ids only."""
-    stop = chat._stops_at("###")
-    return next((ids[: i + 1] for i in range(len(ids)) if stop(ids[: i + 1])), ids)
+    stop = StopStringCriteria(chat.model.llama_tokenizer, "###")
+    return next((ids[: i + 1] for i in range(len(ids)) if stop.ends(ids[: i + 1])), ids)
 
 
 def beams_of(answer):
@@ -94,7 +91,7 @@ def test_script(chat, generated, script):
         else:
             answer = next(answers)
             text, ids = chat.answer(conv, images, do_sample=False, **answer["answer_kwargs"])
-            embeds = generated[-1][0]
+            embeds = generated[-1]
             assert ids.dtype == numpy.int64 and ids.tolist() == up_to_separator(chat, answer["output_ids"])
             assert text == answer["output_text"]
             assert embeds.shape[1] == answer["context_len"]
@@ -131,7 +128,7 @@ def search(model, script, number=0):
         options.stop = lambda ids: any(ids[-len(stop) :] == stop for stop in note["stop_ids"])
     embeds = context(model, script, answer)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    return answer, generate(model.llama_model, embeds, mask, options, BOS, note.get("config.eos_token_id", EOS))[0]
+    return answer, generate(model.llama_model, embeds, mask, options, [BOS], [note.get("config.eos_token_id", EOS)])[0]
 
 
 DEVIATING = [script for script in PATCHED if script["name"].startswith("stop_one_id_beam3")]
@@ -178,13 +175,13 @@ def test_long_chats_lose_their_oldest_turns(chat, generated, model):
     ids = [BOS, *model.tokenize_prompt(expected.get_prompt())]
     text, _ = chat.answer(conv, images, do_sample=False, max_new_tokens=5, max_length=len(ids) + 5)
     with torch.no_grad():
-        assert close(generated[0][0], model.embed_inputs(torch.tensor([ids]), images[0]), 0)
+        assert close(generated[0], model.embed_inputs(torch.tensor([ids]), images[0]), 0)
     assert conv.messages == [*messages, ["Assistant", text]]  # only the prompt was shortened
 
     expected.messages = [["Human", "<Img><ImageHere></Img>"], ["Human", "And now?"], ["Assistant", None]]
     conv.messages, shortest = messages, len([BOS, *model.tokenize_prompt(expected.get_prompt())])
     chat.answer(conv, images, do_sample=False, max_new_tokens=5, max_length=shortest + 5)
-    assert generated[1][0].shape[1] == shortest < len(ids)
+    assert generated[1].shape[1] == shortest < len(ids)
 
 
 def test_question_that_cannot_fit(chat):
@@ -212,8 +209,8 @@ def test_sampling_probabilities(row):
     options = GenerationOptions(
         top_p=row["top_p"], temperature=row["temperature"], repetition_penalty=row["repetition_penalty"]
     )
-    history = torch.empty(1, 0, dtype=torch.long)
-    probabilities = next_token_scores(golden["logits"], history, options, BOS, EOS).softmax(-1)
+    scores = build_processors(options, [BOS], [EOS], torch.device("cpu"))(torch.tensor([[BOS]]), golden["logits"])
+    probabilities = build_warpers(options)(None, scores).softmax(-1)
     assert close(probabilities, golden[row["key"]], 1e-6)
     assert (probabilities > 0).sum() == row["nonzero"]
 
@@ -237,14 +234,6 @@ def test_stopping_criteria_looks_at_each_row():
     stop = StoppingCriteriaSub([torch.tensor([5]), torch.tensor([7, 8])])
     assert stop(torch.tensor([[1, 5], [7, 8], [8, 7]])).tolist() == [True, True, False]
     assert stop(torch.tensor([[8]])).tolist() == [False]
-
-
-def asked(chat, question, image=0):
-    conv, images = CONV_VISION.copy(), []
-    if image is not None:
-        upload(chat, image, conv, images)
-    chat.ask(question, conv)
-    return conv, images
 
 
 def test_seed_repeats_a_drawn_answer(chat):
@@ -272,7 +261,8 @@ def test_conversations_in_one_batch(chat):
 
 
 def test_a_separator_in_any_spelling_ends_the_answer(chat):
-    tokenizer, stop = chat.model.llama_tokenizer, chat._stops_at("###")
+    tokenizer = chat.model.llama_tokenizer
+    stop = StopStringCriteria(tokenizer, "###").ends
     for text in ("###", "a dog###", "a dog.###", "a dog. ###", "a dog ####"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert stop(ids), text

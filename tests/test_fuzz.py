@@ -18,7 +18,7 @@ def test_property(name):
         ("filter_cap", ("minigpt4.common.utils.json.loads", lambda text: [][0])),
         ("cleaning", ("fuzz_data.CLEANED", lambda text: text)),
         ("packing", ("fuzz_model.IGNORE_INDEX", 0)),
-        ("trimming", ("fuzz_model._drop_oldest_turn", lambda conv: False)),
+        ("trimming", ("fuzz_model.drop_oldest_turn", lambda conv: False)),
         ("pictures", ("minigpt4.datasets.datasets.sample.decode_image", lambda data: data.decode())),
     ],
 )

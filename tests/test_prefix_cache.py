@@ -1,11 +1,16 @@
-"""Turns that go on from kept keys and values: the same numbers as reading everything anew, at a part of the work."""
+"""Turns that continue from cached keys and values: the numbers of a full prefill, at a part of the work."""
+
+import itertools
 
 import pytest
 import torch
 from golden_data import close, read_json, read_tensors
 
+from minigpt4.conversation import beam_search, generation
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.prefix_cache import copy_cache
+from minigpt4.models.language_model import new_cache, next_token_logits
 from minigpt4.processors import Blip2ImageEvalProcessor
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
@@ -24,17 +29,16 @@ def upload(chat, number, conv, images):
 
 @pytest.fixture
 def seen_logits(monkeypatch):
-    """All logits that decoders gave, and how many positions each call read."""
-    from minigpt4.conversation.generation import _Decoder
+    """The logits of every forward of the LM, and how many positions each computed."""
+    logits, lengths, plain = [], [], generation.next_token_logits
 
-    logits, lengths, plain = [], [], _Decoder.feed
-
-    def feed(self, embeds):
-        lengths.append(embeds.shape[1])
-        logits.append(plain(self, embeds))
+    def spy(llm, inputs_embeds, attention_mask, cache):
+        lengths.append(inputs_embeds.shape[1])
+        logits.append(plain(llm, inputs_embeds, attention_mask, cache))
         return logits[-1]
 
-    monkeypatch.setattr(_Decoder, "feed", feed)
+    for module in (generation, beam_search):
+        monkeypatch.setattr(module, "next_token_logits", spy)
     return logits, lengths
 
 
@@ -86,7 +90,7 @@ def test_another_image_is_another_context(new_chat):
         answers.append(next(chat.stream(conv, images, GREEDY)))
     system = [1, *chat.model.tokenize_prompt(CONV_VISION.get_prompt() + "Human: <Img>")]
     assert 0 < answers[1].cached_tokens <= len(system)  # they share the system text alone, and each keeps its own
-    assert len(chat.prefixes._kept) == 2
+    assert len(chat.prefixes) == 2
 
 
 def test_no_more_chats_are_kept_than_allowed(new_chat):
@@ -95,7 +99,7 @@ def test_no_more_chats_are_kept_than_allowed(new_chat):
         conv = CONV_VISION.copy()
         chat.ask(f"{number} is a number?", conv)
         chat.answer(conv, [], do_sample=False, max_new_tokens=3)
-    assert len(chat.prefixes._kept) <= 2
+    assert len(chat.prefixes) <= 2
 
 
 def test_a_stopped_answer_stays_in_the_chat_and_it_goes_on(new_chat):
@@ -112,16 +116,59 @@ def test_a_stopped_answer_stays_in_the_chat_and_it_goes_on(new_chat):
     assert cached[-1].cached_tokens > 0 and cached[-1].ids == anew[-1].ids
 
 
-def test_a_failed_answer_leaves_nothing_behind(new_chat, monkeypatch):
-    from minigpt4.conversation.generation import _Decoder
-
-    chat, conv = new_chat(4), CONV_VISION.copy()
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("num_forwards", [1, 4])
+def test_a_failed_answer_leaves_nothing_behind(new_chat, error, num_forwards):
+    """The error comes from the second layer, when the first one's cache is already longer."""
+    chat, conv, images = new_chat(4), CONV_VISION.copy(), []
+    upload(chat, 1, conv, images)
     chat.ask(QUESTIONS[0], conv)
-    with monkeypatch.context() as patch:
-        patch.setattr(_Decoder, "feed_ids", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            chat.answer(conv.copy(), [], do_sample=False)
-    assert not chat.prefixes._kept
+    first = list(chat.stream(conv, images, GREEDY))[-1]
+    chat.ask(QUESTIONS[1], conv)
+    expected = list(new_chat(0).stream(conv.copy(), images, GREEDY))[-1].ids
+    count = [0]
+
+    def fail(*_):
+        count[0] += 1
+        if count[0] == num_forwards:
+            raise error
+
+    hook = chat.model.llama_model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        chat.answer(conv.copy(), images, do_sample=False)
+    hook.remove()
+    assert first.finish_reason and len(chat.prefixes) == 0
+    again = list(chat.stream(conv, images, GREEDY))[-1]
+    assert (again.cached_tokens, again.ids) == (0, expected)
+
+
+def test_chats_that_share_a_beginning_do_not_disturb_each_other(new_chat):
+    """Two take copies of the same cached system text, token by token in turns; then the first chat continues."""
+    chat, convs = new_chat(4), [CONV_VISION.copy() for _ in range(3)]
+    for conv, question in zip(convs, ("Please describe it. " * 20, *QUESTIONS), strict=False):
+        chat.ask(question, conv)
+    chat.answer(convs[0], [], do_sample=False, max_new_tokens=5)
+    chat.ask("Why?", convs[0])
+    expected = [list(new_chat(0).stream(conv.copy(), [], GREEDY))[-1].ids for conv in convs]
+    latest = [None, None]
+    for answers in itertools.zip_longest(*(chat.stream(conv, [], GREEDY) for conv in convs[1:])):
+        latest = [new or old for new, old in zip(answers, latest, strict=True)]
+    latest.insert(0, list(chat.stream(convs[0], [], GREEDY))[-1])
+    assert [answer.ids for answer in latest] == expected
+    assert all(answer.cached_tokens > 30 for answer in latest) and latest[0].cached_tokens > 100
+
+
+def test_a_copy_of_a_cache_has_its_own_tensors(model):
+    embeds = torch.randn(1, 6, model.llama_model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    cache = new_cache()
+    with torch.no_grad():
+        next_token_logits(model.llama_model, embeds, torch.ones(1, 6, dtype=torch.long), cache)
+    copied = copy_cache(cache, 4)
+    before = [layer.keys.clone() for layer in copied.layers]
+    for layer in cache.layers:
+        layer.keys.zero_()
+    assert copied.get_seq_length() == 4 and cache.get_seq_length() == 6
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(copied.layers, before, strict=True))
 
 
 def test_answers_grow_token_by_token(new_chat):

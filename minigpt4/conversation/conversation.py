@@ -1,31 +1,43 @@
 """``Chat``, which answers conversations about images. Public names and behaviour are the reference's."""
 
-import bisect
 import functools
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteriaList
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.generation import GenerationOptions, generate, stream
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
+from minigpt4.conversation.context import IMAGE_MESSAGE, build_context_ids
+from minigpt4.conversation.generation import GenerationOptions, stream
 from minigpt4.conversation.images import read_image
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
-from minigpt4.conversation.stopping import StoppingCriteriaSub
-from minigpt4.conversation.templates import CONV_VISION, Conversation, SeparatorStyle
-from minigpt4.models.mini_gpt4 import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, MiniGPT4
+from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
+from minigpt4.conversation.templates import (
+    CONV_VISION,
+    CONV_VISION_LLama2,
+    CONV_VISION_minigptv2,
+    CONV_VISION_Vicuna0,
+    Conversation,
+    SeparatorStyle,
+)  # fmt: skip
+from minigpt4.models.mini_gpt4 import MiniGPT4
 
-__all__ = ["CONV_VISION", "Answer", "Chat", "Conversation", "SeparatorStyle", "StoppingCriteriaSub"]
-
-IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
+__all__ = [
+    "CONV_VISION", "Answer", "CONV_VISION_LLama2", "CONV_VISION_Vicuna0", "CONV_VISION_minigptv2", "Chat",
+    "Conversation", "SeparatorStyle", "StoppingCriteriaSub",
+]  # fmt: skip
+# A file, its content, a PIL image, or a processed tensor [3, S, S] or [1, 3, S, S].
+ImageSource = str | Path | bytes | Image.Image | Tensor
 
 
 @dataclass
@@ -50,35 +62,38 @@ class Chat:
     """Answers conversations about images.
 
     Args:
-        model: built and loaded; it is moved to ``device`` and switched to eval mode.
+        model: built and loaded; it is switched to eval mode and moved to ``device``.
         vis_processor: PIL image to float32 [3, S, S].
-        device: where to compute.
-        template: what new conversations start from.
-        num_kept_chats: of how many chats keys and values are kept, so that the next turn is quick.
+        device: by default where the model is; a kind that is unavailable is replaced by the best available one.
+        stopping_criteria: further ends of answers beside the end token and the template's stop string.
+        template: the conversation that new chats start from.
+        num_kept_chats: number of chats whose key-value caches are kept for their next turn.
     """
 
     def __init__(
         self,
         model: MiniGPT4,
         vis_processor: Callable[[Image.Image], Tensor],
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         template: Conversation = CONV_VISION,
         num_kept_chats: int = 4,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = model.device if device is None else devices.pick(str(device))
         self.model = model.to(self.device).eval()
         self.vis_processor = vis_processor
         self.template = template
+        self._template_stop = StopStringCriteria(model.llama_tokenizer, template.stop_string)
+        is_default = stopping_criteria is None
+        self.stopping_criteria = StoppingCriteriaList([self._template_stop]) if is_default else stopping_criteria
         self.prefixes = PrefixCache(num_kept_chats)
 
     def ask(self, text: str, conv: Conversation) -> None:
-        """Adds a question; right after an image it joins the image's message.
+        """Adds a question; right after an image it joins the image's message. An empty question is accepted.
 
         Raises:
-            UserError: the text is empty or holds ``<ImageHere>``, which only an image may bring.
+            UserError: the text contains ``<ImageHere>``, which only an image may add.
         """
-        if not text.strip():
-            raise UserError("The question is empty; write what you want to know.")
         if IMAGE_PLACEHOLDER in text:
             raise UserError(f"A question cannot contain {IMAGE_PLACEHOLDER}; upload the image instead.")
         last = conv.messages[-1] if conv.messages else None
@@ -87,9 +102,8 @@ class Chat:
         else:
             conv.append_message(conv.roles[0], text)
 
-    @torch.inference_mode()
-    def upload_img(self, image: str | Path | Image.Image | Tensor, conv: Conversation, img_list: list[Tensor]) -> str:
-        """Encodes an image (file, PIL image, or processed tensor [3, S, S] or [1, 3, S, S]) into the conversation.
+    def upload_img(self, image: ImageSource, conv: Conversation, img_list: list[Tensor]) -> str:
+        """Encodes an image and adds it to a conversation.
 
         Raises:
             UserError: the file is not an image that can be read.
@@ -97,22 +111,35 @@ class Chat:
         self.upload_batch([self.preprocess_image(image)], [conv], [img_list])
         return "Received."
 
-    def preprocess_image(self, image: str | Path | bytes | Image.Image | Tensor) -> Tensor:
-        """What ``upload_img`` takes, as a processed float32 tensor [3, S, S]; UserError where it cannot be read."""
+    def preprocess_image(self, image: ImageSource) -> Tensor:
+        """Reads and processes an image to float32 [3, S, S]; UserError where it cannot be read."""
         if not isinstance(image, Tensor):
             image = self.vis_processor(read_image(image))
         return image[0] if image.ndim == 4 else image
 
-    @torch.inference_mode()
     def upload_batch(
         self, pixels: Sequence[Tensor], convs: Sequence[Conversation], img_lists: Sequence[list[Tensor]]
     ) -> None:
         """Encodes a processed image [3, S, S] for each of several conversations in one batch."""
-        devices.use(self.device)
-        embeds = self.model.encode_img(torch.stack(list(pixels)).to(self.device))[0]
-        for embed, conv, img_list in zip(embeds.split(1), convs, img_lists, strict=True):
+        for embed, conv, img_list in zip(self._encode(pixels), convs, img_lists, strict=True):
             img_list.append(embed)
             conv.append_message(conv.roles[0], IMAGE_MESSAGE)
+
+    def encode_img(self, img_list: list[Any]) -> None:
+        """Replaces images in a list by their embeddings [1, Q, L]; embeddings, as of ``upload_img``, stay."""
+        places = [i for i, image in enumerate(img_list) if not isinstance(image, Tensor) or image.shape[-3] == 3]
+        pixels = [self.preprocess_image(img_list[i]) for i in places]
+        for i, embed in zip(places, self._encode(pixels) if pixels else (), strict=True):
+            img_list[i] = embed
+
+    @torch.no_grad()
+    def _encode(self, pixels: Sequence[Tensor]) -> Sequence[Tensor]:
+        devices.use(self.device)  # the threads of a server start on the first device
+        return self.model.encode_img(torch.stack(list(pixels)).to(self.device))[0].split(1)
+
+    def get_context_emb(self, conv: Conversation, img_list: list[Tensor]) -> Tensor:
+        """LM inputs [1, T, L] of a conversation that ends with the answer to come (text None)."""
+        return self.model.get_context_emb(conv.get_prompt(), img_list)
 
     def answer(
         self,
@@ -133,25 +160,18 @@ class Chat:
 
         Args:
             conv: ends with a question.
-            img_list: the images [1, Q, L] that its ``<ImageHere>`` marks stand for, in order.
-            max_length: of context and answer in tokens; beyond it the oldest turns are left out of the prompt.
-            do_sample: draw tokens (``temperature``, ``top_p``), or take the best; always the best at temperature 0.
-            seed: makes drawing repeatable.
+            img_list: the images [1, Q, L] of its placeholders, in order.
+            max_length: of context and answer in tokens; beyond it the prompt leaves out the oldest turns.
+            do_sample: sample (``temperature``, ``top_p``) or take the most probable token, as at temperature 0.
+            seed: makes sampling repeatable.
 
         Returns:
             The answer's text and its token ids int64 [n].
         """
         options = GenerationOptions(
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=do_sample and temperature > 0,
-            min_length=min_length,
-            top_p=top_p,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
-            seed=seed,
-        )
+            max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=do_sample, min_length=min_length, top_p=top_p,
+            temperature=temperature, repetition_penalty=repetition_penalty, length_penalty=length_penalty, seed=seed,
+        )  # fmt: skip
         return self.answer_batch([conv], [img_list], options, max_length)[0]
 
     def answer_batch(
@@ -165,14 +185,44 @@ class Chat:
         answers: dict[int, Answer] = dict(self.stream_batch(convs, img_lists, options, max_length))
         return [(answers[i].text, numpy.array(answers[i].ids, dtype=numpy.int64)) for i in range(len(convs))]
 
+    def answer_prepare(
+        self, conv: Conversation, img_list: list[Tensor], max_length: int = 2000, **settings: Any
+    ) -> dict[str, Any]:
+        """Arguments for ``model.llama_model.generate``, with ``inputs_embeds`` [1, T, L]; settings as for ``answer``.
+
+        The conversation then ends with the answer to come (text None), as in the reference.
+        """
+        options = GenerationOptions(**settings)
+        ids = build_context_ids(self.model, conv, len(img_list), max_length - options.max_new_tokens)
+        embeds, _ = self._embed([ids], [img_list])
+        conv.append_message(conv.roles[1], None)
+        arguments = {name: value for name, value in asdict(options).items() if name not in ("seed", "stop")}
+        return {"inputs_embeds": embeds, "stopping_criteria": self.stopping_criteria, **arguments}
+
+    def stream_answer(
+        self,
+        conv: Conversation,
+        img_list: list[Tensor],
+        max_length: int = 2000,
+        options: GenerationOptions | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """Answers the last question in pieces of text, which add up to the answer; settings as for ``answer``."""
+        sent = ""
+        for answer in self.stream(conv, img_list, options or GenerationOptions(**settings), max_length):
+            text = answer.text
+            final = text if answer.finish_reason else hold_back_partial_stop(text, [conv.stop_string])
+            if final.startswith(sent) and final != sent:
+                yield final[len(sent) :]
+                sent = final
+
     def stream(
         self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
     ) -> Iterator[Answer]:
-        """Answers the last question token by token; one answer is yielded again and again as it grows."""
+        """Answers the last question token by token; yields the same answer each time it has grown."""
         for _, answer in self.stream_batch([conv], [img_list], options, max_length):
             yield answer
 
-    @torch.inference_mode()
     def stream_batch(
         self,
         convs: Sequence[Conversation],
@@ -182,146 +232,86 @@ class Chat:
     ) -> Iterator[tuple[int, Answer]]:
         """Answers several conversations in one batch.
 
-        A single one goes on from what is kept of it; in a batch every context is read anew. Whoever closes the
-        iterator stops the answers: what is there of them is appended to the conversations.
+        A single one continues from its cached prefix; in a batch every context is prefilled. Closing the iterator stops
+        the answers; what has been generated is appended to the conversations.
 
         Args:
             convs, img_lists, max_length: as for ``answer``.
-            options: for all, or one for each; their ``stop`` ends an answer beside the template's own end.
+            options: for all, or one for each; their ``stop`` ends an answer beside the template's stop string.
 
         Yields:
-            (number of the conversation, its answer so far) whenever one has grown.
+            (index of the conversation, its answer so far) whenever one has grown.
         """
-        devices.use(self.device)  # a server's threads each begin on the first device
-        begin = time.perf_counter()
+        devices.use(self.device)  # the threads of a server start on the first device
+        start, model = time.perf_counter(), self.model
         each = [options] * len(convs) if isinstance(options, GenerationOptions) else list(options)
         rows = [
-            self._context_ids(conv, len(images), max_length - o.max_new_tokens)
+            build_context_ids(model, conv, len(images), max_length - o.max_new_tokens)
             for conv, images, o in zip(convs, img_lists, each, strict=True)
         ]
         each = [replace(o, stop=self._stop(conv, o.stop)) for conv, o in zip(convs, each, strict=True)]
         prefix = self.prefixes.take(rows[0], img_lists[0]) if len(rows) == 1 else Prefix()
-        known = len(prefix.ids)
+        num_cached = len(prefix.ids)
         answers = [
-            Answer(len(row), known, functools.partial(self.decode_answer, conv=conv))
+            Answer(len(row), num_cached, functools.partial(self.decode_answer, conv=conv))
             for row, conv in zip(rows, convs, strict=True)
         ]
         embeds, mask = self._embed(rows, img_lists)
-        tokenizer = self.model.llama_tokenizer
-        arguments = embeds[:, known:], mask, each, tokenizer.bos_token_id, tokenizer.eos_token_id
-        token_lists = self._token_lists(*arguments, prefix.cache if len(rows) == 1 else None)
+        arguments = (embeds[:, num_cached:], mask, each, model.bos_ids, model.eos_ids, prefix.cache)
         try:
-            for row, ids, is_end in token_lists:
+            for row, token_id, is_end in stream(model.llama_model, *arguments):
                 answer = answers[row]
-                answer.ids += ids
-                answer.seconds = time.perf_counter() - begin
+                answer.ids.append(token_id)
+                answer.seconds = time.perf_counter() - start
                 answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
                 if is_end:
                     answer.finish_reason = "stop"
                 elif len(answer.ids) >= each[row].max_new_tokens:
                     answer.finish_reason = "length"
                 yield row, answer
-        except Exception:  # out of memory, say: some layers have read more than others
+        except GeneratorExit:  # between two tokens
+            raise
+        except BaseException:  # such as out of memory: some layers of the cache may be ahead of others
             prefix = None
             raise
         finally:
-            token_lists.close()  # now the cache has everything
             if len(rows) == 1 and prefix is not None:
                 self.prefixes.put(prefix, rows[0] + answers[0].ids, img_lists[0])
             for conv, answer in zip(convs, answers, strict=True):
                 if answer.ids:
                     conv.append_message(conv.roles[1], answer.text)
 
-    def _token_lists(
-        self,
-        embeds: Tensor,
-        mask: Tensor,
-        options: Sequence[GenerationOptions],
-        bos: int,
-        eos: int,
-        cache: DynamicCache | None,
-    ) -> Iterator[tuple[int, list[int], bool]]:
-        """(row, its next ids, whether it ended by itself): one by one, or by beam search all at once."""
-        llm = self.model.llama_model
-        if any(o.num_beams > 1 for o in options):
-            for row, result in enumerate(generate(llm, embeds, mask, options, bos, eos, cache)):
-                yield row, result.ids, result.ids[-1] == eos or options[row].stop(result.ids)
-        else:
-            for row, token_id, is_end in stream(llm, embeds, mask, options, bos, eos, cache):
-                yield row, [token_id], is_end
-
+    @torch.no_grad()
     def _embed(self, rows: Sequence[list[int]], img_lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Contexts to LM inputs [B, T, L] and mask [B, T] on the CPU, padded on the left: all end together."""
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.model.llama_tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, width - len(row) :] = torch.tensor(row)
-            mask[i, width - len(row) :] = 1
-        images = [image for image_list in img_lists for image in image_list]
-        embeds = self.model.embed_inputs(ids.to(self.device), torch.cat(images) if images else None)
-        return embeds, mask
+        """Contexts to LM inputs [B, T, L] and mask int64 [B, T] on the CPU, padded on the left: all end together."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], True, padding_side="left")
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, padding_side="left")
+        images = [image for img_list in img_lists for image in img_list]
+        return self.model.embed_inputs(ids.to(self.device), torch.cat(images) if images else None), mask
 
     def check_length(
         self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
     ) -> None:
         """Raises the UserError with which ``answer`` would refuse a question that is too long."""
-        self._context_ids(conv, len(img_list), max_length - options.max_new_tokens)
+        build_context_ids(self.model, conv, len(img_list), max_length - options.max_new_tokens)
 
     def decode_answer(self, ids: Sequence[int], conv: Conversation) -> str:
-        """The answer in generated ids: up to the text that ends it, after the last "Assistant:", trimmed."""
+        """The answer in generated ids: up to its stop string, after the last "Assistant:", stripped."""
         text = self.model.llama_tokenizer.decode(ids)
-        return text.split(conv.stop_string)[0].split(f"{conv.roles[1]}:")[-1].strip()
-
-    def _stops_at(self, end: str) -> Callable[[Sequence[int]], bool]:
-        # An end is told by its text: it has other ids alone, after a word and after punctuation.
-        def stop(ids: Sequence[int]) -> bool:
-            return end in self.model.llama_tokenizer.decode(ids[-len(end) - 1 :])
-
-        return stop
+        # The reference keeps an end token that is not the template's own stop string.
+        stops = [conv.stop_string, self.model.llama_tokenizer.eos_token if conv.render or not conv.stop_string else ""]
+        for stop in filter(None, stops):
+            text = text.split(stop)[0]
+        return (text.split(conv.answer_marker)[-1] if conv.answer_marker else text).strip()
 
     def _stop(self, conv: Conversation, other: Callable[[Sequence[int]], bool]) -> Callable[[Sequence[int]], bool]:
-        ends = self._stops_at(conv.stop_string)
-        return lambda ids: ends(ids) or other(ids)
+        """Whether new ids end an answer: by the template's stop string, ``other`` or the caller's criteria."""
+        own = StopStringCriteria(self.model.llama_tokenizer, conv.stop_string)
+        criteria = [criterion for criterion in self.stopping_criteria if criterion is not self._template_stop]
 
-    def _context_ids(self, conv: Conversation, num_images: int, room: int) -> list[int]:
-        """Ids of the prompt with image slots, of at most ``room``: the oldest turns go first, images stay."""
-        prompt_conv = conv.copy()
-        prompt_conv.append_message(conv.roles[1], None)
-        num_marks = prompt_conv.get_prompt().count(IMAGE_PLACEHOLDER)
-        if num_marks != num_images:
-            raise UserError(f"The conversation shows {num_marks} images and {num_images} were given; start a new chat.")
+        def stop(ids: Sequence[int]) -> bool:
+            if own.ends(ids) or other(ids):
+                return True
+            return any(bool(criterion(torch.tensor([ids], device=self.device), None)) for criterion in criteria)
 
-        def ids_of(conv: Conversation) -> list[int]:
-            return [self.model.llama_tokenizer.bos_token_id, *self.model.tokenize_prompt(conv.get_prompt())]
-
-        if len(ids := ids_of(prompt_conv)) <= room:
-            return ids
-        shorter: list[Conversation] = []  # the chat without its oldest turn, without its two oldest ones, …
-        while _drop_oldest_turn(prompt_conv):
-            shorter.append(replace(prompt_conv, messages=list(prompt_conv.messages)))
-        # A long chat is tokenized a few times, not once for each of its turns.
-        num_before = bisect.bisect_left(shorter, True, key=lambda conv: len(ids_of(conv)) <= room)
-        if num_before == len(shorter):
-            ids = ids_of(prompt_conv)
-            num_images_ids = sum(i == IMAGE_TOKEN_INDEX for i in ids)
-            raise UserError(
-                f"The question is too long: the prompt has {len(ids)} tokens ({num_images_ids} of them images), "
-                f"and {room} fit beside the answer; shorten it or lower max_new_tokens."
-            )
-        logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_before + 1)
-        return ids_of(shorter[num_before])
-
-
-def _drop_oldest_turn(conv: Conversation) -> bool:
-    """Removes the oldest answered turn in place, keeping its images; False where only the last question is left."""
-    for i, (role, text) in enumerate(conv.messages[:-2]):
-        if role == conv.roles[1]:
-            question = conv.messages[i - 1] if i else None
-            images = (question[1] or "").count(IMAGE_PLACEHOLDER) if question else 0
-            conv.messages[max(i - 1, 0) : i + 1] = [[conv.roles[0], IMAGE_MESSAGE] for _ in range(images)]
-            return True
-        if IMAGE_PLACEHOLDER not in (text or ""):
-            del conv.messages[i]
-            return True
-    return False
+        return stop

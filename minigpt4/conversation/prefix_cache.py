@@ -1,4 +1,4 @@
-"""Keys and values of chats that may go on: a turn then costs only its own tokens."""
+"""Key-value caches of recent chats: the next turn of a chat then prefills its new tokens only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,69 +7,80 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from minigpt4.conversation.generation import copy_cache
 from minigpt4.models.language_model import new_cache
 from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX
 
 
-@dataclass
+def copy_cache(cache: DynamicCache, length: int | None = None) -> DynamicCache:
+    """The first ``length`` positions of a cache, or all, in tensors of their own."""
+    copied = new_cache()
+    for i, layer in enumerate(cache.layers):
+        copied.update(layer.keys[..., :length, :], layer.values[..., :length, :], i)
+    return copied
+
+
+@dataclass(eq=False)
 class Prefix:
-    """What an LM has read: ids with image slots, the images [1, Q, L] in them, keys and values of every position."""
+    """A context that was prefilled: token ids with image indices, the images [1, Q, L], keys and values."""
 
     ids: list[int] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=new_cache)
 
-    def shared(self, ids: Sequence[int], images: Sequence[Tensor]) -> int:
-        """How many positions at the head of another context are the same, images included."""
-        length, slots = 0, 0
-        for mine, other in zip(self.ids, ids, strict=False):
-            if mine != other:
+    def common_length(self, ids: Sequence[int], images: Sequence[Tensor]) -> int:
+        """Number of leading positions that another context shares, images included."""
+        length, num_image_ids = 0, 0
+        for own, other in zip(self.ids, ids, strict=False):
+            if own != other:
                 break
-            if mine == IMAGE_TOKEN_INDEX:
-                number, place = divmod(slots, self.images[0].shape[1])
-                if place == 0 and not torch.equal(self.images[number], images[number]):
+            if own == IMAGE_TOKEN_INDEX:
+                number, query = divmod(num_image_ids, self.images[0].shape[1])
+                if query == 0 and not torch.equal(self.images[number], images[number]):
                     break
-                slots += 1
+                num_image_ids += 1
             length += 1
         return length
 
-    def head(self, length: int) -> "Prefix":
-        """The first ``length`` positions, nothing copied; this prefix stays as it is, whoever reads on."""
-        cache = copy_cache(self.cache)
-        cache.crop(length - cache.get_seq_length())
-        return Prefix(self.ids[:length], self.images, cache)
-
 
 class PrefixCache:
-    """The most recent chats of an LM, found by what they say, so that nobody has to carry a handle around.
+    """Prefixes of the most recent chats, looked up by content, so that callers need no handle.
 
     Args:
-        num_chats: how many are kept; at 7B and 2,000 tokens each takes 1 GB. 0 keeps none.
+        num_chats: capacity; with a 7B model and 2,000 tokens each takes 1 GB. 0 stores nothing.
     """
 
     def __init__(self, num_chats: int = 4) -> None:
         self.num_chats = num_chats
-        self._kept: list[Prefix] = []  # the latest at the end
+        self._prefixes: list[Prefix] = []  # the latest at the end
+
+    def __len__(self) -> int:
+        return len(self._prefixes)
+
+    def clear(self) -> None:
+        """Forgets all chats."""
+        self._prefixes.clear()
 
     def take(self, ids: Sequence[int], images: Sequence[Tensor]) -> Prefix:
-        """The longest head of a context that is kept; the chat that it continues is taken out until it is put back.
+        """The longest cached prefix of a context, or an empty one; the caller may extend it.
 
-        At least the last position of ``ids`` is left to read, as its logits are wanted.
+        A chat that the context continues is removed until ``put`` stores it again. One that shares only its beginning,
+        such as the system text, stays, and the caller gets a copy. At least the last position is left to prefill,
+        because its logits are needed.
         """
-        lengths = [min(prefix.shared(ids, images), len(ids) - 1) for prefix in self._kept]
-        best = max(range(len(lengths)), key=lengths.__getitem__, default=None)
-        if best is None or not lengths[best]:
+        lengths = [min(prefix.common_length(ids, images), len(ids) - 1) for prefix in self._prefixes]
+        if not (length := max(lengths, default=0)):
             return Prefix()
-        prefix = self._kept[best]
-        head = prefix.head(lengths[best])
-        has_all_images = head.ids.count(IMAGE_TOKEN_INDEX) == prefix.ids.count(IMAGE_TOKEN_INDEX)
-        if has_all_images and 2 * len(head.ids) > len(prefix.ids):  # else it shares a system text and goes on beside it
-            del self._kept[best]
-        return head
+        prefix = self._prefixes[lengths.index(length)]
+        has_all_images = ids[:length].count(IMAGE_TOKEN_INDEX) == prefix.ids.count(IMAGE_TOKEN_INDEX)
+        if not has_all_images or 2 * length <= len(prefix.ids):
+            return Prefix(prefix.ids[:length], prefix.images, copy_cache(prefix.cache, length))
+        self._prefixes.remove(prefix)
+        if length < len(prefix.ids):
+            prefix.cache.crop(length - len(prefix.ids))
+        return Prefix(prefix.ids[:length], prefix.images, prefix.cache)
 
     def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
-        """Keeps a chat; ``ids`` are all its tokens, of which its cache may lack the last ones."""
+        """Stores a chat; ``ids`` are all its tokens, of which the last ones may be missing in its cache."""
         prefix.ids, prefix.images = list(ids[: prefix.cache.get_seq_length()]), list(images)
-        self._kept.append(prefix)
-        del self._kept[: max(0, len(self._kept) - self.num_chats)]
+        self._prefixes.append(prefix)
+        del self._prefixes[: max(0, len(self._prefixes) - self.num_chats)]

@@ -1,26 +1,33 @@
-"""Conversations as prompts, and the templates that the LMs were trained with, as data."""
+"""Conversations as prompts, and the choice of the chat template."""
 
 import copy
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum, auto
+from itertools import groupby
 from typing import Any
 
 from minigpt4.common.errors import UserError, nearest, see
 
+Turn = tuple[bool, str | None]  # whether it is the user's, and its text; None is the answer to come
+
 
 class SeparatorStyle(Enum):
-    """SINGLE closes every message with ``sep``; TWO closes those of the second role with ``sep2``; LLAMA_2 brackets."""
+    """SINGLE ends messages with ``sep``; TWO ends those of the second role with ``sep2``; RENDER calls ``render``."""
 
     SINGLE = auto()
     TWO = auto()
-    LLAMA_2 = auto()
+    RENDER = auto()
 
 
 @dataclass
 class Conversation:
-    """System text, two roles and their messages [role, text]; text None marks the answer to come."""
+    """System text, two roles and their messages [role, text]; text None is the answer to come.
+
+    ``role_delimiter`` goes between role and message. ``render`` maps system text and turns to a prompt; consecutive
+    messages of one role, such as several images, are one turn.
+    """
 
     system: str
     roles: Sequence[str]
@@ -31,30 +38,32 @@ class Conversation:
     sep2: str | None = None
     skip_next: bool = False
     conv_id: Any = None
+    role_delimiter: str = ": "
+    render: Callable[[str, list[Turn]], str] | None = None
 
     @property
     def stop_string(self) -> str:
-        """The text that ends an answer."""
+        """The text that ends an answer; empty where only the end token does."""
         return self.sep if self.sep_style == SeparatorStyle.SINGLE else self.sep2 or self.sep
+
+    @property
+    def answer_marker(self) -> str:
+        """The text that introduces an answer, as in "Assistant:"; empty where a template is rendered."""
+        return "" if self.render else (self.roles[1] + self.role_delimiter).strip()
 
     def get_prompt(self) -> str:
         """The conversation as the text that the LM reads; a message without text ends with the bare ``Role:``."""
-        if self.sep_style == SeparatorStyle.LLAMA_2:
-            return self._llama_2_prompt()
+        if self.render is not None:
+            turns = groupby(self.messages, lambda message: (message[0] == self.roles[0], message[1] is None))
+            texts = [(kind, " ".join(text for _, text in messages if text)) for kind, messages in turns]
+            return self.render(
+                self.system, [(is_user, None if is_open else text) for (is_user, is_open), text in texts]
+            )
         separators = (self.sep, self.sep2 if self.sep_style == SeparatorStyle.TWO else self.sep)
         prompt = self.system + self.sep
         for role, message in self.messages:  # by role and not by turns: several images may come in a row
-            prompt += f"{role}: {message}{separators[role == self.roles[1]]}" if message else f"{role}:"
-        return prompt
-
-    def _llama_2_prompt(self) -> str:
-        prompt, system = "", f"<<SYS>>\n{self.system}\n<</SYS>>\n\n"
-        for role, message in self.messages:
-            if role == self.roles[0]:
-                prompt += f"{'<s>' if prompt else ''}[INST] {system}{message} [/INST]"
-                system = ""
-            elif message:
-                prompt += f" {message} {self.sep2}"
+            end = separators[role == self.roles[1]]
+            prompt += role + (self.role_delimiter + message + end if message else self.role_delimiter.rstrip())
         return prompt
 
     def append_message(self, role: str, message: str | None) -> None:
@@ -67,7 +76,7 @@ class Conversation:
         return [[*texts[i : i + 2], None][:2] for i in range(0, len(texts), 2)]
 
     def copy(self) -> "Conversation":
-        """A conversation that shares nothing with this one."""
+        """A conversation with its own list of messages."""
         return copy.deepcopy(self)
 
     def dict(self) -> dict[str, Any]:
@@ -76,15 +85,28 @@ class Conversation:
         return {name: getattr(self, name) for name in names}
 
 
+def _render_llama_2(system: str, turns: list[Turn]) -> str:
+    prompt, system = "", f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
+    for is_user, text in turns:
+        if is_user:
+            prompt += f"{'<s>' if prompt else ''}[INST] {system}{text} [/INST]"
+            system = ""
+        elif text:
+            prompt += f" {text} </s>"
+    return prompt
+
+
 CONV_VISION = Conversation(
     system="Give the following image: <Img>ImageContent</Img>. "
     "You will be able to see the image once I provide it to you. Please answer my questions.",
     roles=("Human", "Assistant"),
     messages=[],
     offset=2,
-    sep_style=SeparatorStyle.SINGLE,
-    sep="###",
 )
+# The same model under the later names of the reference, whose roles include the delimiter.
+CONV_VISION_Vicuna0 = replace(CONV_VISION, roles=("Human: ", "Assistant: "), messages=[], role_delimiter="")
+CONV_VISION_LLama2 = replace(CONV_VISION_Vicuna0, roles=("<s>[INST] ", " [/INST] "), messages=[], sep="")
+CONV_VISION_minigptv2 = replace(CONV_VISION_LLama2, system="", roles=("<s>[INST] ", " [/INST]"), messages=[])
 TEMPLATES = {
     "vicuna_v0": CONV_VISION,
     "vicuna_v1": Conversation(
@@ -102,38 +124,100 @@ TEMPLATES = {
         roles=("[INST]", "[/INST]"),
         messages=[],
         offset=2,
-        sep_style=SeparatorStyle.LLAMA_2,
+        sep_style=SeparatorStyle.RENDER,
         sep="",
         sep2="</s>",
+        render=_render_llama_2,
     ),
 }
-_VICUNA_VOCABULARIES = {32001: "vicuna_v0", 32000: "vicuna_v1"}
 
 
-def usual_template(vocab_size: int) -> str | None:
-    """The name of the template that an LM of this vocabulary was trained with, None where nobody knows."""
-    return _VICUNA_VOCABULARIES.get(vocab_size)
+def choose_template(model_cfg: Any, tokenizer: Any) -> Conversation:
+    """The chat template of a model. The size of the vocabulary decides nothing.
 
+    1. What the projection was trained with, ``prompt_template`` and ``end_sym``: ``conversation``'s or Vicuna v0's
+       template where that has this form (both add a system text), else the form itself.
+    2. The template named ``conversation``.
+    3. The tokenizer's own chat template.
+    4. Vicuna v0's, with a warning.
 
-def choose_template(name: str | None, vocab_size: int) -> Conversation:
-    """The template of ``model.conversation``, or the one that an LM of this vocabulary was trained with.
-
-    Vicuna v0 added a pad token (32001 entries); v1.1 and later, and Llama-2, have 32000. Other LMs get Vicuna v0's.
+    Args:
+        model_cfg: the ``model`` section with attributes ``conversation``, ``prompt_template`` and ``end_sym``.
+        tokenizer: that of the LM.
 
     Raises:
         UserError: there is no template of that name.
     """
-    usual = usual_template(vocab_size)
-    if name is None:
-        return TEMPLATES[usual or "vicuna_v0"]
-    if name not in TEMPLATES:
+    name, form, end_sym = model_cfg.conversation, model_cfg.prompt_template, model_cfg.end_sym
+    if name is not None and name not in TEMPLATES:
         raise UserError(
             f"model.conversation is '{name}'.{nearest(name, TEMPLATES)} Known templates: {', '.join(TEMPLATES)}."
         )
-    if usual and (name == "vicuna_v0") != (usual == "vicuna_v0"):
+    named = TEMPLATES.get(name)
+    if named is not None and (not form or _has_form(named, form, end_sym)):
+        return named
+    if named is not None:
         logging.warning(
-            "model.conversation is %s, but an LM with %d tokens usually speaks %s; wrong answers or answers that "
-            "do not end would come from that." + see("the-wrong-vicuna-version"),
-            *(name, vocab_size, usual),
+            "model.conversation: %s is ignored, because the projection was trained with another template: "
+            "model.prompt_template is '%s' and model.end_sym '%s'." + see("the-wrong-vicuna-version"),
+            *(name, form, end_sym),
         )
-    return TEMPLATES[name]
+    if form:
+        return CONV_VISION if _has_form(CONV_VISION, form, end_sym) else _from_prompt_template(form, end_sym)
+    if getattr(tokenizer, "chat_template", None):
+        return _from_chat_template(tokenizer)
+    logging.warning(
+        "Neither model.prompt_template nor model.conversation is set, and the tokenizer has no chat template: "
+        "vicuna_v0's is used ('###Human: … ###Assistant:'); set model.conversation if the model needs another one."
+    )
+    return CONV_VISION
+
+
+def _has_form(template: Conversation, form: str, end_sym: str) -> bool:
+    """Whether a template without its system text writes questions and ends answers as ``form`` does."""
+    conv = replace(template, system="", messages=[[template.roles[0], "{}"], [template.roles[1], None]])
+    return "".join(conv.get_prompt().split()) == "".join(form.split()) and conv.stop_string == end_sym.strip()
+
+
+def _from_prompt_template(form: str, end_sym: str) -> Conversation:
+    """Turns as in training: ``form`` with the question in place of ``{}``, the answer, ``end_sym``."""
+
+    def render(system: str, turns: list[Turn]) -> str:
+        texts = [form.format(text) if is_user else text + end_sym for is_user, text in turns if text is not None]
+        return (f"{system} " if system else "") + "".join(texts)
+
+    return Conversation("", ("user", "assistant"), [], 2, SeparatorStyle.RENDER, "", end_sym, render=render)
+
+
+def _from_chat_template(tokenizer: Any) -> Conversation:
+    """The tokenizer's own chat template, without the text of the begin token, which ``Chat`` adds as an id."""
+    from jinja2 import TemplateError
+
+    def apply(system: str, turns: list[Turn]) -> str:
+        messages = [{"role": "system", "content": system}] if system else []
+        for is_user, text in turns:
+            if text is not None:
+                messages.append({"role": "user" if is_user else "assistant", "content": text})
+        is_asking = bool(turns) and turns[-1][1] is None
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_asking)
+
+    def render(system: str, turns: list[Turn]) -> str:
+        try:
+            prompt = apply(system, turns)
+        except TemplateError:  # some, as Gemma's, have no system role
+            try:
+                (is_user, text), *rest = turns
+                prompt = apply("", [(is_user, f"{system}\n\n{text}".strip()), *rest])
+            except (TemplateError, ValueError) as error:
+                raise UserError(
+                    f"The tokenizer's chat template does not accept this conversation ({error}); "
+                    "start another one, or set model.conversation to use another template."
+                ) from error
+        return prompt.removeprefix(tokenizer.bos_token or "")
+
+    # What follows an answer: the token that ends a turn, or the first line where that is plain text.
+    end = render("", [(True, "Q"), (False, "ANSWER")]).rpartition("ANSWER")[2].strip() or tokenizer.eos_token or ""
+    tokens = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    default = end.splitlines()[0] if end else ""
+    stop_string = max((token for token in tokens if end.startswith(token)), key=len, default=default)
+    return Conversation("", ("user", "assistant"), [], 2, SeparatorStyle.RENDER, "", stop_string, render=render)

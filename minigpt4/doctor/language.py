@@ -13,10 +13,11 @@ from torch import Tensor
 from minigpt4.common.errors import see
 from minigpt4.common.schema import ModelConfig
 from minigpt4.common.weights import VOCABULARIES
-from minigpt4.conversation.templates import TEMPLATES, choose_template, usual_template
+from minigpt4.conversation.templates import TEMPLATES, choose_template
 from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding
 
 KEY = "model.llama_model"
+_USUAL_TEMPLATES = {32001: "vicuna_v0", 32000: "vicuna_v1"}  # of Vicuna, by the size of its vocabulary
 SENTENCES = (
     "The sky is blue and the grass is green.",
     "She went to the shop to buy some bread and milk.",
@@ -138,10 +139,10 @@ def tokens(folder: Path, tokenizer: Any, config: Any) -> Finding:
 def version(model_cfg: ModelConfig, vocab_size: int) -> Finding:
     """The Vicuna that the LM is, by its vocabulary, against the template that the configuration writes."""
     name, template = model_cfg.conversation, model_cfg.prompt_template
-    usual, kind = usual_template(vocab_size), VOCABULARIES.get(vocab_size, "no Vicuna")
+    usual, kind = _USUAL_TEMPLATES.get(vocab_size), VOCABULARIES.get(vocab_size, "no Vicuna")
     evidence = f"{vocab_size} tokens ({kind})"
     if name is not None and name not in TEMPLATES:
-        choose_template(name, vocab_size)  # refuses it
+        choose_template(model_cfg, None)  # refuses it
     written = name or ("vicuna_v0" if "###" in template else None)
     if usual is None or written is None or (written == "vicuna_v0") == (usual == "vicuna_v0"):
         return Finding("Vicuna version", OK, f"{evidence}, template {written or usual or 'vicuna_v0'}")

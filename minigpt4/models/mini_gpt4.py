@@ -178,6 +178,11 @@ class MiniGPT4(VisionEncoder):
         """What every sequence begins with: the begin token, or nothing where the tokenizer has none."""
         return [] if self.llama_tokenizer.bos_token is None else [self.llama_tokenizer.bos_token_id]
 
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        return [self.llama_tokenizer.eos_token_id]
+
     def maybe_autocast(self, dtype: torch.dtype = torch.float16) -> AbstractContextManager:
         """Mixed precision in ``dtype`` on an accelerator; on a CPU nothing changes."""
         return nullcontext() if self.device.type == "cpu" else devices.autocast(self.device, dtype)

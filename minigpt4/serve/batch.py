@@ -114,6 +114,8 @@ def _answer(chat: Chat, questions: list[Row], options: GenerationOptions) -> lis
     rows, valid, pixels = [dict(question) for question in questions], [], []
     for row in rows:
         try:
+            if not row["question"].strip():
+                raise UserError("The question is empty; write what you want to know.")
             image = chat.preprocess_image(row["image"])
             conv = chat.template.copy()
             conv.append_message(conv.roles[0], IMAGE_MESSAGE)

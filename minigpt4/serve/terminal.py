@@ -8,7 +8,6 @@ from torch import Tensor
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.conversation.stopping import hold_back_partial_stop
 
 HELP = "/image PATH adds an image, /reset starts a new chat, /help shows this; an empty line or end of input quits."
 
@@ -65,11 +64,7 @@ def terminal_chat(
 
 def write_answer(chat: Chat, conv: Conversation, images: list[Tensor], options: GenerationOptions) -> None:
     """Streams the answer to the last question to standard output."""
-    written = ""
-    for answer in chat.stream(conv, images, options):
-        text = answer.text if answer.finish_reason else hold_back_partial_stop(answer.text, [conv.stop_string])
-        if text.startswith(written):
-            sys.stdout.write(text[len(written) :])
-            sys.stdout.flush()
-            written = text
+    for piece in chat.stream_answer(conv, images, options=options):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
     sys.stdout.write("\n")

@@ -1,0 +1,84 @@
+"""How tokens are chosen: the options of an answer and transformers' logits processors that implement them.
+
+The rules are those of transformers 4.28, which the reference ran on: the begin token counts as the first generated
+token (for the minimum length, the repetition penalty and the length penalty), and sampling considers the 50 most
+probable tokens. Language models without a begin token start with an empty history.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+TOP_K = 50
+_MIN_TEMPERATURE = 1e-4  # logits divided by less would overflow float32
+
+
+@dataclass
+class GenerationOptions:
+    """How the tokens of one row are chosen. At temperature 0 nothing is sampled.
+
+    ``seed`` makes sampling repeatable whatever else draws random numbers. ``stop`` is called with a row's new token ids
+    after each token and returns whether the row ends there.
+    """
+
+    max_new_tokens: int = 300
+    num_beams: int = 1
+    do_sample: bool = True
+    min_length: int = 1
+    top_p: float = 0.9
+    temperature: float = 1.0
+    repetition_penalty: float = 1.0
+    length_penalty: float = 1.0
+    seed: int | None = None
+    stop: Callable[[Sequence[int]], bool] = field(default=lambda ids: False)
+
+    def __post_init__(self) -> None:
+        self.do_sample = self.do_sample and self.temperature > 0
+
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """The random number generator of ``seed`` on a device; None: torch's global one."""
+        return None if self.seed is None else torch.Generator(device).manual_seed(self.seed % 2**63)
+
+
+@dataclass
+class Generated:
+    """The new token ids of one row, without the begin token; with beam search also all beams, best first."""
+
+    ids: list[int]
+    beams: list[list[int]] = field(default_factory=list)
+    beam_scores: list[float] = field(default_factory=list)
+
+
+def build_processors(
+    options: GenerationOptions, bos_ids: Sequence[int], eos_ids: Sequence[int], device: torch.device
+) -> LogitsProcessorList:
+    """Penalties on scores [B, V] given the history [B, n] of begin and new tokens; empty where there are none."""
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+    if options.min_length > len(bos_ids):
+        processors.append(MinLengthLogitsProcessor(options.min_length, list(eos_ids), device=device))
+    return processors
+
+
+def build_warpers(options: GenerationOptions) -> LogitsProcessorList:
+    """Temperature, top-k and top-p; empty where nothing is sampled. Every beam keeps two tokens at least."""
+    if not options.do_sample:
+        return LogitsProcessorList()
+    num_kept = 2 if options.num_beams > 1 else 1
+    warpers = LogitsProcessorList([
+        TemperatureLogitsWarper(max(float(options.temperature), _MIN_TEMPERATURE)),
+        TopKLogitsWarper(TOP_K, min_tokens_to_keep=num_kept),
+    ])  # fmt: skip
+    if options.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(options.top_p, min_tokens_to_keep=num_kept))
+    return warpers
