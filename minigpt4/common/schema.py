@@ -120,7 +120,9 @@ class RunConfig:
     beta2: float = key(0.999, "AdamW's second beta.", below=1)
     max_epoch: int = key(1, "Number of epochs.")
     iters_per_epoch: int | None = key(None, "Iterations per epoch; null: one pass; shards need a number.", least=1)
-    batch_size_train: int = key(1, "Samples per iteration and process.", least=1)
+    batch_size_train: int | None = key(
+        None, "Samples per iteration and process; null: the data set's `batch_size`, else 1.", least=1
+    )
     batch_size_eval: int = key(1, "Samples per batch and process in validation.", least=1)
     num_workers: int = key(0, "Loader processes for each training process; 0: the training process loads.")
     accum_grad_iters: int = key(1, "Iterations whose gradients are averaged into one update.", least=1)
@@ -221,7 +223,7 @@ class DatasetConfig:
     vis_processor: ImageProcessors = key(ImageProcessors, "Image processors.")
     text_processor: TextProcessors = key(TextProcessors, "Caption processors.")
     sample_ratio: float | None = key(None, "Share of the batches relative to other data sets; null: 1.")
-    batch_size: int | None = key(None, "Samples per iteration; null: `run.batch_size_train`.", least=1)
+    batch_size: int | None = key(None, "Samples per iteration where `run.batch_size_train` is null; null: 1.", least=1)
 
 
 @dataclass(frozen=True)
