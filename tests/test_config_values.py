@@ -170,6 +170,14 @@ def test_later_names_of_the_reference(load):
     refused(lambda: load(model={"lora_r": 64}), "model.lora_r", "64")
 
 
+def test_a_registered_name_belongs_to_one_class():
+    with pytest.raises(KeyError, match=r"mini_gpt4.*MiniGPT4"):
+        registry.register_model("mini_gpt4")(OwnModel)
+    assert registry.register_model("own_model")(OwnModel) is OwnModel
+    assert {"mini_gpt4", "minigpt4", "own_model"} <= set(registry.list_models())
+    refused(lambda: registry.get_runner_class("runner_bas"), "runner_bas", "runner_base")
+
+
 def test_a_data_set_without_keys_has_its_defaults(load):
     config = load(datasets={"laion": None})
     assert config.datasets_cfg.laion.build_info.storage == "/path/to/laion_dataset/{00000..10488}.tar"
