@@ -57,13 +57,11 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.common.schema import ModelConfig, RunConfig, read_section
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.templates import choose_template
-    from minigpt4.doctor import look_ahead
     from minigpt4.processors import eval_image_processor
 
     cfg = Config(args).check()
     run_cfg = read_section(RunConfig, cfg.config.get("run"), "run")
     device = devices.pick(run_cfg.device, args.gpu_id, run_cfg.strict_device)
-    look_ahead(cfg, device)
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     template = choose_template(read_section(ModelConfig, cfg.model_cfg, "model"), model.llama_tokenizer)

@@ -29,22 +29,21 @@ def main() -> None:
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.registry import registry
     from minigpt4.common.utils import now
-    from minigpt4.doctor import look_ahead, warn_if_dead
+    from minigpt4.doctor import check_language_model
     from minigpt4.tasks import setup_task
 
     try:
         setup_logger()
         cfg = Config(args).check()
-        device = dist_utils.init_distributed_mode(cfg.run_cfg)
+        dist_utils.init_distributed_mode(cfg.run_cfg)
         dist_utils.assert_same_config(cfg.to_dict())
         setup_logger()  # again: now the ranks are known
         devices.seed_everything(int(cfg.run_cfg.get("seed", 42)) + dist_utils.get_rank())
         cfg.pretty_print()
-        dist_utils.run_on_main(lambda: look_ahead(cfg, device))
         task = setup_task(cfg)
         datasets = task.build_datasets(cfg)
         model = task.build_model(cfg)
-        warn_if_dead(model)
+        check_language_model(model)
         runner_class = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_base"))
         runner_class(
             cfg=cfg, job_id=dist_utils.broadcast_object(now()), task=task, model=model, datasets=datasets

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minigpt4.doctor.examination import examine
-from minigpt4.doctor.findings import MISTAKE
+from minigpt4.doctor.checks import run_checks
+from minigpt4.doctor.findings import ERROR
 from quickstart import scenes
 
 ROOT = Path(__file__).parents[1]
@@ -40,20 +40,20 @@ def diagnose(world, tmp_path, monkeypatch):
         options += [f"run.output_dir={tmp_path / 'output'}", *([f"model.ckpt={world}/checkpoint_3.pth"] * (stage == 2))]
         settings = {"deep": False, "steps": 0, "samples": 8, "sheet": tmp_path / "sheet.png"} | arguments
         file = f"train_configs/quickstart_stage{stage}.yaml"
-        found = examine(Namespace(cfg_path=file, options=[*options, *changes], **settings))
+        found = run_checks(Namespace(cfg_path=file, options=[*options, *changes], **settings))
         assert len({f.check for f in found}) == len(found)
         return {f.check: f for f in found}
 
     return run
 
 
-def mistakes(findings):
-    return {check: f for check, f in findings.items() if f.verdict == MISTAKE}
+def errors_of(findings):
+    return {check: f for check, f in findings.items() if f.verdict == ERROR}
 
 
-def the_mistake(findings, check, *words):
+def the_error(findings, check, *words):
     """The only mistake among findings: its check, and its words in evidence and remedy."""
-    assert list(mistakes(findings)) == [check], {c: f.evidence for c, f in mistakes(findings).items()}
+    assert list(errors_of(findings)) == [check], {c: f.evidence for c, f in errors_of(findings).items()}
     finding = findings[check]
     text = f"{finding.evidence} {finding.remedy}"
     assert not [word for word in words if word not in text], text

@@ -13,14 +13,14 @@ from argparse import Namespace
 
 import pytest
 import torch
-from doctor_world import ROOT, WEIGHTS, diagnose, edit, edit_json, llama, mistakes, the_mistake, with_vocabulary, world  # noqa: F401
+from doctor_world import ROOT, WEIGHTS, diagnose, edit, edit_json, errors_of, llama, the_error, with_vocabulary, world  # noqa: F401
 from PIL import Image
 
 from minigpt4.common import device as devices
 from minigpt4.doctor import language
-from minigpt4.doctor.examination import examine
-from minigpt4.doctor.findings import MISTAKE, OK, WARNING, worst
-from minigpt4.doctor.model import ModelFiles
+from minigpt4.doctor.checks import run_checks
+from minigpt4.doctor.files import ModelFiles
+from minigpt4.doctor.findings import ERROR, OK, WARNING, worst
 
 # sound set-ups
 
@@ -29,9 +29,9 @@ from minigpt4.doctor.model import ModelFiles
 def test_sound_set_ups(diagnose, tmp_path, stage):
     found = diagnose(stage=stage)
     assert {f.verdict for f in found.values()} == {OK}, {c: f.evidence for c, f in found.items() if f.verdict != OK}
-    assert {"run.device", "model.llama_model", "LM vitality", "memory, training", "memory, chat"} <= set(found)
+    assert {"run.device", "model.llama_model", "LM loss", "memory, training", "memory, chat"} <= set(found)
     assert ("model.ckpt" in found) == (stage == 2)
-    losses = found["LM vitality"].numbers
+    losses = found["LM loss"].numbers
     assert losses["captions of this run"] < losses["ln vocabulary"] == pytest.approx(math.log(768))
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width == 8 * 160 and len(set(sheet.convert("L").tobytes())) > 20
@@ -41,7 +41,7 @@ def test_an_evaluation_file_asks_for_no_training(monkeypatch, world, tmp_path):
     monkeypatch.chdir(ROOT)
     options = [f"datasets.cc_sbu_align.build_info.storage={world}/align", f"model.ckpt={world}/checkpoint_3.pth"]
     arguments = {"deep": False, "steps": 0, "samples": 8, "sheet": tmp_path / "sheet.png"}
-    found = examine(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, **arguments))
+    found = run_checks(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, **arguments))
     assert worst(found) == OK
     assert "memory, chat" in {f.check for f in found} and "memory, training" not in {f.check for f in found}
 
@@ -56,7 +56,7 @@ def test_the_command(world, tmp_path):
     assert all(set(row) == {"check", "verdict", "evidence", "remedy", "numbers"} for row in told["findings"])
     command.remove("--json")
     bad = subprocess.run([*command, "run.max_epochs=1"], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 1 and re.search(r"mistake +configuration +.*Did you mean 'max_epoch'", bad.stdout)
+    assert bad.returncode == 1 and re.search(r"error +configuration +.*Did you mean 'max_epoch'", bad.stdout)
     assert "Traceback" not in bad.stderr
 
 
@@ -66,7 +66,7 @@ def test_the_command(world, tmp_path):
 def test_1_the_wrong_vicuna_version(diagnose, llama):
     with_vocabulary(llama, 32000)
     found = diagnose(f"model.llama_model={llama}")
-    told = the_mistake(found, "Vicuna version", "32000", "v1.1", "Vicuna v0 (32001)", "#the-wrong-vicuna-version")
+    told = the_error(found, "Vicuna version", "32000", "v1.1", "Vicuna v0 (32001)", "#the-wrong-vicuna-version")
     assert "###Human" in told.evidence
     meant = diagnose(f"model.llama_model={llama}", "model.conversation=vicuna_v0")["Vicuna version"]
     assert meant.verdict == WARNING
@@ -76,13 +76,13 @@ def test_1_the_wrong_vicuna_version(diagnose, llama):
 
 def test_1_the_tokenizer_of_another_version(diagnose, llama):
     (llama / "added_tokens.json").write_text(json.dumps({"[PAD]": 768}))
-    the_mistake(diagnose(f"model.llama_model={llama}"), "tokenizer", "769 tokens", "768", "same version")
+    the_error(diagnose(f"model.llama_model={llama}"), "model.llama_model", "769 tokens", "768", "same version")
 
 
 def test_ids_of_generation_config_do_not_count(diagnose, llama):
     edit_json(llama / "generation_config.json", bos_token_id=0, eos_token_id=1)
     told = diagnose(f"model.llama_model={llama}")["tokenizer"]
-    assert told.verdict == OK and "says bos 0, eos 1" in told.evidence and "begin 1, end 2" in told.evidence
+    assert told.verdict == OK and "has bos 0, eos 1" in told.evidence and "begin 1, end 2" in told.evidence
 
 
 def test_2_out_of_memory(diagnose, monkeypatch):
@@ -90,7 +90,7 @@ def test_2_out_of_memory(diagnose, monkeypatch):
     parts = diagnose("run.batch_size_train=2")["memory, training"].numbers
     fixed, row = sum(parts.values()) - parts["activations"], parts["activations"] / 2
     found = diagnose("run.batch_size_train=64")
-    told = the_mistake(found, "memory, training", "40 MB", "activations", "#out-of-memory")
+    told = the_error(found, "memory, training", "40 MB", "activations", "#out-of-memory")
     fits = int(re.search(r"batch_size_train: (\d+) would fit", told.remedy).group(1))
     assert fits == pytest.approx((40e6 - fixed) / row, abs=2)
     assert found["memory, chat"].verdict in (OK, WARNING)
@@ -128,33 +128,33 @@ def test_3_a_dead_language_model(diagnose, llama, damage):
     edit(llama, change)
     found = diagnose(f"model.llama_model={llama}")
     if damage == "raw delta":
-        the_mistake(found, "model.llama_model", "raw delta", "apply_delta", "#a-dead-language-model")
+        the_error(found, "model.llama_model", "raw delta", "apply_delta", "#a-dead-language-model")
     else:
-        told = the_mistake(found, "LM vitality", "guessing has ln(768) = 6.64", "#a-dead-language-model")
-        assert ("sure and wrong" if damage == "random weights" else "predicts nothing") in told.evidence
+        told = the_error(found, "LM loss", "chance is ln(768) = 6.64", "#a-dead-language-model")
+        assert ("confident and wrong" if damage == "random weights" else "predicts nothing") in told.evidence
     if damage in ("untrained", "zeros"):  # told without computing anything, too
         files = ModelFiles({"llama_model": str(llama)}, torch.device("cpu"))
-        files.examine()
-        sampled = language.sampled_vitality(files.tensors, torch.float32)
-        assert sampled.verdict == MISTAKE and "--deep" in sampled.evidence
+        files.check()
+        sampled = language.sampled_weights_check(files.tensors, torch.float32)
+        assert sampled.verdict == ERROR and "--deep" in sampled.evidence
 
 
 def test_4_placeholder_paths(diagnose):
     found = diagnose("model.llama_model=/path/to/vicuna/weights/", "model.ckpt=/path/to/stage1/checkpoint/")
-    assert set(mistakes(found)) == {"model.llama_model", "model.ckpt"}
-    for finding in mistakes(found).values():
+    assert set(errors_of(found)) == {"model.llama_model", "model.ckpt"}
+    for finding in errors_of(found).values():
         assert "placeholder" in finding.evidence and "#placeholder-paths" in finding.remedy
     # what looks like an id of the hub is not asked for there
     asked = diagnose("model.llama_model=weights/vicuna-7b")["model.llama_model"]
     assert asked.verdict == WARNING and "not on this machine" in asked.evidence
     data = diagnose("datasets.cc_sbu_align.build_info.storage=/path/to/cc_sbu_align/")
-    the_mistake(data, "datasets.cc_sbu_align", "placeholder")
+    the_error(data, "datasets.cc_sbu_align", "placeholder")
 
 
 def test_5_a_13b_projection_on_a_7b_model(diagnose, tmp_path):
     projection = {"llama_proj.weight": torch.zeros(5120, 128), "llama_proj.bias": torch.zeros(5120)}
     torch.save({"model": projection}, tmp_path / "c.pth")
-    told = the_mistake(diagnose(f"model.ckpt={tmp_path}/c.pth"), "model.ckpt", "[5120, 128]", "13B", "160 wide")
+    told = the_error(diagnose(f"model.ckpt={tmp_path}/c.pth"), "model.ckpt", "[5120, 128]", "13B", "160 wide")
     assert "#a-projection-for-another-language-model" in told.remedy
 
 
@@ -164,15 +164,15 @@ def test_6_nan_in_half_precision(diagnose, llama):
         state["model.layers.1.mlp.down_proj.weight"].div_(3e4)
 
     edit(llama, change)
-    assert not mistakes(diagnose(f"model.llama_model={llama}"))
+    assert not errors_of(diagnose(f"model.llama_model={llama}"))
     found = diagnose(f"model.llama_model={llama}", "model.llm_dtype=fp16")
-    the_mistake(found, "LM vitality", "In float16 it overflows", "llm_dtype: bf16", "#nan")
+    the_error(found, "LM loss", "In float16 it overflows", "llm_dtype: bf16", "#nan")
     assert found["precision"].verdict == WARNING
 
 
 def test_6_nan_in_the_files(diagnose, llama, world, tmp_path):
     edit(llama, lambda state: state["model.layers.0.mlp.up_proj.weight"].fill_(torch.nan))
-    the_mistake(diagnose(f"model.llama_model={llama}"), "LM vitality", "NaN", "up_proj")
+    the_error(diagnose(f"model.llama_model={llama}"), "LM loss", "NaN", "up_proj")
 
 
 def test_7_silent_data_failure_in_pairs(diagnose, world, tmp_path):
@@ -182,26 +182,26 @@ def test_7_silent_data_failure_in_pairs(diagnose, world, tmp_path):
             file.unlink() if i % 2 else file.write_bytes(b"<html>not found</html>")
     key = "datasets.cc_sbu_align"
     found = diagnose(f"{key}.build_info.storage={align}", samples=30)
-    the_mistake(found, f"{key}/train", "missing image file", "unreadable image", "67% unusable", "#silent-data-failure")
+    the_error(found, f"{key}/train", "missing image file", "unreadable image", "67% unusable", "#silent-data-failure")
 
 
 def test_7_silent_data_failure_in_shards(diagnose, world, tmp_path):
     for file in (world / "shards").glob("*.tar"):
         (tmp_path / file.name).write_bytes(file.read_bytes()[:700])
     found = diagnose(f"datasets.cc_sbu.build_info.storage={tmp_path}/*.tar", stage=1)
-    the_mistake(found, "datasets.cc_sbu/train", "100% unusable", "unreadable shard")
+    the_error(found, "datasets.cc_sbu/train", "100% unusable", "unreadable shard")
     with tarfile.open(tmp_path / "0.tar", "w"):
         pass
     empty = diagnose(f"datasets.cc_sbu.build_info.storage={tmp_path}/0.tar", stage=1)
-    the_mistake(empty, "datasets.cc_sbu/train", "100% unusable")
+    the_error(empty, "datasets.cc_sbu/train", "100% unusable")
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         ("captions", "1 different captions among 8"),
-        ("colour", "8 of 8 pictures are of a single colour"),
-        ("same", "many pictures are one and the same"),
+        ("colour", "8 of 8 images are of a single colour"),
+        ("same", "many images are one and the same"),
         ("long", "lose their end symbol"),
     ],
 )
@@ -223,7 +223,7 @@ def test_7_data_that_can_be_read_and_is_no_good(diagnose, world, tmp_path, damag
 
 def test_8_a_stage_1_file_as_language_model(diagnose, world):
     found = diagnose(f"model.llama_model={world}/checkpoint_3.pth")
-    told = the_mistake(found, "model.llama_model", "MiniGPT-4 checkpoint", "(model.ckpt)", "Expected the folder")
+    told = the_error(found, "model.llama_model", "MiniGPT-4 checkpoint", "(model.ckpt)", "Expected the folder")
     assert "#weights-that-do-not-fit" in told.remedy
     assert found["model.vit_weights"].verdict == found["model.q_former_model"].verdict == OK
 
@@ -231,7 +231,7 @@ def test_8_a_stage_1_file_as_language_model(diagnose, world):
 def test_9_swapped_vision_files(diagnose):
     vit, q_former = WEIGHTS / "eva_vit.safetensors", WEIGHTS / "qformer.safetensors"
     found = diagnose(f"model.vit_weights={q_former}", f"model.q_former_model={vit}")
-    assert set(mistakes(found)) == {"model.vit_weights", "model.q_former_model"}
+    assert set(errors_of(found)) == {"model.vit_weights", "model.q_former_model"}
     assert "It looks like BLIP-2's Q-Former" in found["model.vit_weights"].evidence
     assert "It looks like a vision transformer of 4 blocks" in found["model.q_former_model"].evidence
 
@@ -240,13 +240,13 @@ def test_10_files_that_are_none(diagnose, tmp_path):
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>Sign in</html>")
     (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     found = diagnose(f"model.vit_weights={tmp_path}/page.pth", f"model.q_former_model={tmp_path}/pointer.pth")
-    assert set(mistakes(found)) == {"model.vit_weights", "model.q_former_model"}
+    assert set(errors_of(found)) == {"model.vit_weights", "model.q_former_model"}
     assert "web page" in found["model.vit_weights"].evidence
     assert "git-lfs" in found["model.q_former_model"].evidence
     os.truncate(shutil.copy(WEIGHTS / "eva_vit.safetensors", tmp_path / "cut.safetensors"), 1000)
-    the_mistake(diagnose(f"model.vit_weights={tmp_path}/cut.safetensors"), "model.vit_weights", "cut short", "#damaged")
+    the_error(diagnose(f"model.vit_weights={tmp_path}/cut.safetensors"), "model.vit_weights", "cut short", "#damaged")
 
 
 def test_11_a_disk_that_is_full(diagnose, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Namespace(free=10_000))
-    the_mistake(diagnose(), "disk, checkpoints", "10 KB free", "keep_last", "#disk-full")
+    the_error(diagnose(), "disk, checkpoints", "10 KB free", "keep_last", "#disk-full")

@@ -16,13 +16,15 @@ from minigpt4.doctor import memory
 def test_weights_of_7b_by_part():
     """A model of the full size, without a byte of memory."""
     folder = {"vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
     from minigpt4.common.schema import ModelConfig
-    from minigpt4.models.llama import Llama, LlamaConfig
     from minigpt4.models.mini_gpt4 import MiniGPT4
     from minigpt4.models.vision import build_vision
 
     with torch.device("meta"):
-        llm = Llama(LlamaConfig(**folder, num_attention_heads=32)).bfloat16()
+        config = LlamaConfig(**folder, num_attention_heads=32)
+        llm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model = MiniGPT4(*build_vision(ModelConfig()), llm, None)
     sizes = memory.weight_bytes(model)
     assert sizes["language model"] == pytest.approx(13.48e9, rel=1e-3)
@@ -56,14 +58,16 @@ import torch
 from types import SimpleNamespace
 from minigpt4.common import device as devices
 from minigpt4.common.config import Config
+from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.doctor import memory
-from minigpt4.doctor.model import ModelFiles
+from minigpt4.doctor.files import ModelFiles
 from minigpt4.models import MiniGPT4
 
 file, options = "eval_configs/quickstart_eval.yaml", ["model.ckpt=null"]
 cfg = Config(SimpleNamespace(cfg_path=file, options=options)).check().model_cfg
+cfg = read_section(ModelConfig, cfg, "model")
 device = devices.pick("npu", 0, True)
 chat, conv, images = Chat(MiniGPT4.from_config(cfg, device=device), None, device), CONV_VISION.copy(), []
 chat.upload_img(torch.rand(3, 64, 64), conv, images)
@@ -72,7 +76,7 @@ for answer in chat.stream(conv, images, GenerationOptions(max_new_tokens=3, do_s
     pass
 measured = devices.max_memory_mib(device) * 2**20
 files = ModelFiles(cfg, device)
-files.examine()
+files.check()
 print(measured, sum(memory.chat(files.build(), device, 64, answer.prompt_tokens + len(answer.ids) - 1).values()))
 """
 

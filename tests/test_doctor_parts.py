@@ -12,9 +12,11 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
-from minigpt4.doctor import look_ahead, warn_if_dead
+from minigpt4.doctor import check_language_model
+from minigpt4.models import MiniGPT4, loading
 from minigpt4.models.language_model import load_language_model
 from minigpt4.models.llama_tokenizer import load_tokenizer
+from minigpt4.models.packed_attention import PackedBatch
 
 
 @pytest.mark.parametrize(
@@ -39,30 +41,44 @@ def test_kinds_of_files(shapes, words):
     assert words in weights.describe_weights(state) and words in weights.describe_weights({"model": state})
 
 
-def test_the_head_of_a_run_refuses_early_and_warns(world, monkeypatch, llama, caplog):
+def test_files_are_compared_before_any_weight_is_read(world, monkeypatch, llama):
     monkeypatch.chdir(ROOT)
 
-    def head(*options):
+    def check(*options):
         options = [f"model.ckpt={world}/checkpoint_3.pth", *options]
         cfg = Config(Namespace(cfg_path="train_configs/quickstart_stage2.yaml", options=options)).check()
-        look_ahead(cfg, torch.device("cpu"))
+        return MiniGPT4.from_config(cfg.model_cfg, device="meta")
 
-    head()
-    assert not caplog.records
-    with pytest.raises(UserError, match=r"model\.ckpt is still the placeholder.*\(1 more: python -m minigpt4\.doctor"):
-        head("model.ckpt=/path/to/ckpt.pth", "model.prompt_path=absent.txt")
-    with_vocabulary(llama, 32000)
-    head(f"model.llama_model={llama}")
-    assert {record.levelname for record in caplog.records} == {"WARNING"}
-    assert "answers would be garbage" in caplog.text
+    assert {parameter.device.type for parameter in check().parameters()} == {"meta"}
+    with pytest.raises(UserError, match=r"model\.ckpt is still the placeholder"):
+        check("model.ckpt=/path/to/ckpt.pth")
+    edit(llama, lambda state: state["lm_head.weight"].fill_(torch.nan))  # a value, which is not read
+    check(f"model.llama_model={llama}")
+    edit(llama, lambda state: state.pop("lm_head.weight"))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UserError, match=r"model\.llama_model.*missing \['lm_head\.weight'\]"):
+        check(f"model.llama_model={llama}")
+    with pytest.raises(UserError, match=r"model\.q_former_model"):
+        check("model.q_former_model=quickstart/weights/eva_vit.safetensors")
+
+
+def test_padded_rows_are_used_where_packed_ones_are_wrong(llama, caplog, monkeypatch):
+    tokenizer = load_tokenizer(llama)
+    model = Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer, packs_rows=True)
+    check_language_model(model)
+    assert model.packs_rows and not caplog.records
+    attend = PackedBatch.attend
+    monkeypatch.setattr(PackedBatch, "attend", lambda *args, **settings: attend(*args, **settings) * 1.1)
+    check_language_model(model)
+    assert not model.packs_rows and "cannot compute packed rows" in caplog.text
 
 
 def test_a_dead_model_is_told_at_the_head_of_training(llama, caplog):
     tokenizer = load_tokenizer(llama)
-    warn_if_dead(Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer))
+    check_language_model(Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer))
     assert not caplog.records
     edit(llama, lambda state: state["lm_head.weight"].zero_())
-    warn_if_dead(Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer))
+    check_language_model(Namespace(llama_model=load_language_model(llama, torch.float32), llama_tokenizer=tokenizer))
     assert "it predicts nothing (loss 6.64" in caplog.text and "#a-dead-language-model" in caplog.text
 
 

@@ -1,11 +1,11 @@
-"""Checks what a run will need, and says of each thing what was seen and what to do.
+"""Checks what a run will need, and says of each thing what was found and what to do.
 
 python -m minigpt4.doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
 python -m minigpt4.doctor --cfg-path F --deep                   # the LM's true loss, whatever its size
 python -m minigpt4.doctor --cfg-path F --steps 5                # trains five steps: time, and memory measured
 python -m minigpt4.doctor --cfg-path F --json                   # for programs
 
-The exit status is 1 where something is a mistake, else 0. docs/TROUBLESHOOTING.md has the causes in full.
+The exit status is 1 if there is an error, else 0. docs/TROUBLESHOOTING.md has the causes in full.
 """
 
 import argparse
@@ -47,22 +47,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Prints the table; ends with the status."""
     args = parse_args()
-    from minigpt4.doctor.examination import examine
-    from minigpt4.doctor.findings import MISTAKE, as_json, as_table, worst
+    from minigpt4.doctor.checks import run_checks
+    from minigpt4.doctor.findings import ERROR, as_json, as_table, worst
 
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
     seconds_of_imports = _seconds()
-    findings = examine(args)
+    findings = run_checks(args)
     seconds = _seconds()
     if args.json:
         print(as_json(findings, seconds=round(seconds, 2), seconds_of_imports=round(seconds_of_imports, 2)))
     else:
         print(as_table(findings))
         verdicts = [finding.verdict for finding in findings]
-        counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("ok", "warning", "mistake"))
+        counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("ok", "warning", "error"))
         print(f"\n{counts}; {seconds:.1f} s, of which Python's imports {seconds_of_imports:.1f} s.")
     gc.freeze()  # nor need they be looked through at the end
-    sys.exit(worst(findings) == MISTAKE)
+    sys.exit(worst(findings) == ERROR)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What a check found: a verdict, the evidence, and the remedy; as a table or as JSON."""
+"""The result of a check: a verdict, the evidence, and the remedy; as a table or as JSON."""
 
 import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from minigpt4.common.errors import UserError
 
-OK, WARNING, MISTAKE = "ok", "warning", "mistake"
+OK, WARNING, ERROR = "ok", "warning", "error"
 _SEE = " See docs/"
 
 
@@ -19,12 +19,11 @@ class Finding:
     """One line of the table.
 
     Args:
-        check: what was looked at, a YAML key where it is one.
-        verdict: ok, warning or mistake.
-        evidence: what was seen there.
-        remedy: what to do, empty where there is nothing.
+        check: what was checked, a YAML key where it is one.
+        verdict: ok, warning or error.
+        evidence: what was found.
+        remedy: what to do, empty where there is nothing to do.
         numbers: for programs, in the JSON only.
-        refusal: the message with which the run itself would stop, where it would.
     """
 
     check: str
@@ -32,62 +31,57 @@ class Finding:
     evidence: str
     remedy: str = ""
     numbers: dict[str, Any] = field(default_factory=dict)
-    refusal: str = ""
 
 
 def refused(check: str, error: UserError) -> Finding:
-    """The library's own refusal as a finding; it says what is wrong and then, behind a semicolon, what to do."""
+    """A UserError as a finding; its message says what is wrong and then, after a semicolon, what to do."""
     text, _, link = str(error).partition(_SEE)
     evidence, semicolon, remedy = text.rpartition("; ")
     if not semicolon:
         evidence, remedy = text, ""
     remedy = f"{remedy}{_SEE * bool(link)}{link}".strip()
-    return Finding(check, MISTAKE, evidence.rstrip("."), remedy[:1].upper() + remedy[1:], refusal=str(error))
+    return Finding(check, ERROR, evidence.rstrip("."), remedy[:1].upper() + remedy[1:])
 
 
 def collect(check: str, look: Callable[..., Finding | Sequence[Finding]], *args: Any) -> list[Finding]:
-    """What a check finds; a refusal of the library is a finding too, and so is whatever else it raises."""
+    """The findings of a check; a UserError is a finding too, and so is any other exception."""
     try:
         found = look(*args)
     except UserError as error:
         found = refused(check, error)
-    except Exception as error:  # the other checks have to go on
-        kind, told = type(error).__name__, str(error).strip().split("\n")[0][:200]
-        found = Finding(check, WARNING, f"this could not be checked ({kind}: {told})", "Run it and read its messages.")
+    except Exception as error:  # the other checks go on
+        kind, message = type(error).__name__, str(error).strip().split("\n")[0][:200]
+        found = Finding(check, WARNING, f"this could not be checked ({kind}: {message})", "Run it and read its log.")
     return [found] if isinstance(found, Finding) else list(found)
 
 
 def worst(findings: Sequence[Finding]) -> str:
     """The worst verdict among findings."""
-    return max((f.verdict for f in findings), key=(OK, WARNING, MISTAKE).index, default=OK)
+    return max((f.verdict for f in findings), key=(OK, WARNING, ERROR).index, default=OK)
 
 
 def as_json(findings: Sequence[Finding], **rest: Any) -> str:
-    """All findings, and whatever else is told, as one JSON object."""
-    rows = [{key: value for key, value in asdict(f).items() if key != "refusal"} for f in findings]
+    """All findings and further values as one JSON object."""
+    rows = [asdict(finding) for finding in findings]
     return json.dumps({"verdict": worst(findings), **rest, "findings": rows}, indent=2, ensure_ascii=False)
 
 
 def as_table(findings: Sequence[Finding], width: int | None = None) -> str:
-    """All findings as a table: on a terminal long cells are broken over lines, elsewhere each finding is one line."""
+    """All findings as a table: on a terminal long cells are wrapped, elsewhere each finding is one line."""
     width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000)
-    names, verdicts = max(len(f.check) for f in findings), len(MISTAKE)
-    room = max(40, width - names - verdicts - 4)
+    names, verdicts = max(len(f.check) for f in findings), len(WARNING)
+    cell_width = max(40, width - names - verdicts - 4)
     lines = []
     for finding in findings:
-        told = finding.evidence + (f" -> {finding.remedy}" if finding.remedy else "")
-        cells = list(_wrapped(told, room))
+        text = finding.evidence + (f" -> {finding.remedy}" if finding.remedy else "")
+        cells = textwrap.wrap(text, cell_width, break_long_words=False, break_on_hyphens=False) or [""]
         lines.append(f"{finding.verdict:<{verdicts}}  {finding.check:<{names}}  {cells[0]}")
         lines += [f"{'':<{verdicts + names + 4}}{cell}" for cell in cells[1:]]
     return "\n".join(lines)
 
 
-def _wrapped(text: str, width: int) -> Iterator[str]:
-    yield from textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
-
-
 def size(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Bytes with a unit."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:.3g} {unit}"

@@ -123,7 +123,7 @@ class MiniGPT4(VisionEncoder):
         cfg = read_section(ModelConfig, cfg, "model")
         device = devices.pick() if device is None else torch.device(device)
         files = loading.locate_files(cfg, has_vision)
-        model = cls.build(cfg, files, device, has_vision)
+        model = cls.build(cfg, files, torch.device("cpu") if device.type == "meta" else device, has_vision)
         states = {key: read() for key, read in loading.state_readers(model, files).items()}
         if device.type != "meta":
             loading.load_weights(model, states, cfg, files, device, is_sharded)

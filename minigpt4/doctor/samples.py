@@ -1,4 +1,4 @@
-"""Samples drawn from every source: what can be read, what is in it, and a sheet of what the model will really see."""
+"""Samples drawn from every source: what can be read, what they hold, and a sheet of what the model receives."""
 
 import io
 import itertools
@@ -18,7 +18,8 @@ from minigpt4.common.errors import see
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.sample import SkipSample, decode_image
 from minigpt4.datasets.datasets.shards import IMAGE_KEYS
-from minigpt4.doctor.findings import MISTAKE, OK, WARNING, Finding, collect
+from minigpt4.doctor.files import ModelFiles
+from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect
 from minigpt4.processors.blip_processors import MEAN, STD
 
 NUM_SHARDS = 3  # opened of a source
@@ -26,21 +27,21 @@ _ANCHOR = "silent-data-failure"
 
 
 @dataclass
-class Drawn:
-    """What a draw from one split of a source gave."""
+class SampleStats:
+    """What was drawn from one split of a source."""
 
     name: str
-    size: str  # of the source, in words
+    description: str  # size of the source
     num_asked: int = 0
     captions: list[str] = field(default_factory=list)
-    pictures: list[Tensor] = field(default_factory=list)  # [3, S, S], as the model gets them
+    images: list[Tensor] = field(default_factory=list)  # [3, S, S], as the model gets them
     sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of the files
     skipped: Counter = field(default_factory=Counter)
     num_samples: float = 0.0  # of the source, estimated where it is shards
     processor: Any = None
 
 
-def draw(cfg: Any, num_samples: int = 16) -> tuple[list[Drawn], list[Finding]]:
+def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Finding]]:
     """Draws from every source and split of a configuration; sources that are refused come back as findings."""
     drawn, findings = [], []
 
@@ -60,17 +61,17 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[Drawn], list[Finding]]:
     return drawn, findings
 
 
-def _draw_pairs(name: str, dataset: Any, num_samples: int) -> Drawn:
-    drawn = Drawn(name, f"{len(dataset):,} pairs", num_samples=len(dataset), processor=dataset.vis_processor)
+def _draw_pairs(name: str, dataset: Any, num_samples: int) -> SampleStats:
+    drawn = SampleStats(name, f"{len(dataset):,} pairs", num_samples=len(dataset), processor=dataset.vis_processor)
     for index in random.Random(0).sample(range(len(dataset)), min(num_samples, len(dataset))):
-        _take(drawn, lambda index=index: dataset[index], lambda index=index: dataset.pairs[index].image.read_bytes())
+        _add(drawn, lambda index=index: dataset[index], lambda index=index: dataset.pairs[index].image.read_bytes())
     return drawn
 
 
-def _draw_shards(name: str, dataset: Any, num_samples: int) -> Drawn:
+def _draw_shards(name: str, dataset: Any, num_samples: int) -> SampleStats:
     local = [shard for shard in dataset.shards if Path(shard).is_file()]
     remote = f", {len(dataset.shards) - len(local):,} of them not local" * (len(local) < len(dataset.shards))
-    drawn = Drawn(name, f"{len(dataset.shards):,} shards{remote}", processor=dataset.vis_processor)
+    drawn = SampleStats(name, f"{len(dataset.shards):,} shards{remote}", processor=dataset.vis_processor)
     shards = random.Random(0).sample(local, min(NUM_SHARDS, len(local)))
     for i, shard in enumerate(shards):
         share = num_samples // len(shards) + (i < num_samples % len(shards))
@@ -78,8 +79,8 @@ def _draw_shards(name: str, dataset: Any, num_samples: int) -> Drawn:
         drawn.num_asked += share if not raws else 0  # a shard that gives nothing counts as all that was asked of it
         for raw in raws:
             image = next((raw[key] for key in IMAGE_KEYS if key in raw), b"")
-            _take(drawn, lambda raw=raw: dataset.process(raw), lambda image=image: image)
-        if drawn.pictures and not drawn.num_samples:
+            _add(drawn, lambda raw=raw: dataset.process(raw), lambda image=image: image)
+        if drawn.images and not drawn.num_samples:
             # A file of a tar has a header of 512 bytes and is filled up to a multiple of that.
             files = [value for raw in raws for value in raw.values() if isinstance(value, bytes)]
             sample_bytes = sum(512 + -(-len(value) // 512) * 512 for value in files) / len(raws)
@@ -87,7 +88,7 @@ def _draw_shards(name: str, dataset: Any, num_samples: int) -> Drawn:
     return drawn
 
 
-def _take(drawn: Drawn, sample: Any, image: Any) -> None:
+def _add(drawn: SampleStats, sample: Any, image: Any) -> None:
     drawn.num_asked += 1
     try:
         text = sample()["text_input"]
@@ -96,50 +97,51 @@ def _take(drawn: Drawn, sample: Any, image: Any) -> None:
         drawn.skipped[str(skip)] += 1
         return
     drawn.captions.append(text)
-    drawn.pictures.append(drawn.processor(decode_image(data)))
+    drawn.images.append(drawn.processor(decode_image(data)))
     drawn.sizes.append(Image.open(io.BytesIO(data)).size)
 
 
-def judge(drawn: Drawn, tokenizer: Any = None, max_txt_len: int = 32, end_sym: str = "\n") -> Finding:
-    """What a draw says about its source."""
+def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
+    """Judges a source by the samples that were drawn from it."""
     check, num_good = f"datasets.{drawn.name}", len(drawn.captions)
     kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(drawn.skipped.items()))
     bad = 1 - num_good / drawn.num_asked if drawn.num_asked else 0.0
     numbers = {"drawn": drawn.num_asked, "unreadable": bad, "kinds": dict(drawn.skipped)}
-    evidence = f"{drawn.size}; {drawn.num_asked} drawn, {bad:.0%} unusable" + (f" ({kinds})" if kinds else "")
+    evidence = f"{drawn.description}; {drawn.num_asked} drawn, {bad:.0%} unusable" + (f" ({kinds})" if kinds else "")
     remedy = "Download or copy what is missing again; the run counts and skips such samples." + see(_ANCHOR)
     if not drawn.num_asked:
-        return Finding(check, WARNING, f"{drawn.size}; none is local, so none was drawn", "Look at one by hand.")
+        return Finding(check, WARNING, f"{drawn.description}; none is local, so none was drawn", "Check one by hand.")
     if not num_good:
-        return Finding(check, MISTAKE, evidence, remedy, numbers)
+        return Finding(check, ERROR, evidence, remedy, numbers)
     widths, heights = zip(*drawn.sizes, strict=True)
     evidence += (
-        f"; files {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}, the model sees "
-        f"{drawn.pictures[0].shape[-1]}; captions such as '{_cut(drawn.captions[0])}'"
+        f"; files {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}, the model receives "
+        f"{drawn.images[0].shape[-1]}; captions such as '{_cut(drawn.captions[0])}'"
     )
     if bad >= 0.5:
-        return Finding(check, MISTAKE, evidence, remedy, numbers)
-    if suspicion := _suspicion(drawn, tokenizer, max_txt_len, end_sym):
+        return Finding(check, ERROR, evidence, remedy, numbers)
+    if suspicion := _suspicion(drawn, files):
         return Finding(check, WARNING, f"{evidence}; {suspicion[0]}", suspicion[1] + see(_ANCHOR), numbers)
     return Finding(check, WARNING if bad else OK, evidence, remedy if bad else "", numbers)
 
 
-def _suspicion(drawn: Drawn, tokenizer: Any, max_txt_len: int, end_sym: str) -> tuple[str, str] | None:
-    """What can be read and is no good all the same, and its remedy."""
+def _suspicion(drawn: SampleStats, files: ModelFiles) -> tuple[str, str] | None:
+    """What can be read but looks wrong, and its remedy."""
     num = len(drawn.captions)
     if num >= 4 and len(set(drawn.captions)) <= num / 2:
-        told = f"{len(set(drawn.captions))} different captions among {num}: '{_cut(drawn.captions[0])}' comes again"
-        return told, "Look at the captions: are they those of the pictures?"
-    if flat := sum(picture.flatten(1).std(1).max().item() < 0.02 for picture in drawn.pictures):
-        return f"{flat} of {num} pictures are of a single colour", "Look at the sheet; take such pictures out."
-    if num >= 4 and len({tuple(picture.flatten()[::97].tolist()) for picture in drawn.pictures}) <= num / 2:
-        return "many pictures are one and the same", "Look at the sheet: are they placeholders of a failed download?"
-    if tokenizer is not None:
-        lengths = [len(tokenizer(text + end_sym, add_special_tokens=False).input_ids) for text in drawn.captions]
+        message = f"{len(set(drawn.captions))} different captions among {num}: '{_cut(drawn.captions[0])}' is repeated"
+        return message, "Check the captions: are they those of the images?"
+    if flat := sum(image.flatten(1).std(1).max().item() < 0.02 for image in drawn.images):
+        return f"{flat} of {num} images are of a single colour", "Look at the sheet; remove such images."
+    if num >= 4 and len({tuple(image.flatten()[::97].tolist()) for image in drawn.images}) <= num / 2:
+        return "many images are one and the same", "Look at the sheet: are they placeholders of a failed download?"
+    if files.model is not None:
+        max_txt_len, end_sym = files.cfg.max_txt_len, files.cfg.end_sym
+        lengths = [len(files.model.tokenize(text + end_sym)) for text in drawn.captions]
         cut = sum(length > max_txt_len for length in lengths) / num
         if cut > 0.1:
-            told = f"{cut:.0%} of the captions are longer than max_txt_len {max_txt_len} and lose their end symbol"
-            return told, f"Set model.max_txt_len: {max(lengths)} if memory allows."
+            message = f"{cut:.0%} of the captions are longer than max_txt_len {max_txt_len} and lose their end symbol"
+            return message, f"Set model.max_txt_len: {max(lengths)} if memory allows."
     return None
 
 
@@ -148,21 +150,21 @@ def _cut(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def sheet(drawn: Sequence[Drawn], path: Path, columns: int = 8, side: int = 160) -> Path | None:
-    """Writes a contact sheet of what the model will see, with captions, a block a source; None without pictures."""
+def sheet(drawn: Sequence[SampleStats], path: Path, columns: int = 8, side: int = 160) -> Path | None:
+    """Writes a contact sheet of images as the model receives them, with captions; None without images."""
     cells = [
-        (name, picture, caption, part.processor)
+        (name, image, caption, part.processor)
         for part in drawn
-        for name, picture, caption in zip(itertools.repeat(part.name), part.pictures, part.captions, strict=False)
+        for name, image, caption in zip(itertools.repeat(part.name), part.images, part.captions, strict=False)
     ]
     if not cells:
         return None
     rows, text_height = -(-len(cells) // columns), 48
     page = Image.new("RGB", (columns * side, rows * (side + text_height)), "white")
     pen = ImageDraw.Draw(page)
-    for i, (name, picture, caption, processor) in enumerate(cells):
+    for i, (name, image, caption, processor) in enumerate(cells):
         left, top = i % columns * side, i // columns * (side + text_height)
-        page.paste(_pixels(picture, processor).resize((side - 4, side - 4)), (left + 2, top + 2))
+        page.paste(_pixels(image, processor).resize((side - 4, side - 4)), (left + 2, top + 2))
         lines = [name, *(_cut(caption, 72)[start : start + 24] for start in (0, 24, 48))]
         pen.multiline_text((left + 3, top + side), "\n".join(filter(None, lines)), "black", spacing=0, font_size=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,12 +172,12 @@ def sheet(drawn: Sequence[Drawn], path: Path, columns: int = 8, side: int = 160)
     return path
 
 
-def _pixels(picture: Tensor, processor: Any) -> Image.Image:
-    """A processed picture [3, S, S] back to an image: what the processor took off is put on again."""
+def _pixels(image: Tensor, processor: Any) -> Image.Image:
+    """A processed image [3, S, S] back to pixels: undoes the normalisation."""
     steps = [processor, *getattr(getattr(processor, "transform", None), "transforms", ())]
     mean, std = (
         torch.tensor(next((getattr(step, name) for step in steps if hasattr(step, name)), default)).view(3, 1, 1)
         for name, default in (("mean", MEAN), ("std", STD))
     )
-    values = (picture.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    values = (image.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).numpy())

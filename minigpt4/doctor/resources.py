@@ -1,0 +1,169 @@
+"""Disk, memory and time of a run, from its configuration and the model without weights."""
+
+import copy
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from minigpt4.common import device as devices
+from minigpt4.common.errors import see
+from minigpt4.common.schema import RunConfig, read_section
+from minigpt4.doctor import memory
+from minigpt4.doctor.files import ModelFiles
+from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, size
+from minigpt4.doctor.samples import SampleStats
+from minigpt4.models.language_model import decoder_layers
+
+CHAT_TOKENS = 2000  # of a full chat, Chat.answer's max_length
+_OUT_OF_MEMORY = see("out-of-memory")
+
+
+def amp_dtype(run_cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """The precision in which a run computes its steps."""
+    if not run_cfg.amp:
+        return torch.float32
+    return devices.DTYPES[run_cfg.amp_dtype] if run_cfg.amp_dtype else devices.default_dtype(device)
+
+
+def disk(run_cfg: RunConfig, files: ModelFiles, drawn: list[SampleStats]) -> list[Finding]:
+    """Space for checkpoints and for the feature cache."""
+    model = files.model
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    one = 3 * 4 * trained + 20_000  # weights and AdamW's moments in float32, and a rank's state
+    number = run_cfg.max_epoch
+    if run_cfg.save_every_iters:
+        number += run_cfg.max_epoch * (run_cfg.iters_per_epoch or 0) // run_cfg.save_every_iters
+    number = min(number, run_cfg.keep_last or number) + bool(run_cfg.valid_splits)
+    findings = [_space("disk, checkpoints", run_cfg.output_dir, one * number, f"{number} of {size(one)}")]
+    if cache := run_cfg.feature_cache:
+        num_samples = sum(part.num_samples for part in drawn)
+        row = model.num_query_token * model.llama_proj.in_features * 2 * run_cfg.feature_crops
+        message = f"features of about {num_samples:,.0f} samples, {size(row)} each, less what is cached"
+        cached = sum(file.stat().st_size for file in Path(cache).rglob("*.safetensors"))
+        findings.append(_space("disk, feature cache", cache, max(0, row * num_samples - cached), message))
+    return findings
+
+
+def _space(check: str, folder: str, needed: float, message: str) -> Finding:
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    evidence = f"{size(needed)} ({message}) below {folder}, {size(free)} free"
+    numbers = {"needed": needed, "free": free}
+    if needed > free:
+        return Finding(check, ERROR, evidence, "Free space, or set run.keep_last." + see("disk-full"), numbers)
+    return Finding(check, WARNING if needed > 0.8 * free else OK, evidence, numbers=numbers)
+
+
+def _listed(parts: Mapping[str, int], capacity: int) -> tuple[str, int]:
+    total = sum(parts.values())
+    listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+    return f"{size(total)} predicted of {size(capacity)}: {listed}", total
+
+
+def training_memory(run_cfg: RunConfig, files: ModelFiles, captions: list[str]) -> Finding:
+    """Memory of a step with the longest texts, compared with the device's."""
+    rows = run_cfg.batch_size_train
+    words = " ".join(captions) or "a picture of something"
+    longest = (words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)
+    model = files.build(has_vision=not run_cfg.feature_cache)
+    layers = decoder_layers(model.llama_model)
+    sharded = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
+    parts = predict(run_cfg, files, model, {"text_input": [longest] * rows})
+    capacity, _ = devices.memory_left(files.device)
+    evidence, total = _listed(parts, capacity)
+    evidence += f" ({rows} rows of the longest texts)"
+    # A layer is whole while it computes, and the next one while it is gathered.
+    space = capacity - (total - sharded) - 2 * sharded // len(layers)
+    if run_cfg.parallel == "fsdp" and space > 0:
+        evidence += f"; sharded by run.parallel: fsdp it fits on {math.ceil(sharded / space)} cards or more"
+        return Finding("memory, training", OK, evidence, numbers=parts)
+    if total > capacity:
+        fixed = total - parts["activations"]
+        fits = int((capacity - fixed) / (parts["activations"] / rows))
+        remedy = f"run.batch_size_train: {fits} would fit, with run.accum_grad_iters for the rest."
+        if fits < 1:
+            remedy = "Not one row fits: use half precision, model.low_resource, run.parallel: fsdp or a larger card."
+        elif not files.cfg.llm_grad_checkpoint:
+            remedy = f"{remedy[:-1]}; or model.llm_grad_checkpoint: True."
+        return Finding("memory, training", ERROR, evidence, remedy + _OUT_OF_MEMORY, parts)
+    verdict = WARNING if total > 0.9 * capacity else OK
+    return Finding("memory, training", verdict, evidence, _OUT_OF_MEMORY.strip() * (verdict != OK), parts)
+
+
+def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes by part at the peak of a training step with such a batch."""
+    amp = amp_dtype(run_cfg, files.device)
+    return memory.training(model, files.device, amp, files.cfg.image_size, samples)
+
+
+def chat_memory(files: ModelFiles, is_training: bool) -> Finding:
+    """Memory of a full chat, compared with the device's."""
+    parts = memory.chat(files.build(), files.device, files.cfg.image_size, CHAT_TOKENS)
+    capacity, _ = devices.memory_left(files.device)
+    evidence, total = _listed(parts, capacity)
+    evidence += f" (a chat of {CHAT_TOKENS} tokens; each further one that is kept {size(parts['keys and values'])})"
+    if total <= capacity:
+        return Finding("memory, chat", OK, evidence, numbers=parts)
+    remedy = "model.low_resource: True, model.llm_dtype in a half precision, or a larger card." + _OUT_OF_MEMORY
+    return Finding("memory, chat", WARNING if is_training else ERROR, evidence, remedy, parts)
+
+
+def timed_steps(args: Any, cfg: Any, files: ModelFiles) -> list[Finding]:
+    """Real training steps in a temporary folder: their time, and the memory they took beside the prediction."""
+    from minigpt4.runners import RunnerBase
+    from minigpt4.tasks import setup_task
+
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"output_dir": folder, "resume": None, "resume_ckpt_path": None, "tracker": None}
+        short = copy.copy(cfg)
+        short.config = OmegaConf.merge(cfg.config, {"run": {**changes, "feature_cache": None}})
+        task = setup_task(short)
+        model, datasets = task.build_model(short), task.build_datasets(short)
+        runner = RunnerBase(cfg=short, job_id="doctor", task=task, model=model, datasets=datasets)
+        runner.wrapped_model.train()
+        seconds, waits, batches = [], [], []
+        loader = runner._train_loader().iter_epoch(0)
+        for _ in range(min(args.steps, runner.iters_per_epoch)):
+            start = time.perf_counter()
+            batch = next(loader)
+            waits.append(time.perf_counter() - start)
+            output = runner.train_step(batch, is_update=True)
+            devices.synchronize(files.device)
+            seconds.append(time.perf_counter() - start)
+            batches.append({"text_input": batch["text_input"], "instruction": batch["instruction"]})
+    return _step_findings(runner, files, seconds, waits, batches, output["loss"].item())
+
+
+def _step_findings(
+    runner: Any, files: ModelFiles, seconds: list[float], waits: list[float], batches: list[dict], loss: float
+) -> list[Finding]:
+    run_cfg, device = read_section(RunConfig, runner.run_cfg, "run"), files.device
+    step, wait = statistics.median(seconds[1:] or seconds), statistics.median(waits[1:] or waits)
+    left = runner.max_epoch * runner.iters_per_epoch
+    cached = "; run.feature_cache would save the vision part of it" * bool(run_cfg.feature_cache)
+    message = (
+        f"{step:.3g} s a step ({wait:.2g} s of it waiting for data), the first {seconds[0]:.3g} s: {left:,} steps "
+        f"take {timedelta(seconds=round(step * left))}{cached}"
+    )
+    numbers = {"step": step, "data": wait, "steps": left, "loss": loss}
+    findings = [Finding("time", OK, message, numbers=numbers)]
+    if not math.isfinite(loss):
+        findings.append(Finding("loss", ERROR, f"after {len(seconds)} steps it is not finite", see("nan").strip()))
+    if device.type != "cpu":  # there it is the process's memory, its code and the mapped files included
+        measured = devices.max_memory_mib(device) * 2**20
+        total = max(sum(predict(run_cfg, files, files.build(), batch).values()) for batch in batches)
+        message = f"{size(measured)} at most, {size(total)} predicted for these batches ({total / measured - 1:+.1%})"
+        findings.append(Finding("memory, measured", OK, message, numbers={"measured": measured, "predicted": total}))
+    return findings
