@@ -48,3 +48,28 @@ def test_the_mean_of_an_epoch_is_over_both_ranks(two_ranks):
     lines = [json.loads(line) for line in (folder_of(folder / "out") / "log.txt").read_text().splitlines()]
     (epoch,) = (line for line in lines if "epoch" in line)
     assert epoch["train_loss"] == pytest.approx(sum(map(sum, losses)) / 12, abs=1e-4)
+
+
+def test_all_ranks_use_the_job_id_of_rank_0(tmp_path):
+    """Where a broadcast is broken, the ranks wait for each other: ``run.dist_timeout`` or this test ends them then."""
+
+    def before(rank):
+        from minigpt4.common import utils
+        from minigpt4.runners import RunnerBase
+
+        utils.now = lambda: f"job{rank}"
+        train = RunnerBase.train
+
+        def noting(self):
+            (tmp_path / f"folder.{rank}").write_text(str(self.output_dir))
+            train(self)
+
+        RunnerBase.train = noting
+
+    datasets = align_section(write_pairs(tmp_path / "align"))
+    config = write_config(tmp_path / "run.yaml", {"dist_timeout": 20}, datasets)
+    statuses = run_ranks(2, config, tmp_path / "run", before=before, seconds=60)
+    assert statuses == [0, 0], logs(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "out").iterdir()] == ["job0"]
+    for rank in (0, 1):
+        assert (tmp_path / f"folder.{rank}").read_text() == str(tmp_path / "run" / "out" / "job0")

@@ -234,4 +234,3 @@ def test_prefixes_that_differ_within_a_batch_are_computed_with_their_rows(build,
     model._prefix_kv = None
     random.seed(0)
     assert model(samples)["loss"].item() == pytest.approx(first, abs=1e-5) and mixed["num_targets"] > 0
-

@@ -38,9 +38,7 @@ def tokenizer_folder(tmp_path):
     return shutil.copytree(TINY / "llama", tmp_path / "llama", ignore=ignored)
 
 
-@pytest.mark.parametrize(
-    ("missing", "said"), [("bos", None), ("eos", "no eos_token_id"), ("both", "no eos_token_id")]
-)
+@pytest.mark.parametrize(("missing", "said"), [("bos", None), ("eos", "no eos_token_id"), ("both", "no eos_token_id")])
 def test_tokenizer_without(tokenizer_folder, trained, missing, said):
     (tokenizer_folder / "tokenizer.model").write_bytes(trained[missing])
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
