@@ -41,7 +41,7 @@ def prompt(request, plain):
 def answer(llm, embeds, bos=NONE, eos=NONE, **options):
     options = GenerationOptions(do_sample=False, **{"max_new_tokens": LENGTH, "min_length": 0} | options)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-    return list(generate(llm, embeds, mask, options, bos, eos)[0].ids)
+    return list(generate(llm, embeds, mask, options, [bos], [eos])[0].ids)
 
 
 def expected(plain, embeds, bos=NONE, eos=NONE, repetition_penalty=1.0, min_length=0):
@@ -122,7 +122,7 @@ def test_each_row_of_a_batch_has_its_own_history(llm, plain):
         GenerationOptions(do_sample=False, max_new_tokens=LENGTH, repetition_penalty=1.3),
         GenerationOptions(do_sample=False, max_new_tokens=LENGTH, repetition_penalty=2.0, min_length=20),
     ]
-    rows = generate(llm, torch.cat([padded, long]), mask, options, NONE, eos)
+    rows = generate(llm, torch.cat([padded, long]), mask, options, [NONE], [eos])
     assert [list(row.ids) for row in rows] == alone
 
 
