@@ -34,7 +34,7 @@ from webdataset.tariterators import tarfile_samples
 
 from minigpt4.common import device as devices
 from minigpt4.datasets.datasets import ShardDataset
-from minigpt4.datasets.datasets.tar_files import expand_shards
+from minigpt4.datasets.datasets.shard_urls import expand_shards
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.processors import Blip2ImageTrainProcessor, BlipCaptionProcessor
 from minigpt4.processors.blip_processors import MEAN, STD

@@ -116,7 +116,7 @@ def pictures(case: bytes) -> None:
 
 @target(st.one_of(TEXTS, st.text("{},.0123456789ab[]*?!/", max_size=12).filter(lambda text: "0..9" not in text)), 1)
 def storages(case: str) -> None:
-    from minigpt4.datasets.datasets.tar_files import expand_shards
+    from minigpt4.datasets.datasets.shard_urls import expand_shards
 
     span = [int(number[-6:]) for number in re.findall(r"\d+", case)]
     if max(span, default=0) < 1000:  # a pattern of a billion shards is the user's own
@@ -129,7 +129,7 @@ NAMES = st.text(string.ascii_letters + string.digits + "._-/ ", min_size=1, max_
 @target(NAMES, 2)
 def keys_of_members(case: str) -> None:
     """As webdataset splits names, but for files that begin with a dot."""
-    from minigpt4.datasets.datasets.tar_files import key_and_suffix
+    from minigpt4.datasets.datasets.shards import key_and_suffix
 
     if not case.rpartition("/")[2].startswith("."):
         assert key_and_suffix(case) == base_plus_ext(case)

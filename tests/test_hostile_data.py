@@ -1,4 +1,4 @@
-"""Shards, pictures, captions and lists that somebody prepared: what is good is read, the rest is counted or refused."""
+"""Shards, pictures and captions that somebody prepared: what is good is read, the rest is counted or refused."""
 
 import json
 import os
@@ -8,20 +8,19 @@ from collections import Counter
 import hostile_data
 import pytest
 from confined import Hangs, bounded, told
+from data_samples import EVAL, KEY, make_loader, texts
 from hostile_data import PICTURE, PICTURES, SHARDS, archive, good, unended
 
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.images import read_image
-from minigpt4.datasets.datasets import PairDataset, ShardDataset, tar_files
-from minigpt4.datasets.datasets.pairs import Pair, read_align_folder, read_pairs
+from minigpt4.datasets.datasets import PairDataset, ShardDataset, shard_urls
+from minigpt4.datasets.datasets.pairs import Pair
 from minigpt4.datasets.datasets.sample import SkipSample, WorkerInfo
-from minigpt4.datasets.datasets.tar_files import expand_shards
-from minigpt4.datasets.loader import TrainLoader, eval_batches
-from minigpt4.processors import Blip2ImageEvalProcessor, BlipCaptionProcessor
+from minigpt4.datasets.datasets.shard_urls import expand_shards
+from minigpt4.datasets.datasets.shards import key_and_suffix
+from minigpt4.processors import BlipCaptionProcessor
 
 pytestmark = pytest.mark.usefixtures("confined")
-KEY = "datasets.x.build_info.storage"
-EVAL = Blip2ImageEvalProcessor(8)
 
 
 def read(path, text_processor=str):
@@ -30,17 +29,6 @@ def read(path, text_processor=str):
     samples = list(ShardDataset("x", [str(path)], EVAL, text_processor).iter_eval(WorkerInfo(seed=0), skipped))
     assert all(sample["image"].shape == (3, 8, 8) for sample in samples)
     return [sample["text_input"] for sample in samples], {kind: count for kind, count in skipped.items() if count}
-
-
-def read_pairs_once(pairs):
-    """The same for pairs."""
-    batches = eval_batches("x", PairDataset("x", pairs, EVAL), batch_size=3, num_workers=0, seed=0)
-    return [text for batch in batches for text in batch["text_input"]], batches.skipped
-
-
-def train(dataset, num_batches=1):
-    loader = TrainLoader({dataset.name: dataset}, {}, 8, num_batches, num_workers=0, seed=0)
-    return [text for batch in loader.iter_epoch(0) for text in batch["text_input"]]
 
 
 # shards
@@ -76,21 +64,24 @@ def test_shard_cut_at(tmp_path, offset):
 def test_a_shard_that_is_all_bad_ends_the_run_with_a_line(tmp_path):
     (tmp_path / "0.tar").write_bytes(b"rubbish" * 500)
     dataset = ShardDataset("web", [str(tmp_path / "0.tar")], EVAL)
-    told(lambda: train(dataset), "web", "unreadable shard", "0.tar", "KEY.jpg")
+    told(lambda: texts(make_loader({"web": dataset}).iter_epoch(0)), "web", "unreadable shard", "0.tar", "KEY.jpg")
 
 
-def test_a_large_file_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_files, "MAX_FILE_BYTES", 5000)
-    large = [("b.jpg", b"\0" * 6000), ("b.txt", b"b")]
+def test_a_file_too_large_for_memory_ends_its_shard(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(shard_urls, "MAX_FILE_BYTES", 50_000)
+    large = [("b.bin", b"\0" * 70_000), ("b.txt", b"b")]
     (tmp_path / "0.tar").write_bytes(archive(*good("a"), *large, *good("z")))
-    assert read(tmp_path / "0.tar") == (["caption a", "caption z"], {"file too large in a shard": 1, "no image": 1})
+    assert read(tmp_path / "0.tar") == (["caption a"], {"unreadable shard": 1})
+    assert "has more than 50,000 bytes" in caplog.text
+    (tmp_path / "1.tar").write_bytes(archive(*good(*map(str, range(100)))))  # many files are not one large file
+    assert len(read(tmp_path / "1.tar")[0]) == 100
 
 
 def test_key_and_suffix():
-    assert tar_files.key_and_suffix("d.d/a.b.JPG") == ("d.d/a", "b.JPG")
-    assert tar_files.key_and_suffix("/a.jpg") == ("/a", "jpg")
+    assert key_and_suffix("d.d/a.b.JPG") == ("d.d/a", "b.JPG")
+    assert key_and_suffix("/a.jpg") == ("/a", "jpg")
     for name in ("", "a", ".jpg", "d/.jpg", "a/", ".", ".."):
-        assert tar_files.key_and_suffix(name) == (None, None)
+        assert key_and_suffix(name) == (None, None)
 
 
 def test_a_file_named_as_a_command_is_read_and_not_run(tmp_path, monkeypatch):
@@ -236,144 +227,6 @@ def test_caption_as_text(tmp_path, data, expected):
     captions, skipped = read(tmp_path / "0.tar")
     assert captions == ([expected] if expected else [])
     assert bool(skipped) == (expected is None)
-
-
-# filter_cap.json
-
-
-def annotations(*entries):
-    return json.dumps({"annotations": entries}).encode()
-
-
-ALIGN = {
-    "no bytes": (b"", "JSON"),
-    "null": (b"null", "annotations"),
-    "a number": (b"5", "annotations"),
-    "a text": (b'"a"', "annotations"),
-    "a list in place of the dict": (b'[{"image_id": "1", "caption": "a"}]', "annotations"),
-    "no annotations": (b"{}", "annotations"),
-    "annotations as null": (b'{"annotations": null}', "annotations"),
-    "annotations as a dict": (b'{"annotations": {"image_id": "1", "caption": "a"}}', "annotations"),
-    "annotations as a text": (b'{"annotations": "a"}', "annotations"),
-    "none of them": (b'{"annotations": []}', "annotations"),
-    "cut": (b'{"annotations": [{"image_id": "1"', "JSON"),
-    "not UTF-8": (b'{"annotations": [{"image_id": "1", "caption": "\xe9"}]}', "JSON"),
-    "deep": (b"[" * 10**6, "JSON"),
-    "deep annotation": (b'{"annotations": [' + b"[" * 10**5 + b"]" * 10**5 + b"]}", "JSON"),
-    "5000 digits": (b'{"annotations": ' + b"9" * 5000 + b"}", "JSON", "digits"),
-    "an entry as null": (annotations(None), "annotation 0", "image_id"),
-    "an entry as a list": (annotations({"image_id": "1", "caption": "a"}, ["2", "b"]), "annotation 1", "['2', 'b']"),
-    "an entry as a text": (annotations("image_id caption"), "annotation 0"),
-    "no image_id": (annotations({"caption": "a"}), "annotation 0", "image_id"),
-    "no caption": (annotations({"image_id": "1"}), "annotation 0", "caption"),
-    "an id that leads up": (annotations({"image_id": "../1", "caption": "a"}), "'../1'", "image/"),
-    "an absolute id": (annotations({"image_id": "/etc/passwd", "caption": "a"}), "'/etc/passwd'"),
-    "an id of Windows": (annotations({"image_id": "..\\1", "caption": "a"}), "'..\\1'"),
-    "an empty id": (annotations({"image_id": "", "caption": "a"}), "''"),
-    "dots as an id": (annotations({"image_id": "..", "caption": "a"}), "'..'"),
-    "an id of a megabyte": (annotations({"image_id": "../" + "x" * 10**6, "caption": "a"}), "'../xxx"),
-    "a line end in an id": (annotations({"image_id": "a/\nb", "caption": "a"}), "'a/ b'"),
-    "an entry of a megabyte": (annotations({"caption": "a" * 10**6}), "annotation 0", "aaa"),
-}
-SKIPPED_PAIRS = {  # entries of which one sample beside a good one comes out
-    "an unknown id": ({"image_id": "nothing", "caption": "a"}, "missing image file"),
-    "a number as an id": ({"image_id": 17, "caption": "a"}, "missing image file"),
-    "null as an id": ({"image_id": None, "caption": "a"}, "missing image file"),
-    "a list as an id": ({"image_id": [1], "caption": "a"}, "missing image file"),
-    "a zero byte in an id": ({"image_id": "a\0b", "caption": "a"}, "missing image file"),
-    "half a surrogate pair in an id": ({"image_id": "\ud800", "caption": "a"}, "missing image file"),
-    "an id of 10,000 letters": ({"image_id": "a" * 10_000, "caption": "a"}, "missing image file"),
-    "null as a caption": ({"image_id": "1", "caption": None}, "no caption"),
-    "a number as a caption": ({"image_id": "1", "caption": 1.5}, "no caption"),
-    "a list as a caption": ({"image_id": "1", "caption": ["a"]}, "no caption"),
-    "a dict as a caption": ({"image_id": "1", "caption": {}}, "no caption"),
-    "an empty caption": ({"image_id": "1", "caption": " \n"}, "no caption"),
-    "a caption of 10 MB": ({"image_id": "1", "caption": "a" * 10**7}, "caption too long"),
-}
-
-
-@pytest.mark.parametrize("case", ALIGN)
-def test_filter_cap(tmp_path, case):
-    content, *words = ALIGN[case]
-    (tmp_path / "filter_cap.json").write_bytes(content)
-    told(lambda: read_align_folder(tmp_path, KEY), KEY, str(tmp_path / "filter_cap.json"), *words)
-
-
-@pytest.mark.parametrize("case", SKIPPED_PAIRS)
-def test_pair(tmp_path, case):
-    entry, kind = SKIPPED_PAIRS[case]
-    (tmp_path / "image").mkdir()
-    (tmp_path / "image" / "1.jpg").write_bytes(PICTURE)
-    (tmp_path / "filter_cap.json").write_bytes(annotations({"image_id": "1", "caption": "good"}, entry))
-    found = read_align_folder(tmp_path, KEY)
-    assert read_pairs_once(found) == (["good"], {kind: 1})
-    assert train(PairDataset("x", found, EVAL)) == ["good"] * 8
-
-
-def test_a_picture_may_have_two_captions(tmp_path):
-    (tmp_path / "image").mkdir()
-    (tmp_path / "image" / "1.jpg").write_bytes(PICTURE)
-    (tmp_path / "filter_cap.json").write_bytes(annotations(*[{"image_id": "1", "caption": c} for c in "aab"]))
-    assert Counter(read_pairs_once(read_align_folder(tmp_path, KEY))[0]) == {"a": 2, "b": 1}
-
-
-# one's own pictures
-
-ROW = '{"image": "a.jpg", "caption": "a"}'
-LISTS = {
-    "no bytes": (b"", "empty"),
-    "blank lines": (b"\n \n\r\n", "empty"),
-    "no JSON": (b"a.jpg,a dog", "line 1", "JSON"),
-    "one JSON of all rows": (f"[{ROW},\n{ROW}]".encode(), "line 1", "JSON"),
-    "a list as a row": (b'["a.jpg", "a"]', "line 1", "image and caption"),
-    "null as a row": (f"{ROW}\nnull".encode(), "line 2"),
-    "a text as a row": (b'"image caption"', "line 1"),
-    "no image": (b'{"caption": "a"}', "line 1"),
-    "no caption": (b'{"image": "a.jpg"}', "line 1"),
-    "an image as a number": (b'{"image": 5, "caption": "a"}', "line 1"),
-    "an image as null": (b'{"image": null, "caption": "a"}', "line 1"),
-    "a caption as null": (b'{"image": "a.jpg", "caption": null}', "line 1"),
-    "a caption as a list": (b'{"image": "a.jpg", "caption": ["a"]}', "line 1"),
-    "a row cut off": (f"{ROW}\n{ROW[:-5]}".encode(), "line 2", "JSON"),
-    "not UTF-8": (b'{"image": "a.jpg", "caption": "caf\xe9"}', "line 1", "JSON"),
-    "UTF-16": (f"{ROW}\n{ROW}".encode("utf-16"), "JSON"),
-    "deep": (b"[" * 10**6, "line 1", "JSON"),
-    "zeros": (b"\0" * 1000, "line 1", "JSON"),
-    "an instruction as a number": (b'{"image": "a", "caption": "a", "instruction": 5}', "line 1", "instruction", "5"),
-    "an instruction as a list": (b'{"image": "a", "caption": "a", "instruction": ["b"]}', "line 1", "['b']"),
-    "an instruction with an image": (
-        b'{"image": "a", "caption": "a", "instruction": "<Img><ImageHere></Img> b"}',
-        "line 1",
-        "without <ImageHere>",
-    ),
-    "an instruction of a megabyte": (
-        json.dumps({"image": "a", "caption": "a", "instruction": ["b" * 10**6]}).encode(),
-        "line 1",
-        "bbb",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", LISTS)
-def test_list_of_ones_own(tmp_path, case):
-    content, *words = LISTS[case]
-    (tmp_path / "own.jsonl").write_bytes(content)
-    told(lambda: read_pairs(tmp_path / "own.jsonl", KEY), KEY, str(tmp_path / "own.jsonl"), *words)
-
-
-@pytest.mark.parametrize(
-    "image", ["absent.jpg", "../absent.jpg", "a\0b.jpg", "\ud800.jpg", "x" * 10_000, "", ".", "/dev/zero"]
-)
-def test_image_of_ones_own_that_is_none(tmp_path, image):
-    rows = [json.dumps({"image": name, "caption": name or "a"}) for name in ("good.jpg", image)]
-    (tmp_path / "own.jsonl").write_text("\n".join(rows) + "\n")
-    (tmp_path / "good.jpg").write_bytes(PICTURE)
-    assert read_pairs_once(read_pairs(tmp_path, KEY)) == (["good.jpg"], {"missing image file": 1})
-
-
-def test_nothing_but_bad_pairs_ends_the_run_with_a_line(tmp_path):
-    dataset = PairDataset("mine", [Pair(tmp_path / "a\0b.jpg", "a")], EVAL)
-    told(lambda: train(dataset), "mine", "missing image file")
 
 
 def test_the_bounds_bite(tmp_path):

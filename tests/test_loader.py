@@ -1,9 +1,7 @@
-"""Loaders: mixing, order, errors, and every kind of data set that a builder may return."""
+"""Loaders: mixing, order, evaluation, and every kind of data set that a builder may return."""
 
 import itertools
 import random
-import subprocess
-import sys
 from collections import Counter
 
 import numpy
@@ -11,53 +9,15 @@ import pytest
 import torch
 import webdataset as wds
 from data_samples import EVAL, be_rank, everything, make_loader, same, texts
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from own_datasets import Listed, Numbers, Stream
+from torch.utils.data import Dataset
 
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets import PairDataset, ShardDataset
-from minigpt4.datasets.datasets.pairs import Pair
 from minigpt4.datasets.loader import LOADER_KEY, eval_batches
 from minigpt4.processors import Blip2ImageTrainProcessor
 
 pytestmark = pytest.mark.usefixtures("time_limit")
-
-
-class Numbers(Dataset):
-    """An own map-style data set; what it draws shows the random state of each sample."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, index):
-        draws = random.random(), numpy.random.rand(), torch.rand(()).item()
-        return {"index": index, "draws": torch.tensor(draws, dtype=torch.float64), "text_input": f"c{index}"}
-
-
-class Listed:
-    """The same without a base class, with a collater."""
-
-    __len__, __getitem__ = Numbers.__len__, Numbers.__getitem__
-
-    def __init__(self, size):
-        self.size = size
-
-    def collater(self, samples):
-        return {"index": [sample["index"] for sample in samples], "worker": get_worker_info() is not None}
-
-
-class Stream(IterableDataset):
-    """An own iterable, divided over the workers."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __iter__(self):
-        info = get_worker_info()
-        for index in range(info.id if info else 0, self.size, info.num_workers if info else 1):
-            yield {"index": index, "draw": random.random(), "text_input": f"c{index}"}
 
 
 # mixing and order
@@ -229,120 +189,6 @@ def test_a_webdataset_pipeline(shards):
 def test_what_is_no_data_set(dataset, words):
     with pytest.raises(UserError, match=rf"^datasets\.mine: its builder {words}|^datasets\.mine: .*{words}"):
         make_loader({"mine": dataset})
-
-
-# errors
-
-
-class Broken(Numbers):
-    """An own data set with one bad sample."""
-
-    def __init__(self, kind):
-        super().__init__(40)
-        self.kind = kind
-
-    def __getitem__(self, index):
-        if index == 7 and self.kind == "a lambda":
-            return {"index": lambda: index}
-        if index == 7 and self.kind == "a signal":
-            import os
-
-            os.kill(os.getpid(), 9)
-        if index == 7:
-            raise {"KeyError": KeyError, "MemoryError": MemoryError, "StopIteration": StopIteration}[self.kind]("seven")
-        return {"index": index} if self.kind != "a lambda" else {"index": lambda: index}
-
-
-class BrokenStream(IterableDataset):
-    def __iter__(self):
-        yield from ({"index": i} for i in range(5))
-        raise OSError("the disk is gone")
-
-
-class ListCollater(Numbers):
-    def collater(self, samples):
-        return samples
-
-
-class Unsendable(Numbers):
-    def collater(self, samples):
-        return {"index": lambda: samples}
-
-
-class Wide(Numbers):
-    def __getitem__(self, index):
-        return {"image": torch.zeros(3, 2, 2 + index)}
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(
-    ("dataset", "words"),
-    [
-        (Broken("KeyError"), "KeyError: 'seven'"),
-        (Broken("MemoryError"), "MemoryError: seven"),
-        (Broken("StopIteration"), "StopIteration: seven"),
-        (BrokenStream(), "OSError: the disk is gone"),
-        (ListCollater(4), "batches of type list; expected dicts"),
-        (Wide(4), "RuntimeError: stack expects each tensor to be equal size"),
-        (Stream(0), "gives no sample to loader worker 0 of"),
-    ],
-    ids=["KeyError", "MemoryError", "StopIteration", "stream", "no dict", "other sizes", "empty stream"],
-)
-def test_whatever_fails_arrives_with_its_reason(dataset, words, num_workers, caplog):
-    with pytest.raises(UserError, match="Data set mine") as error:
-        list(make_loader({"mine": dataset}, num_workers=num_workers, iters_per_epoch=40).iter_epoch(0))
-    assert words in str(error.value)
-
-
-def test_the_traceback_is_logged(caplog):
-    with pytest.raises(UserError, match="its traceback is in the log above"):
-        list(make_loader({"mine": Broken("KeyError")}, iters_per_epoch=40).iter_epoch(0))
-    assert "Data set mine failed" in caplog.text and "test_loader.py" in caplog.text
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_user_error_in_a_worker_arrives_as_it_is(tmp_path, num_workers):
-    dataset = PairDataset("mine", [Pair(tmp_path / "no.jpg", "c")], EVAL)
-    with pytest.raises(UserError, match=r"^Data set mine has no usable sample"):
-        list(make_loader({"mine": dataset}, num_workers=num_workers).iter_epoch(0))
-
-
-PROGRAM = """
-import sys
-sys.path[:0] = ["tests", "."]
-import test_loader
-from data_samples import make_loader
-dataset = {dataset}
-try:
-    for batch in make_loader({{"mine": dataset}}, num_workers={num_workers}, iters_per_epoch=40).iter_epoch(0):
-        {inside}
-except test_loader.UserError as error:
-    sys.exit(f"error: {{error}}")
-"""
-
-
-def run_program(dataset, num_workers=2, inside="pass"):
-    program = PROGRAM.format(dataset=dataset, num_workers=num_workers, inside=inside)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "words"),
-    [
-        ("test_loader.Broken('KeyError')", "error: Data set mine failed with KeyError: 'seven'"),
-        ("test_loader.Broken('a signal')", "error: The loader of data set mine failed"),
-        ("test_loader.Unsendable(4)", "error: Data set mine failed with "),
-        ("test_loader.BrokenStream()", "error: Data set mine failed with OSError"),
-    ],
-)
-def test_a_failure_in_a_worker_ends_the_process(dataset, words):
-    done = run_program(dataset)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(words), done.stderr
-
-
-def test_an_exception_ends_the_process_and_its_workers():
-    done = run_program("test_loader.Stream(8)", inside="raise RuntimeError('something else')")
-    assert done.returncode == 1 and done.stderr.rstrip().endswith("RuntimeError: something else")
 
 
 # evaluation

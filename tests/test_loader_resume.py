@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from data_samples import EVAL, be_rank, everything, good, make_loader, same, shard, texts
-from test_loader import Numbers, Stream
+from own_datasets import Numbers, Stream
 
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets import PairDataset, ShardDataset

@@ -13,7 +13,7 @@ from data_samples import EVAL, KEY, captions, good, picture, same, shard
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets import ShardDataset
 from minigpt4.datasets.datasets.sample import WorkerInfo
-from minigpt4.datasets.datasets.tar_files import expand_shards
+from minigpt4.datasets.datasets.shard_urls import expand_shards
 
 WORKER = WorkerInfo(seed=0)
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -53,7 +53,7 @@ def test_shards_over_http(tmp_path, shards, serve, caplog):
     urls = expand_shards(address + "/{00000..00003}.tar", KEY)
     skipped = Counter()
     assert captions(ShardDataset("x", urls, EVAL).iter_eval(WORKER, skipped)) == [f"c{n}" for n in range(24)]
-    assert skipped == {"unreadable shard": 1} and "00003.tar: the program" in caplog.text
+    assert skipped == {"unreadable shard": 1} and "00003.tar cannot be read any further: the program" in caplog.text
     local, remote = (
         list(itertools.islice(ShardDataset("x", paths, EVAL, shuffle_buffer=5).iter_train(WorkerInfo(2)), 30))
         for paths in (shards, urls[:3])
@@ -107,9 +107,9 @@ def test_object_stores_by_their_clients(tmp_path, shards, scheme, client, monkey
     assert captions(ShardDataset("x", urls, EVAL).iter_eval(WORKER)) == [f"c{n}" for n in range(16)]
 
 
-def test_urls_that_nothing_reads():
+def test_urls_of_an_unknown_kind():
     with pytest.raises(
-        UserError, match=rf"^{KEY}: nothing here reads 'ipfs://x/0.tar'; known are http, https, .*pipe:"
+        UserError, match=rf"^{KEY}: 'ipfs://x/0.tar' is a URL of an unknown kind; expected one of http, https, .*pipe:"
     ):
         expand_shards("ipfs://x/{0..1}.tar", KEY)
 

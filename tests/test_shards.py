@@ -10,12 +10,11 @@ import pytest
 import torch
 from data_samples import EVAL, KEY, captions, everything, good, picture, same, shard, workers
 from PIL import Image
-from webdataset.tariterators import tar_file_expander, url_opener
 
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets import ShardDataset
 from minigpt4.datasets.datasets.sample import WorkerInfo
-from minigpt4.datasets.datasets.tar_files import expand_shards, read_files
+from minigpt4.datasets.datasets.shard_urls import expand_shards
 from minigpt4.processors import Blip2ImageTrainProcessor
 
 WORKER = WorkerInfo(seed=0)
@@ -74,12 +73,13 @@ def test_processors_are_applied(shards):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_forms_of_tar_files(tmp_path, form, mode):
-    """Long and foreign names, folders, links, webdataset's own records: what tarfile itself would give."""
+    """Long and foreign names, folders, links and webdataset's own records, compressed or not."""
     long = "a" * 90 + "/" + "b" * 60
+    files = [(f"{long}.jpg", picture(1)), (f"{long}.txt", b"x"), ("图/1.txt", b"y"), ("图/1.png", picture(2, "PNG"))]
     with tarfile.open(tmp_path / "0.tar", mode, format=form) as tar:
-        for name, data in [(f"{long}.jpg", picture(1)), (f"{long}.txt", b"x"), ("图/1.txt", b"y"), ("__meta__", b"z")]:
+        for name, data in [*files, ("__meta__", b"z")]:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -87,25 +87,49 @@ def test_forms_of_tar_files(tmp_path, form, mode):
             info = tarfile.TarInfo(name)
             info.type = kind
             tar.addfile(info)
-
-    def fail(error):
-        raise error
-
-    path = str(tmp_path / "0.tar")
-    found = list(read_files([path], fail))
-    assert [file.get("fname") for file in found] == [f"{long}.jpg", f"{long}.txt", "图/1.txt", None]
-    assert found == list(tar_file_expander(url_opener([{"url": path}], handler=fail), handler=fail))
+    skipped = Counter()
+    first, second = ShardDataset("x", [str(tmp_path / "0.tar")], EVAL).read([str(tmp_path / "0.tar")], skipped)
+    assert not skipped and first["__key__"] == long and (first["txt"], second["txt"]) == (b"x", b"y")
+    assert second["__key__"] == "图/1" and second["png"] == files[3][1]
 
 
-def test_a_damaged_header_ends_a_shard(tmp_path, shards):
-    data = bytearray(Path(shards[0]).read_bytes())
+def large_shard(path, number=60):
+    return Path(shard(path, [entry for n in range(number) for entry in good(n)]))
+
+
+def test_a_damaged_header_is_counted(tmp_path, shards, caplog):
+    path = large_shard(tmp_path / "0.tar")
+    data = bytearray(path.read_bytes())
     start = data.index(b"00004.jpg")
     data[start + 124] ^= 1  # of the size, so that the sum no longer fits
-    (tmp_path / "0.tar").write_bytes(data)
+    path.write_bytes(data)
     skipped = Counter()
-    found = captions(ShardDataset("x", [str(tmp_path / "0.tar"), shards[1]], EVAL).iter_eval(WORKER, skipped))
-    assert found[:4] == ["c0", "c1", "c2", "c3"] and found[-8:] == [f"c{n}" for n in range(8, 16)]
-    assert len(found) == 12
+    found = captions(ShardDataset("x", [str(path), shards[1]], EVAL).iter_eval(WORKER, skipped))
+    assert found == ["c0", "c1", "c2", "c3", *(f"c{n}" for n in range(8, 16))]
+    assert skipped == {"unreadable shard": 1} and "a header is damaged" in caplog.text
+
+
+def test_an_archive_behind_another_is_counted(tmp_path):
+    """As ``cat`` joins them; readers stop at the end of the first."""
+    path = large_shard(tmp_path / "0.tar")
+    path.write_bytes(path.read_bytes() * 2)
+    skipped = Counter()
+    assert len(list(ShardDataset("x", [str(path)], EVAL).iter_eval(WORKER, skipped))) == 60
+    assert skipped == {"unreadable shard": 1}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_padding_behind_an_archive_is_not_counted(tmp_path, mode):
+    with tarfile.open(tmp_path / "0.tar", mode) as tar:
+        for name, data in [entry for n in range(60) for entry in good(n)]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with (tmp_path / "0.tar").open("ab") as file:
+        file.write(b"\0" * 2**20)
+    skipped = Counter()
+    assert len(list(ShardDataset("x", [str(tmp_path / "0.tar")], EVAL).iter_eval(WORKER, skipped))) == 60
+    assert not skipped
 
 
 EMPTY_JSON = [("b5.jpg", picture(1)), ("b5.json", b"{}")]

@@ -8,7 +8,7 @@ from minigpt4.common.registry import registry
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets import PairDataset, ShardDataset
 from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
-from minigpt4.datasets.datasets.tar_files import expand_shards
+from minigpt4.datasets.datasets.shard_urls import expand_shards
 
 
 class ShardBuilder(BaseDatasetBuilder):

@@ -6,11 +6,12 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from webdataset.tariterators import group_by_keys
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import UserError, see
@@ -28,7 +29,7 @@ from minigpt4.datasets.datasets.sample import (
     file_identity,
     prepare_image,
 )
-from minigpt4.datasets.datasets.tar_files import key_and_suffix, read_files
+from minigpt4.datasets.datasets.shard_urls import ShardFile
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
@@ -116,19 +117,26 @@ class ShardDataset:
         return [file_identity(shard) for shard in self.shards]
 
     def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
-        """Undecoded samples of shards in order; unreadable shards are counted."""
-        handler = self._counting(skipped)
-        return group_by_keys(read_files(shards, handler, skipped), keys=key_and_suffix, handler=handler)
-
-    def _counting(self, skipped: Counter) -> Callable[[Exception], bool]:
-        def handler(error: Exception) -> bool:
-            is_duplicate = isinstance(error, ValueError) and "duplicate file name" in str(error)
-            skipped["duplicate file in a shard" if is_duplicate else "unreadable shard"] += 1
-            if not is_duplicate:
-                logging.warning("%s: a shard cannot be read any further: %s", self.name, str(error)[:200])
-            return True
-
-        return handler
+        """Undecoded samples of shards in order; unreadable shards are counted, and used as far as they go."""
+        for shard in shards:
+            errors: list[str] = []
+            is_empty = True
+            try:
+                with closing(ShardFile(shard)) as file:
+                    for raw in _samples(file, errors):
+                        is_empty = False
+                        yield raw
+            except Exception as error:  # of the archive, the connection or its client
+                errors.append(str(error))
+            failures = [error for error in errors if "duplicate file name" not in error]
+            if len(failures) < len(errors):
+                skipped["duplicate file in a shard"] += len(errors) - len(failures)
+            if failures:
+                skipped["unreadable shard"] += 1
+                text = " ".join(failures[0].split())[:200]
+                logging.warning("%s: shard %s cannot be read any further: %s", self.name, shard, text)
+            elif is_empty:
+                skipped["empty shard"] += 1
 
     def nothing_usable(self, skipped: Counter) -> str:
         """The message for shards without any usable sample."""
@@ -241,6 +249,30 @@ class ShardStream:
             num_empty = num_empty + 1 if index < 0 else 0
             if num_empty == MAX_EMPTY_SHARDS_IN_A_ROW:
                 raise UserError(self._dataset.nothing_usable(self._skipped))
+
+
+def _samples(file: ShardFile, errors: list[str]) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as webdataset reads and groups them; messages of errors are appended to ``errors``."""
+
+    def handler(error: Exception) -> bool:
+        errors.append(str(error.args[0] if error.args else error)[:1000])  # webdataset appends to args
+        return True
+
+    stream = {"url": file.shard, "stream": file}
+    files = tar_file_expander([stream], handler=handler, select_files=file.start_file)
+    yield from group_by_keys(files, keys=key_and_suffix, handler=handler)
+    if not errors:
+        file.finish()
+
+
+def key_and_suffix(name: str) -> tuple[str | None, str | None]:
+    """``DIR/KEY.SUFFIX`` as (DIR/KEY, SUFFIX), KEY without a dot; (None, None) for other names.
+
+    As webdataset's own function, whose pattern takes minutes for a name of many slashes.
+    """
+    folder, slash, file = name.rpartition("/")
+    key, dot, suffix = file.partition(".")
+    return (folder + slash + key, suffix) if key and dot else (None, None)
 
 
 def _caption(raw: dict[str, Any]) -> Any:

@@ -1,0 +1,138 @@
+"""Shards by path, URL or command: which there are, and their bytes as webdataset's reader gets them."""
+
+import glob
+import logging
+import os
+import shlex
+import shutil
+import tarfile
+from pathlib import Path
+
+import braceexpand
+from webdataset.gopen import gopen
+
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.utils import MAX_FILE_BYTES
+
+_CURL_SCHEMES = ("http", "https", "ftps", "sftp", "scp")
+_CLIENTS = {**dict.fromkeys(_CURL_SCHEMES, "curl"), "gs": "gsutil", "s3": "aws"}  # programs that fetch a URL
+
+
+class ShardFile:
+    """The bytes of one shard, read while they arrive. Close it in the end.
+
+    tarfile takes the end of a truncated archive for its regular end, and reads a file of any size into memory; here
+    both raise.
+    """
+
+    def __init__(self, shard: str) -> None:
+        self.shard = shard
+        # webdataset's gopen has no s3
+        self._opened = gopen(f"pipe:aws s3 cp {shlex.quote(shard)} -" if shard.startswith("s3://") else shard)
+        self._client = getattr(self._opened, "proc", None)
+        self._stream = getattr(self._opened, "stream", self._opened)  # its read drops data after a client's failure
+        self._num_bytes = 0
+
+    def __repr__(self) -> str:
+        return self.shard  # webdataset quotes it in messages
+
+    def start_file(self, _: str) -> bool:
+        """To be called before each file of the archive: restarts the count of its bytes. Returns True."""
+        self._num_bytes = 0
+        return True
+
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes; raises at the end of the stream, or if a file has more than MAX_FILE_BYTES."""
+        data = self._stream.read(size)
+        self._num_bytes += len(data)
+        if not data:
+            self._check_client()
+            raise tarfile.ReadError("it is truncated")
+        if self._num_bytes > MAX_FILE_BYTES:
+            raise tarfile.ReadError(f"one of its files has more than {MAX_FILE_BYTES:,} bytes")
+        return data
+
+    def finish(self) -> None:
+        """Reads what follows the archive; raises if that is more than padding, or if the client failed.
+
+        More than padding remains after a damaged header, which tarfile takes for the end of the archive.
+        """
+        num_left = 0
+        while data := self._stream.read(1 << 20):  # to the end, as a client may fail on its last bytes
+            num_left += len(data.strip(b"\0"))
+        self._check_client()
+        if num_left > 2 * tarfile.RECORDSIZE:
+            raise tarfile.ReadError(f"a header is damaged, or {num_left:,} bytes follow the end of the archive")
+
+    def _check_client(self) -> None:
+        if self._client is not None and (status := self._client.wait()):
+            raise OSError(f"the program that fetches it ended with status {status}")
+
+    def close(self) -> None:
+        """Also ends the client, which may wait for a server."""
+        if self._client is not None:
+            self._client.kill()
+            self._client.wait()
+        self._stream.close()
+
+
+def _check_url(url: str, key: str) -> None:
+    scheme = url.partition("://")[0]
+    if url.startswith("pipe:") or scheme == "file":
+        return
+    if scheme not in _CLIENTS:
+        raise UserError(
+            f"{key}: '{url}' is a URL of an unknown kind; expected one of {', '.join(_CLIENTS)}, or pipe:COMMAND with "
+            "a command that writes the shard to its standard output."
+        )
+    if shutil.which(_CLIENTS[scheme]) is None:
+        raise UserError(f"{key}: '{url}' is read by the program {_CLIENTS[scheme]}, which is not installed or in PATH.")
+
+
+def expand_shards(storage: str | list[str], key: str) -> list[str]:
+    """Expands brace patterns, globs, folders and lists of them to shard paths.
+
+    URLs and commands (``pipe:COMMAND``) are kept as they are: http(s) is read by curl, s3 by aws, gs by gsutil. If only
+    some files are missing, a warning reports how many, and the others are used.
+
+    Raises:
+        UserError: there is no shard, or nothing that reads a URL.
+    """
+    patterns = [storage] if isinstance(storage, str) else list(storage)
+    try:
+        expanded = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
+    except ValueError as error:
+        raise UserError(
+            f"{key}: '{storage}' is no valid pattern ({error}); expected one such as {{00000..00099}}.tar."
+        ) from error
+    shards, missing = [], []
+    for path in expanded:
+        if "://" in path or path.startswith("pipe:"):
+            _check_url(path, key)
+            shards.append(path)
+        elif os.path.isdir(path):
+            shards += _glob(f"{glob.escape(path)}/*.tar")
+        elif os.path.isfile(path):
+            shards.append(path)
+        elif found := _glob(path):
+            shards += found
+        else:
+            missing.append(path)
+    if not shards:
+        hint = "it is still the placeholder" if "path/to/" in str(storage) else f"seen from {Path.cwd()}"
+        message = f"{key}: there is no shard at '{storage}' ({hint}); set it to the tar files of img2dataset."
+        raise UserError(message + see("placeholder-paths"))
+    if missing:
+        logging.warning(
+            "%s: %d of %d shards are missing (first: %s); continuing with the others.",
+            *(key, len(missing), len(expanded), missing[0]),
+        )
+    return shards
+
+
+def _glob(pattern: str) -> list[str]:
+    # Absolute, as a relative path may look like a command: "pipe:COMMAND.tar".
+    try:
+        return sorted(os.path.abspath(path) for path in glob.glob(pattern) if os.path.isfile(path))
+    except ValueError:  # no file can have such a name
+        return []

@@ -1,0 +1,125 @@
+"""Loaders: whatever fails in a data set or a worker ends the run with its reason, and no process remains."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from data_samples import EVAL, make_loader
+from own_datasets import Numbers, Stream
+from torch.utils.data import IterableDataset
+
+from minigpt4.common.errors import UserError
+from minigpt4.datasets.datasets import PairDataset
+from minigpt4.datasets.datasets.pairs import Pair
+
+pytestmark = pytest.mark.usefixtures("time_limit")
+
+
+class Broken(Numbers):
+    """An own data set with one sample that raises, or kills its worker."""
+
+    def __init__(self, failure):
+        super().__init__(40)
+        self.failure = failure
+
+    def __getitem__(self, index):
+        if index == 7 and self.failure == "a signal":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 7:
+            raise self.failure("seven")
+        return {"index": index}
+
+
+class BrokenStream(IterableDataset):
+    def __iter__(self):
+        yield from ({"index": i} for i in range(5))
+        raise OSError("the disk is gone")
+
+
+class ListCollater(Numbers):
+    def collater(self, samples):
+        return samples
+
+
+class Unsendable(Numbers):
+    def collater(self, samples):
+        return {"index": lambda: samples}
+
+
+class Wide(Numbers):
+    def __getitem__(self, index):
+        return {"image": torch.zeros(3, 2, 2 + index)}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        (Broken(KeyError), "KeyError: 'seven'"),
+        (Broken(MemoryError), "MemoryError: seven"),
+        (Broken(StopIteration), "StopIteration: seven"),
+        (BrokenStream(), "OSError: the disk is gone"),
+        (ListCollater(4), "batches of type list; expected dicts"),
+        (Wide(4), "RuntimeError: stack expects each tensor to be equal size"),
+        (Stream(0), "gives no sample to loader worker 0 of"),
+    ],
+    ids=["KeyError", "MemoryError", "StopIteration", "stream", "no dict", "other sizes", "empty stream"],
+)
+def test_whatever_fails_arrives_with_its_reason(dataset, words, num_workers, caplog):
+    with pytest.raises(UserError, match="Data set mine") as error:
+        list(make_loader({"mine": dataset}, num_workers=num_workers, iters_per_epoch=40).iter_epoch(0))
+    assert words in str(error.value)
+
+
+def test_the_traceback_is_logged(caplog):
+    with pytest.raises(UserError, match="its traceback is in the log above"):
+        list(make_loader({"mine": Broken(KeyError)}, iters_per_epoch=40).iter_epoch(0))
+    assert "Data set mine failed" in caplog.text and "test_loader_errors.py" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_user_error_in_a_worker_arrives_as_it_is(tmp_path, num_workers):
+    dataset = PairDataset("mine", [Pair(tmp_path / "no.jpg", "c")], EVAL)
+    with pytest.raises(UserError, match=r"^Data set mine has no usable sample"):
+        list(make_loader({"mine": dataset}, num_workers=num_workers).iter_epoch(0))
+
+
+PROGRAM = """
+import sys
+sys.path[:0] = ["tests", "."]
+import test_loader_errors
+from data_samples import make_loader
+dataset = {dataset}
+try:
+    for batch in make_loader({{"mine": dataset}}, num_workers={num_workers}, iters_per_epoch=40).iter_epoch(0):
+        {inside}
+except test_loader_errors.UserError as error:
+    sys.exit(f"error: {{error}}")
+"""
+
+
+def run_program(dataset, num_workers=2, inside="pass"):
+    program = PROGRAM.format(dataset=dataset, num_workers=num_workers, inside=inside)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("test_loader_errors.Broken(KeyError)", "error: Data set mine failed with KeyError: 'seven'"),
+        ("test_loader_errors.Broken('a signal')", "error: The loader of data set mine failed"),
+        ("test_loader_errors.Unsendable(4)", "error: Data set mine failed with "),
+        ("test_loader_errors.BrokenStream()", "error: Data set mine failed with OSError"),
+    ],
+)
+def test_a_failure_in_a_worker_ends_the_process(dataset, words):
+    done = run_program(dataset)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(words), done.stderr
+
+
+def test_an_exception_ends_the_process_and_its_workers():
+    done = run_program("test_loader_errors.Stream(8)", inside="raise RuntimeError('something else')")
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("RuntimeError: something else")
