@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import hardware
-from benchmarks.train_step import PRESETS, build_llama
+from benchmarks.models import PRESETS, build_language_model, build_plain_language_model
 from minigpt4.common import device as devices
 from minigpt4.conversation.generation import GenerationOptions, stream
 
@@ -95,13 +95,10 @@ def main() -> None:
     args = parser.parse_args()
     device, preset = devices.pick(args.device), PRESETS[args.preset]
     torch.manual_seed(0)
-    llms = {"ours": (ours, build_llama(preset, device, is_plain=False))}
+    dtype = devices.default_dtype(device)
+    llms = {"ours": (ours, build_language_model(preset, device, dtype, args.llm_precision == "int8"))}
     if args.compare:
-        llms["plain"] = plain, build_llama(preset, device, is_plain=True)
-    if args.llm_precision == "int8":
-        from minigpt4.models.int8 import to_int8
-
-        to_int8(llms["ours"][1])
+        llms["plain"] = plain, build_plain_language_model(preset, device, dtype)
     bandwidth = hardware.measured_bandwidth(device)
     rows = []
     for batch in args.batch:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the machine's name and measured limits, timing in turns, a table with a line of JSON.
+"""Shared by all benchmarks: the machine and its measured limits, timing in turns, a table with a line of JSON.
 
 python -m benchmarks.hardware
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from minigpt4.common import device as devices
 from minigpt4.common.torch_setup import package_version
@@ -35,7 +36,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, the device's own work included and what it still did before left out."""
+    """Seconds of a call, including the work that it queues on the device; earlier work is waited for first."""
     devices.synchronize(device)
     begin = time.perf_counter()
     function()
@@ -50,7 +51,7 @@ def interleaved(
     warmup: int = 1,
     measure: Callable[[Callable[[], Any], torch.device], float] | None = None,
 ) -> dict[str, float]:
-    """Median seconds of each function, called in turns, so that whatever else the machine does falls on all of them."""
+    """Median seconds of each function, called in turns, so that other load on the machine affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(warmup + repeats):
         for name, function in functions.items():
@@ -61,14 +62,31 @@ def interleaved(
 
 
 def cpu_seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Processor time that a call takes on all cores: what other programs do at the same time hardly changes it."""
+    """Processor time of a call on all cores, which other programs hardly change."""
     begin = time.process_time()
     function()
     return time.process_time() - begin
 
 
+def wall_and_cpu_time(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = 5, warmup: int = 1
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each function, called in turns, and on a CPU its processor time on one thread, else nothing.
+
+    Threads that wait for each other use processor time, hence the one thread.
+    """
+    times = interleaved(functions, device, repeats, warmup)
+    if device.type != "cpu":
+        return times, {}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    used = interleaved(functions, device, repeats, 1, cpu_seconds)
+    torch.set_num_threads(num_threads)
+    return times, used
+
+
 def measured_matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
-    """FLOP/s of one large square product, smaller where the device takes long (a CPU without half precisions)."""
+    """FLOP/s of a large square matrix product; a smaller one on slow devices, such as a CPU without half precision."""
     side, most = 256, 2048 if device.type == "cpu" else 8192
     while True:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -80,9 +98,9 @@ def measured_matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int 
 
 
 def measured_bandwidth(device: torch.device, repeats: int = 7) -> float:
-    """Bytes/s between the device and its memory, far beyond caches: of a copy or of a reading sum, what is more.
+    """Bytes/s between the device and its memory, caches exceeded: the faster of a copy and a sum.
 
-    A copy counts twice, as it reads and writes. On a CPU its writes may read first, so that reading alone is faster.
+    A copy counts twice, as it reads and writes. On a CPU writes may read first, so that a sum can be faster.
     """
     num_bytes = 2**29 if device.type == "cpu" else 2**31
     source = torch.ones(num_bytes // 4, device=device)
@@ -92,8 +110,13 @@ def measured_bandwidth(device: torch.device, repeats: int = 7) -> float:
     return max(2 * num_bytes / taken["copy"], num_bytes / taken["sum"])
 
 
+def weights_mib(model: nn.Module) -> float:
+    """MiB of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) / 2**20
+
+
 def report(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], file: Path | None = None) -> None:
-    """Prints rows of the same columns as a Markdown table, and all as one line of JSON, which also goes to ``file``."""
+    """Prints rows of equal columns as a Markdown table and all as a line of JSON, which ``file`` receives too."""
     print(", ".join(f"{key} {value}" for key, value in about.items()), end="\n\n")
     columns = list(rows[0])
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
@@ -109,7 +132,7 @@ def main() -> None:
     """The limits of this machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
+    parser.add_argument("--json", type=Path, help="file for the line of JSON")
     args = parser.parse_args()
     device = devices.pick(args.device)
     rows = [{"limit": "memory, GB/s", "measured": round(measured_bandwidth(device) / 1e9, 1)}]

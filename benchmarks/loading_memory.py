@@ -1,9 +1,9 @@
-"""Host memory that several processes of one machine take together while each loads the same language model.
+"""Host memory of several processes on one machine that load the same language model at the same time.
 
 python -m benchmarks.loading_memory --ranks 4 --gib 1
 
-Counted is the proportional set size: a page that four processes share counts a quarter in each. The peak over the
-whole loading, less what the processes held before, is set beside the size of the weights. Linux only.
+Measures the proportional set size: a page that four processes share counts a quarter in each. Reports the peak while
+loading, minus what the processes held before, relative to the size of the weights. Linux only.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from minigpt4.models.language_model import load_language_model
 
 
 def write_folder(folder: Path, gib: float, dtype: torch.dtype, kind: str, num_files: int = 4) -> int:
-    """Writes a Llama folder of about that size, random weights in several files of a kind; returns its bytes."""
+    """Writes a Llama folder of about ``gib`` GiB with random weights in several files; returns its size in bytes."""
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,7 +52,7 @@ def _load(folder: Path, dtype: torch.dtype, barrier: Barrier) -> None:
     barrier.wait()
     model = load_language_model(folder, dtype)
     model.model.embed_tokens.weight.sum()
-    barrier.wait()  # everybody holds everything
+    barrier.wait()  # all processes hold all weights
     barrier.wait()
 
 
@@ -66,7 +66,7 @@ def _pss(pids: list[int]) -> int:
 
 
 def measure(folder: Path, ranks: int, dtype: torch.dtype) -> int:
-    """The peak of all ranks' memory together while they load, less what they held before, in bytes."""
+    """Peak memory of all ranks together while loading, minus what they held before, in bytes."""
 
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(ranks + 1)
@@ -89,7 +89,7 @@ def measure(folder: Path, ranks: int, dtype: torch.dtype) -> int:
 
 
 def main() -> None:
-    """Prints a row for each kind of loading."""
+    """Prints a row for each file format and precision."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--gib", type=float, default=1.0, help="size of the model")

@@ -1,166 +1,48 @@
-"""Time and memory of a training step beside the plain way of computing it, interleaved in one process.
+"""Time and memory of a training step, compared with other implementations in turns within one process.
 
-python -m benchmarks.train_step --preset small --stage 1 --compare plain
+python -m benchmarks.train_step --preset small --stage 1 --compare blip2 plain
+python -m benchmarks.train_step --preset small --dtype bf16 --compare blip2 fp32
 python -m benchmarks.train_step --preset small --stage 1 --compile --compare uncompiled
 python -m benchmarks.train_step --preset 7b --stage 1 --batch 64 --feature-cache --json rows.json
 
-Weights are random and made on the device. The plain way is what a direct port does: eager attention everywhere, logits
-and loss at every position, rows padded to the longest behind a mask, nothing computed once, nothing compiled. With
-``--compile``, compiled files of earlier runs are not used, so that what compiling takes is seen.
+Weights are random. --compare takes one or more of:
+  blip2       transformers' Blip2ForConditionalGeneration of the same sizes and precision on the same images and tokens:
+              padded rows, scaled_dot_product_attention, logits at all positions; it always computes the vision side
+  plain       the same with eager attention, as a direct port has it
+  uncompiled  this project without --compile
+  fp32        this project in float32
+With --compile, compiled files of earlier runs are not used, so that compile time is included.
 """
 
 import argparse
+import itertools
+import json
 import os
 import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+# PyTorch has no public counter of compiled graphs.
 from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import hardware
+from benchmarks.models import PRESETS, Preset, blip2_inputs, build_blip2, build_minigpt4, captions
 from minigpt4.common import device as devices
-from minigpt4.common.optims import parameter_groups
-from minigpt4.models import MiniGPT4, Qformer, eva_vit
-from minigpt4.models.eva_vit import build_eva_vit
-from minigpt4.models.int8 import to_int8
-from minigpt4.models.llama import Llama, LlamaConfig
-from minigpt4.models.llama_tokenizer import load_tokenizer
-from minigpt4.models.mini_gpt4 import IGNORE_INDEX
-from minigpt4.models.Qformer import QFormer, QFormerConfig
+from minigpt4.models.mini_gpt4 import IGNORE_INDEX, MiniGPT4
 
-ROOT = Path(__file__).parents[1]
-TEMPLATE = "###Human: {} ###Assistant: "
-PROMPT = TEMPLATE.format("<Img><ImageHere></Img> Describe this image in detail.")
+OURS = "ours"
+ATTENTION = {"blip2": "sdpa", "plain": "eager"}  # of transformers' BLIP-2
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Widths and depths: vision tower, Q-Former, language model."""
+def formula_flops(preset: Preset, num_tokens: float, batch: int, num_targets: float, has_vision: bool) -> float:
+    """FLOPs of a step by formula: vision forward; LM forward and backward to its inputs, logits at targets only.
 
-    vit: tuple[int, int, int, float]  # width, layers, heads, MLP ratio
-    q_former: tuple[int, int, int]  # width, layers, heads
-    lm: tuple[int, int, int, int]  # width, layers, heads, MLP width
-    vocabulary: int = 32000
-    image: int = 224
-    queries: int = 32
-
-
-PRESETS = {
-    "tiny": Preset((64, 2, 4, 4.0), (64, 2, 4), (64, 2, 4, 172), image=56),
-    "small": Preset((384, 8, 6, 4.0), (384, 6, 6), (512, 8, 8, 1376)),
-    "7b": Preset((1408, 39, 16, 4.3637), (768, 12, 12), (4096, 32, 32, 11008), vocabulary=32001),
-    "13b": Preset((1408, 39, 16, 4.3637), (768, 12, 12), (5120, 40, 40, 13824), vocabulary=32001),
-}
-
-
-def build_llama(preset: Preset, device: torch.device, is_plain: bool) -> nn.Module:
-    """A frozen language model with random weights, made on the device in the precision of a real run.
-
-    The plain one is that of transformers, with its eager attention.
-    """
-    import transformers
-
-    width, depth, heads, inner = preset.lm
-    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads}
-    sizes |= {"intermediate_size": inner, "vocab_size": preset.vocabulary}
-    torch.set_default_dtype(devices.default_dtype(device))
-    with device:
-        if is_plain:
-            config = transformers.LlamaConfig(**sizes, attn_implementation="eager")
-            llama = transformers.LlamaForCausalLM(config)
-        else:
-            llama = Llama(LlamaConfig(**sizes))
-    torch.set_default_dtype(torch.float32)
-    return llama.requires_grad_(False).eval()
-
-
-def build(preset: Preset, device: torch.device, stage: int, is_plain: bool, has_vision: bool) -> MiniGPT4:
-    """A model with random weights, made on the device in the precisions of a real run."""
-    half, llama = devices.default_dtype(device), build_llama(preset, device, is_plain)
-    vit_width, vit_depth, vit_heads, ratio = preset.vit
-    q_width, q_depth, q_heads = preset.q_former
-    with device:
-        vit = build_eva_vit(
-            preset.image,
-            vit_config={"embed_dim": vit_width, "depth": vit_depth, "num_heads": vit_heads, "mlp_ratio": ratio},
-        )
-        q_former = QFormer(
-            QFormerConfig(
-                hidden_size=q_width,
-                num_hidden_layers=q_depth,
-                num_attention_heads=q_heads,
-                intermediate_size=4 * q_width,
-                encoder_width=vit_width,
-            )
-        )
-        model = MiniGPT4(
-            vit if has_vision else None,
-            q_former if has_vision else q_former.config,
-            llama,
-            load_tokenizer(ROOT / "quickstart" / "weights" / "llama"),
-            num_query_token=preset.queries,
-            prompts=[PROMPT] if stage == 2 else (),
-            prompt_template=TEMPLATE if stage == 2 else "",
-            max_txt_len=160 if stage == 2 else 32,
-            end_sym="###" if stage == 2 else "\n",
-            vit_dtype=half,
-        )
-    if half != torch.float32:
-        for module in vit.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(half)
-    return model.to(device)
-
-
-def captions(mean: int, batch: int, seed: int) -> list[str]:
-    """Texts of known words, each a token, spread about a mean as captions are: most a bit shorter, some far longer."""
-    rng = random.Random(seed)
-    words = ["large", "small", "red", "green", "blue", "circle", "square", "triangle", "left", "right", "top"]
-    lengths = [min(8 * mean // 3 - 1, max(4, round(mean * rng.lognormvariate(-0.06, 0.35)))) for _ in range(batch)]
-    return [" ".join(rng.choice(words) for _ in range(length)) for length in lengths]
-
-
-def plain_loss(model: MiniGPT4, samples: dict[str, Any]) -> Tensor:
-    """The loss of a batch as a direct port computes it."""
-    image_embeds = samples.get("embeds")
-    if image_embeds is None:
-        with torch.no_grad(), _eager_attention():
-            query_output = model.encode_images(samples["image"])
-        image_embeds = model.llama_proj(query_output)
-    ids, mask, labels = model.pack(samples["text_input"], model.choose_prompts(samples))
-    device = image_embeds.device
-    embeds = model.embed_inputs(ids.to(device), image_embeds)
-    logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask.to(device), use_cache=False).logits.float()
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(device))
-
-
-@contextmanager
-def _eager_attention() -> Iterator[None]:
-    """Vision's attention by two products and a softmax, the weights a tensor of their own."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-        return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ value
-
-    fused = eva_vit.scaled_dot_product_attention
-    eva_vit.scaled_dot_product_attention = Qformer.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        eva_vit.scaled_dot_product_attention = Qformer.scaled_dot_product_attention = fused
-
-
-def formula_flops(preset: Preset, num_tokens: int, batch: int, num_targets: int, has_vision: bool) -> float:
-    """FLOPs of a step by formula: vision forward, LM forward and backward of its inputs, logits of targets likewise.
-
-    Two a multiply-add; attention with the longest-row grid left out, which is under 2 % of the whole.
+    A multiply-add counts two. The LM's attention scores, under 2 % of the total, are left out.
     """
     width, depth, _, inner = preset.lm
     lm = 2 * 2 * num_tokens * depth * (4 * width * width + 3 * width * inner)
@@ -177,28 +59,46 @@ def formula_flops(preset: Preset, num_tokens: int, batch: int, num_targets: int,
     return lm + batch * (vit + q)
 
 
-def means(model: MiniGPT4, batches: list[dict[str, Any]]) -> list[float]:
-    """Tokens of a batch without and with padding, and targets."""
-    packed = [model.pack(batch["text_input"], model.choose_prompts(batch))[1:] for batch in batches]
-    counts = [(mask.sum(), mask.numel(), (labels != IGNORE_INDEX).sum()) for mask, labels in packed]
-    return [float(sum(each)) / len(batches) for each in zip(*counts, strict=True)]
+def run_steps(step: Callable[[], None], count: int) -> None:
+    """Runs several steps. A multiple of the number of batches leaves all ways at the same batch."""
+    for _ in range(count):
+        step()
 
 
-def stepper(model: MiniGPT4, batches: list[dict[str, Any]], device: torch.device, is_plain: bool) -> Callable[[], None]:
-    """A function that does one training step on the next batch."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-4)
-    turn = iter(range(10**9))
-    dtype = devices.default_dtype(device)
+def count_flops(step: Callable[[], None], count: int) -> float:
+    """Mean FLOPs of the matrix products of ``count`` steps, as the profiler counts them, without attention kernels."""
+    with torch.profiler.profile(with_flops=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run_steps(step, count)
+    return sum(event.flops for event in profile.key_averages()) / count
+
+
+def mean_counts(model: MiniGPT4, batches: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """Mean number of tokens of a batch, the same with padding, and of targets."""
+    tokens = padded = targets = 0
+    for batch in batches:
+        rows = model.tokenize_rows(batch["text_input"], model.choose_prompts(batch))
+        lengths = [len(row.ids) for row in rows]
+        tokens, padded = tokens + sum(lengths), padded + max(lengths) * len(lengths)
+        targets += sum(label != IGNORE_INDEX for row in rows for label in row.labels)
+    return tokens / len(batches), padded / len(batches), targets / len(batches)
+
+
+def make_step(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], dtype: torch.dtype, tokenizing: MiniGPT4
+) -> Callable[[], None]:
+    """A function that trains a model on the next batch, in the given precision; ``tokenizing`` tokenizes for BLIP-2."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = parameters[0].device
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.05)
+    rounds = itertools.cycle(batches)
 
     def step() -> None:
-        samples = dict(batches[next(turn) % len(batches)])
+        samples = dict(next(rounds))
         with devices.autocast(device, dtype):
-            if is_plain:
-                if "features" in samples:
-                    samples["embeds"] = model.llama_proj(samples.pop("features").to(model.llama_proj.weight.dtype))
-                loss = plain_loss(model, samples)
-            else:
+            if isinstance(model, MiniGPT4):
                 loss = model(samples)["loss"]
+            else:
+                loss = model(**blip2_inputs(tokenizing, samples, model.config.image_token_id), use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -206,133 +106,137 @@ def stepper(model: MiniGPT4, batches: list[dict[str, Any]], device: torch.device
     return step
 
 
-def peak_above(step: Callable[[], None], device: torch.device) -> float:
-    """MiB that a step holds at its peak above what stays: by the allocator, on a CPU by its recorded allocations."""
-    step()
+def peak_memory(step: Callable[[], None], device: torch.device, count: int) -> float:
+    """MiB that ``count`` steps allocate at their peak on top of the present; on a CPU as the profiler records it."""
     devices.synchronize(device)
     if device.type != "cpu":
         devices.reset_peak_memory(device)
         before = devices.memory_mib(device)
-        step()
+        run_steps(step, count)
         return devices.max_memory_mib(device) - before
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    peak = now = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak / 2**20
+        run_steps(step, count)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(file))
+        trace = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted((each["ts"], each["args"]["Bytes"]) for each in trace if each.get("name") == "[memory]")
+    return max(itertools.accumulate((num_bytes for _, num_bytes in changes), initial=0)) / 2**20
 
 
-def main() -> None:
-    """Builds, counts, times and prints."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=1)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--caption-tokens", type=int, help="their mean: 12 in stage 1, as BLIP's, and 80 in stage 2")
-    parser.add_argument("--feature-cache", action="store_true", help="features are read, vision is not in memory")
-    parser.add_argument("--llm-precision", choices=("int8",), help="instead of the device's half precision")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the LM's layers and the vision side")
-    parser.add_argument("--compare", choices=("plain", "uncompiled"), help="a second way, in turns with the first")
+    parser.add_argument("--caption-tokens", type=int, help="mean length; default 12 in stage 1, 80 in stage 2")
+    parser.add_argument("--feature-cache", action="store_true", help="train from features, without the vision side")
+    parser.add_argument("--dtype", choices=devices.DTYPES, help="precision; default: the device's")
+    parser.add_argument("--llm-precision", choices=("int8",), help="8-bit weights of the LM's layers")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the LM's layers and the vision side")
+    parser.add_argument("--compare", nargs="+", choices=(*ATTENTION, "uncompiled", "fp32"), default=[])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="where the line of JSON goes, too")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="file for the line of JSON")
+    return parser.parse_args()
+
+
+def make_batches(args: argparse.Namespace, preset: Preset, device: torch.device) -> tuple[list[dict[str, Any]], ...]:
+    """Four batches with images, and the same captions with features in their place."""
+    shape = (args.batch, 3, preset.image, preset.image)
+    mean = args.caption_tokens or {1: 12, 2: 80}[args.stage]
+    texts = [captions(mean, args.batch, seed) for seed in range(4)]
+    features = torch.randn(args.batch, preset.queries, preset.q_former[0], device=device).bfloat16()
+    images = [{"image": torch.randn(shape, device=device), "text_input": text} for text in texts]
+    return images, [{"features": features, "text_input": text} for text in texts]
+
+
+def build_ways(
+    args: argparse.Namespace, preset: Preset, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, nn.Module], dict[str, Callable[[], None]], list[dict[str, Any]]]:
+    """Models and steps by name, ours first, and the batches that ours trains on."""
+    images, features = make_batches(args, preset, device)
+    batches = features if args.feature_cache else images
+    settings = (args.stage, not args.feature_cache, args.llm_precision == "int8")
+    models: dict[str, nn.Module] = {OURS: build_minigpt4(preset, device, dtype, *settings)}
+    steps = {OURS: make_step(models[OURS], batches, dtype, models[OURS])}
+    for name in args.compare:
+        way_dtype = torch.float32 if name == "fp32" else dtype
+        if name in ATTENTION:
+            models[name] = build_blip2(preset, device, dtype, ATTENTION[name])
+        else:
+            models[name] = build_minigpt4(preset, device, way_dtype, *settings)
+        steps[name] = make_step(models[name], images if name in ATTENTION else batches, way_dtype, models[OURS])
+    return models, steps, batches
+
+
+def print_ratios(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each comparison: ours to the other."""
+    for row in rows[1:]:
+        for key in ("ms a step", "CPU ms on one thread", "peak above, MiB"):
+            if row[key]:
+                print(f"{OURS} / {row['way']}, {key}: {rows[0][key] / row[key]:.3f}")
+
+
+def main() -> None:
+    """Builds, counts, times and prints."""
+    args = parse_arguments()
     device, preset = devices.pick(args.device), PRESETS[args.preset]
-    about = hardware.describe(device)
+    dtype = devices.DTYPES[args.dtype] if args.dtype else devices.default_dtype(device)
     if args.compile:
         fresh = tempfile.TemporaryDirectory()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = fresh.name
     torch.manual_seed(0)
     random.seed(0)
-    mean = args.caption_tokens or {1: 12, 2: 80}[args.stage]
-    shape = (args.batch, 3, preset.image, preset.image)
-    batches = [
-        {"image": torch.randn(shape, device=device), "text_input": captions(mean, args.batch, seed)}
-        for seed in range(4)
-    ]
-    features = torch.randn(args.batch, preset.queries, preset.q_former[0], device=device).bfloat16()
-    cached = [{"features": features, "text_input": batch["text_input"]} for batch in batches]
-
-    steps, models = {}, {}
-    ways = ["ours"] + [args.compare] * (args.compare is not None)
-    for way in ways:
-        is_plain, has_vision = way == "plain", way == "plain" or not args.feature_cache
-        models[way] = build(preset, device, args.stage, is_plain, has_vision)
-        if args.llm_precision == "int8" and not is_plain:
-            to_int8(models[way].llama_model)
-        steps[way] = stepper(models[way], batches if has_vision else cached, device, is_plain)
-    ours = models["ours"]
-    num_tokens, num_padded, num_targets = means(ours, batches)
-    if args.compare:
-        steps[args.compare]()  # whatever a process does once is done
+    about = hardware.describe(device)
+    models, steps, batches = build_ways(args, preset, device, dtype)
+    ours = models[OURS]
+    num_tokens, num_padded, num_targets = mean_counts(ours, batches)
+    for name in args.compare:
+        run_steps(steps[name], len(batches))  # what a process does once is done
     if args.compile:
-        with devices.autocast(device, devices.default_dtype(device)):
+        with devices.autocast(device, dtype):
             ours.compile_parts()
-    begin = time.perf_counter()
-    for _ in batches:
-        steps["ours"]()
-    devices.synchronize(device)
-    first, num_graphs = time.perf_counter() - begin, counters["stats"]["unique_graphs"]
+    first = hardware.seconds(lambda: run_steps(steps[OURS], len(batches)), device)
+    num_graphs = counters["stats"]["unique_graphs"]
     flops = formula_flops(preset, num_tokens, args.batch, num_targets, not args.feature_cache)
-    with FlopCounterMode(display=False) as counter:
-        steps["ours"]()
-    rate = hardware.measured_matrix_rate(device, devices.default_dtype(device))
-    bandwidth = hardware.measured_bandwidth(device)
-    times = hardware.interleaved(steps, device, args.repeats, 2)
-    for _ in batches:  # other lengths again: nothing may be compiled any more
-        steps["ours"]()
+    rate, bandwidth = hardware.measured_matrix_rate(device, dtype), hardware.measured_bandwidth(device)
+    times, used = hardware.wall_and_cpu_time(steps, device, args.repeats, 2)
+    run_steps(steps[OURS], len(batches))  # all lengths again: nothing may be compiled any more
     num_recompiled = counters["stats"]["unique_graphs"] - num_graphs
-    compiling = first - len(batches) * times["ours"]
-    used = {}
-    if device.type == "cpu":  # one thread: threads that wait for each other would count as work
-        torch.set_num_threads(1)
-        used = hardware.interleaved(steps, device, args.repeats, 1, hardware.cpu_seconds)
-        torch.set_num_threads(about["threads"])
-    rows = []
-    for name, model in models.items():
-        weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) / 2**20
-        rows.append(
-            {
-                "way": name,
-                "ms a step": round(1e3 * times[name], 1),
-                "CPU ms on one thread": round(1e3 * used[name], 1) if used else "",
-                "images/s": round(args.batch / times[name], 2),
-                "padded tokens/s": round(num_padded / times[name]),
-                "real tokens/s": round(num_tokens / times[name]),
-                "of matrix rate": f"{flops / times[name] / rate:.0%}" if name == "ours" else "",
-                "weights, MiB": round(weights),
-                "peak above, MiB": round(peak_above(steps[name], device), 1),
-            }
-        )
+    rows = [
+        {
+            "way": name,
+            "ms a step": round(1e3 * times[name], 1),
+            "CPU ms on one thread": round(1e3 * used[name], 1) if used else "",
+            "images/s": round(args.batch / times[name], 2),
+            "padded tokens/s": round(num_padded / times[name]),
+            "real tokens/s": round(num_tokens / times[name]),
+            "of matrix rate": f"{flops / times[name] / rate:.0%}" if name == OURS else "",
+            "weights, MiB": round(hardware.weights_mib(model)),
+            "peak above, MiB": round(peak_memory(steps[name], device, len(batches)), 1),
+        }
+        for name, model in models.items()
+    ]
+    compiling = first - len(batches) * times[OURS]
     about |= {
         "preset": args.preset,
         "stage": args.stage,
         "batch": args.batch,
-        "dtype": str(devices.default_dtype(device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "feature_cache": args.feature_cache,
-        "llm_precision": args.llm_precision or "half",
-        "compile": args.compile
-        and f"{num_graphs} graphs in {compiling:.1f} s, {num_recompiled} of them in steady state",
+        "llm_precision": args.llm_precision or "as dtype",
+        "compile": args.compile and f"{num_graphs} graphs in {compiling:.1f} s, {num_recompiled} in steady state",
         "mean_tokens_a_row": round(num_tokens / args.batch, 1),
         "padded_length": round(num_padded / args.batch, 1),
         "gflop_by_formula": round(flops / 1e9, 1),
-        "gflop_counted": round(counter.get_total_flops() / 1e9, 1),
+        "gflop_counted": round(count_flops(steps[OURS], len(batches)) / 1e9, 1),
         "matrix_tflops": round(rate / 1e12, 3),
         "bandwidth_gbs": round(bandwidth / 1e9, 1),
     }
     hardware.report(rows, about, args.json)
-    if args.compare:
-        for key in ("ms a step", "CPU ms on one thread", "peak above, MiB"):
-            if rows[1][key]:
-                print(f"\nours / {args.compare}, {key}: {rows[0][key] / rows[1][key]:.3f}", end="")
-        print()
-    if args.compile and args.compare == "uncompiled":
-        saved = times["uncompiled"] - times["ours"]
-        share = saved / times["uncompiled"]
-        print(f"compiling took {compiling:.1f} s; a step saves {1e3 * saved:.1f} ms ({share:.1%})")
+    print_ratios(rows)
 
 
 if __name__ == "__main__":

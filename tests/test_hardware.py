@@ -1,6 +1,7 @@
-"""What benchmarks share: measured limits are plausible, turns are taken, a report can be read back."""
+"""Shared functions of the benchmarks: plausible limits, timing in turns, a report that can be read back."""
 
 import json
+import time
 
 import torch
 
@@ -20,6 +21,14 @@ def test_functions_take_turns_and_the_first_rounds_do_not_count():
     calls = []
     times = hardware.interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, CPU, 2, warmup=1)
     assert "".join(calls) == "ababab" and set(times) == {"a", "b"} and all(t >= 0 for t in times.values())
+
+
+def test_processor_time_is_measured_on_one_thread_and_does_not_count_sleep():
+    threads, seen = torch.get_num_threads(), []
+    functions = {"wait": lambda: (seen.append(torch.get_num_threads()), time.sleep(0.05))}
+    times, used = hardware.wall_and_cpu_time(functions, CPU, 2)
+    assert times["wait"] >= 0.05 and used["wait"] < 0.04
+    assert seen == [threads] * 3 + [1] * 3 and torch.get_num_threads() == threads
 
 
 def test_a_report_is_a_table_and_a_line_of_json(tmp_path, capsys):
