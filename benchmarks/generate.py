@@ -22,13 +22,13 @@ from benchmarks.models import PRESETS, build_language_model, build_plain_languag
 from minigpt4.common import device as devices
 from minigpt4.conversation.generation import GenerationOptions, stream
 
-BOS, EOS = 1, -1  # no random model may end early
+BOS_IDS, EOS_IDS = [1], []  # random models do not end early
 
 
 def ours(llm: nn.Module, embeds: Tensor, mask: Tensor, num_tokens: int) -> Iterator[None]:
     """Yields whenever each row has one token more."""
     options = GenerationOptions(do_sample=False, max_new_tokens=num_tokens)
-    for i, _ in enumerate(stream(llm, embeds, mask, options, BOS, EOS)):
+    for i, _ in enumerate(stream(llm, embeds, mask, options, BOS_IDS, EOS_IDS)):
         if (i + 1) % len(embeds) == 0:
             yield
 
