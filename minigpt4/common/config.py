@@ -17,22 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from minigpt4.common.config_checks import check_sections
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import (
-    DatasetConfig,
-    ModelConfig,
-    PreprocessConfig,
-    RunConfig,
-    choices_of,
-    type_hints,
-)
+from minigpt4.common.schema import DatasetConfig, ModelConfig, RunConfig, choices_of, type_hints
 
-SECTIONS = {  # of a YAML file; the last two hold a section for each data set
-    "run": RunConfig,
-    "model": ModelConfig,
-    "preprocess": PreprocessConfig,
-    "datasets": DatasetConfig,
-    "evaluation_datasets": None,
-}
+SECTIONS = {"run": RunConfig, "model": ModelConfig, "preprocess": DatasetConfig}
+SECTIONS |= {"datasets": DatasetConfig, "evaluation_datasets": None}  # these hold a section for each data set
 MAX_BYTES = 2**20  # of a YAML file: the parser takes seconds for a megabyte
 _INVALID = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError)
 
@@ -52,41 +40,31 @@ class Config:
         self._source = str(args.cfg_path)
         file = _read_yaml(Path(args.cfg_path))
         options = _parse_options(args.options)
-        if unknown := [name for name in (*file, *options) if name not in SECTIONS]:
-            raise UserError(
-                f"{self._source}: there is no section '{unknown[0]}'.{nearest(str(unknown[0]), SECTIONS)} "
-                f"Known: {', '.join(SECTIONS)}."
-            )
+        for name in (*file, *options):
+            if name not in SECTIONS:
+                hint = f"{nearest(str(name), SECTIONS)} Known: {', '.join(SECTIONS)}."
+                raise UserError(f"{self._source}: there is no section '{name}'.{hint}")
         with _explained(self._source):
             given = OmegaConf.merge(file, options)
-            self.config = OmegaConf.merge(
-                {"run": file.get("run") or {}},
-                self._model_defaults(given.get("model") or {}),
-                {"model": file.get("model") or {}},
-                {name: file[name] for name in ("preprocess", "evaluation_datasets") if file.get(name)},
-                self._dataset_defaults(given.get("datasets") or {}),
-                {"datasets": file.get("datasets") or {}},
-                options,
-            )
+            defaults = self._model_defaults(given.get("model", {})), self._dataset_defaults(given)
+            self.config = OmegaConf.merge({"run": {}}, *defaults, file, options)
 
     def _model_defaults(self, model: DictConfig) -> DictConfig:
         arch, model_type = model.get("arch"), model.get("model_type")
         if not arch or not model_type:
-            raise UserError(
-                f"{self._source}: model.{'model_type' if arch else 'arch'} is not set; "
-                "expected arch: mini_gpt4 and model_type: pretrain_vicuna."
-            )
+            key, expected = ("model_type", "pretrain_vicuna") if arch else ("arch", "mini_gpt4")
+            raise UserError(f"{self._source}: model.{key} is not set; expected {key}: {expected}.")
         return _read_yaml(Path(registry.get_model_class(arch).default_config_path(str(model_type))))
 
-    def _dataset_defaults(self, datasets: DictConfig) -> DictConfig:
+    def _dataset_defaults(self, given: DictConfig) -> DictConfig:
         merged = OmegaConf.create({"datasets": {}})
-        for name, section in datasets.items():
-            builder = registry.get_builder_class(name)
-            if not isinstance(section, DictConfig):
-                raise UserError(f"{self._source}: datasets.{name} is {section!r}; expected keys and values under it.")
-            path = builder.default_config_path(str(section.get("type", "default")))
-            if path is not None:
-                merged = OmegaConf.merge(merged, _read_yaml(Path(path)))
+        for kind in ("datasets", "evaluation_datasets"):
+            for name, section in given.get(kind, {}).items():
+                builder = registry.get_builder_class(name) if kind == "datasets" else None
+                if not isinstance(section, DictConfig):
+                    raise UserError(f"{self._source}: {kind}.{name} is {section!r}; expected keys and values under it.")
+                path = builder and builder.default_config_path(str(section.get("type", "default")))
+                merged = OmegaConf.merge(merged, _read_yaml(Path(path)) if path else {})
         return merged
 
     def check(self) -> "Config":
@@ -143,10 +121,12 @@ def _read_yaml(path: Path) -> DictConfig:
         content = OmegaConf.load(path)  # refuses tags, cycles, and aliases that expand to more than 10,000 nodes
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} holds no sections; expected {', '.join(SECTIONS)}.")
-    for name, section in content.items_ex(resolve=False):
-        if name in SECTIONS and section is not None and not isinstance(section, DictConfig):
+    for name, section in list(content.items_ex(resolve=False)):
+        if section is None:
+            content[name] = {}
+        elif name in SECTIONS and not isinstance(section, DictConfig):
             raise UserError(f"{path}: section '{name}' is {section!r}; expected keys and values under it.")
-    for name, section in (content.get("datasets") or {}).items():
+    for name, section in content.get("datasets", {}).items():
         if section is None:  # "laion:" alone: the data set with its defaults
             content.datasets[name] = {}
     return content
@@ -183,7 +163,9 @@ def _parse_value(key: str, text: str) -> Any:
         if hint is None:
             return text
         raise
-    return text if hint is None and _is_altered(text, value) else value
+    # YAML would drop part of a text whose type is unknown: a comment, leading zeros, or "a: b" read as keys.
+    is_yaml = hint or type(value) in (bool, float) or text in ("null", "~", str(value)) or text[:1] in [*"[{'\""]
+    return value if is_yaml else text
 
 
 def _find_hint(names: Sequence[str]) -> Any:
@@ -192,18 +174,6 @@ def _find_hint(names: Sequence[str]) -> Any:
     for name in names[2:] if names[0] == "datasets" else names[1:]:
         hint = next((type_hints(choice).get(name) for choice in choices_of(hint) if is_dataclass(choice)), None)
     return hint
-
-
-def _is_altered(text: str, value: Any) -> bool:
-    """Whether YAML drops part of a text whose type is unknown: a comment, leading zeros, or ``a: b`` read as keys."""
-    text = text.strip()
-    if isinstance(value, str):
-        return value != text and text[0] not in "'\""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value) != text
-    if isinstance(value, dict | list):
-        return text[0] not in "{["
-    return value is None and text not in ("", "null", "~")
 
 
 @contextmanager

@@ -1,52 +1,33 @@
 """Checks of a merged configuration that need no file: keys by schema.py, then what keys mean together."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import (
-    SPLITS,
-    DatasetConfig,
-    ModelConfig,
-    PreprocessConfig,
-    RunConfig,
-    read_section,
-)
+from minigpt4.common.schema import BUILT_IN_PROCESSORS, SPLITS, DatasetConfig, ModelConfig, RunConfig, read_section
 
 
 def check_sections(sections: Mapping[str, Any], source: str) -> None:
-    """Checks all sections of a configuration in plain containers, merged; ``source`` is the file, for messages.
-
-    Raises:
-        UserError: the first mistake found.
-    """
+    """Checks all sections of a merged configuration in plain containers; a UserError names ``source``, the file."""
     run = read_section(RunConfig, sections.get("run"), "run", source)
-    read_section(PreprocessConfig, sections.get("preprocess"), "preprocess", source)
-    model = None
-    if is_built_in(registry.get_model_class(sections["model"]["arch"])):
+    read_section(DatasetConfig, sections.get("preprocess"), "preprocess", source)
+    model, datasets, has_own_builders = None, {}, False
+    if not _is_own(registry.get_model_class(sections["model"]["arch"])):
         model = read_section(ModelConfig, sections["model"], "model", source)
-    datasets, are_built_in = {}, True
     for name, section in (sections.get("datasets") or {}).items():
-        is_own = not is_built_in(registry.get_builder_class(name))
+        is_own = _is_own(registry.get_builder_class(name))
         datasets[name] = read_section(DatasetConfig, section, f"datasets.{name}", source, allow_unknown=is_own)
-        are_built_in = are_built_in and not is_own
-    problems = [*_run_problems(run)]
-    for name, dataset in datasets.items():
-        problems += _processor_problems(f"datasets.{name}", dataset, model)
-    problems += _model_problems(run, model) if model else []
-    problems += _split_problems(run, datasets) if datasets and are_built_in else []
-    for name, section in (sections.get("evaluation_datasets") or {}).items():
-        if not isinstance(section, Mapping):
-            problems.append(f"evaluation_datasets.{name} is {section!r}; expected keys and values under it.")
-    if problems:
-        raise UserError(f"{source}: {problems[0]}")
-
-
-def is_built_in(cls: type) -> bool:
-    """Whether a registered class belongs to this package, so that its keys are known."""
-    return cls.__module__.split(".")[0] == "minigpt4"
+        has_own_builders |= is_own
+    problems = chain(
+        _run_problems(run),
+        *(_processor_problems(f"datasets.{name}", dataset, model) for name, dataset in datasets.items()),
+        _model_problems(run, model) if model else (),
+        _split_problems(run, datasets) if datasets and not has_own_builders else (),
+    )
+    if problem := next(problems, None):
+        raise UserError(f"{source}: {problem}")
 
 
 def is_prompt_template(template: str) -> bool:
@@ -57,16 +38,18 @@ def is_prompt_template(template: str) -> bool:
         return False
 
 
+def _is_own(cls: type) -> bool:
+    """Whether a registered class is not part of this package, so that its keys are unknown."""
+    return cls.__module__.split(".")[0] != "minigpt4"
+
+
 def _run_problems(run: RunConfig) -> Iterator[str]:
     yield from _name_problems("run.task", run.task, registry.list_tasks())
     yield from _name_problems("run.runner", run.runner, registry.list_runners())
     yield from _name_problems("run.lr_sched", run.lr_sched, registry.list_lr_schedulers())
-    total = run.max_epoch * (run.iters_per_epoch or 0)
-    if run.warmup_steps > total > 0:
-        yield (
-            f"run.warmup_steps is {run.warmup_steps}, but the run has only {total} steps (max_epoch {run.max_epoch} × "
-            f"iters_per_epoch {run.iters_per_epoch}); lower warmup_steps."
-        )
+    if run.warmup_steps > (total := run.max_epoch * (run.iters_per_epoch or 0)) > 0:
+        total = f"{total} steps (max_epoch {run.max_epoch} × iters_per_epoch {run.iters_per_epoch})"
+        yield f"run.warmup_steps is {run.warmup_steps}, but the run has only {total}; lower warmup_steps."
 
 
 def _model_problems(run: RunConfig, model: ModelConfig) -> Iterator[str]:
@@ -86,27 +69,24 @@ def _name_problems(key: str, name: str, known: Sequence[str]) -> Iterator[str]:
 
 
 def _processor_problems(where: str, dataset: DatasetConfig, model: ModelConfig | None) -> Iterator[str]:
-    known = registry.list_processors()
     for kind, split in product(("vis_processor", "text_processor"), ("train", "eval")):
         processor, key = getattr(getattr(dataset, kind), split), f"{where}.{kind}.{split}"
-        if processor is None:
+        if processor is not None:
+            yield from _name_problems(f"{key}.name", processor.name, registry.list_processors())
+        if processor is None or kind == "text_processor" or processor.name not in BUILT_IN_PROCESSORS:
             continue
-        yield from _name_problems(f"{key}.name", processor.name, known)
-        if kind == "vis_processor" and processor.name in processor.BUILT_IN:
-            if model and processor.image_size != model.image_size:
-                yield (
-                    f"{key}.image_size is {processor.image_size}, but model.image_size is {model.image_size}; "
-                    "set both to the same number."
-                )
-            if processor.min_scale > processor.max_scale:
-                yield f"{key}.min_scale is {processor.min_scale:g}, which exceeds max_scale {processor.max_scale:g}."
+        size, low, high = processor.image_size, processor.min_scale, processor.max_scale
+        if model and size != model.image_size:
+            yield f"{key}.image_size is {size}, but model.image_size is {model.image_size}; set both to one number."
+        if low > high:
+            yield f"{key}.min_scale is {low:g}, which exceeds max_scale {high:g}."
 
 
 def _split_problems(run: RunConfig, datasets: Mapping[str, DatasetConfig]) -> Iterator[str]:
-    named = [("train_splits", split) for split in run.train_splits if not run.evaluate]
-    named += [(key, split) for key in ("valid_splits", "test_splits") for split in getattr(run, key)]
-    for key, split in named:
-        if split not in SPLITS:
-            yield f"run.{key} names the split '{split}'; expected {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
-        elif not any(getattr(dataset.build_info, SPLITS[split]) for dataset in datasets.values()):
-            yield f"run.{key} names '{split}', but no data set has {SPLITS[split]}; set build_info.{SPLITS[split]}."
+    for key in ("valid_splits", "test_splits") if run.evaluate else ("train_splits", "valid_splits", "test_splits"):
+        for split in getattr(run, key):
+            storage = SPLITS.get(split)
+            if storage is None:
+                yield f"run.{key} names the split '{split}'; expected {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
+            elif not any(getattr(dataset.build_info, storage) for dataset in datasets.values()):
+                yield f"run.{key} names '{split}', but no data set has {storage}; set build_info.{storage}."

@@ -7,11 +7,7 @@ _MAX_LENGTH = 1500  # characters of a message, which may quote values of any len
 
 
 class UserError(ValueError):
-    """A mistake in a file, a key or a value; entry scripts print its one line without a traceback.
-
-    Messages may quote untrusted text: line ends become spaces, control characters are escaped, and a very long message
-    is shortened in the middle.
-    """
+    """A mistake in a file, a key or a value; entry scripts print its one line, escaped and shortened if necessary."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_shortened("".join(map(_printable, _shortened(message)))))
@@ -22,9 +18,8 @@ def _shortened(text: str) -> str:
 
 
 def _printable(character: str) -> str:
-    if character.isprintable():
-        return character
-    return " " if character.isspace() else character.encode("unicode_escape").decode()
+    escaped = " " if character.isspace() else character.encode("unicode_escape").decode()
+    return character if character.isprintable() else escaped
 
 
 def see(anchor: str) -> str:
@@ -34,5 +29,4 @@ def see(anchor: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+    return "".join(f" Did you mean '{match}'?" for match in difflib.get_close_matches(name, list(known), n=1))

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +18,13 @@ _PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGN
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Path:
+def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Path:
     """Returns the local file or folder that a YAML value names, downloading a URL or Hugging Face id once.
 
     Args:
         spec: a path, an http(s) URL or a Hugging Face id such as ``lmsys/vicuna-7b-v1.5``.
         key: the YAML key, for messages.
-        hub_files: name patterns of the files wanted from a Hugging Face repository.
+        hub_files: patterns of the files of a Hugging Face repository; after an index of shards, of its tensors.
 
     Raises:
         UserError: nothing is there, or it cannot be fetched.
@@ -32,13 +32,17 @@ def locate(spec: str | None, key: str, hub_files: Iterable[str] = ("*",)) -> Pat
     path = resolve_local_path(spec, key)
     if path is not None:
         return path
-    if _URL.match(str(spec)):
-        return _download(str(spec), key)
-    return _fetch_from_hub(str(spec), key, list(hub_files))
+    try:
+        return _download(str(spec)) if _URL.match(str(spec)) else _fetch_from_hub(str(spec), hub_files)
+    except Exception as error:  # the hub client's errors are of many kinds; the remedy is the same
+        raise UserError(
+            f"{key}: '{spec}' is not a local path and could not be downloaded ({type(error).__name__}: {error}); "
+            f"download it where there is network and set {key} to the local path." + see("no-network")
+        ) from error
 
 
 def resolve_local_path(spec: str | None, key: str) -> Path | None:
-    """The local file or folder that a YAML value names, None where ``locate`` would fetch it; fetches nothing.
+    """Returns the local file or folder that a YAML value names, None where ``locate`` would download it.
 
     Raises:
         UserError: nothing is there, and the value is neither a URL nor a Hugging Face id.
@@ -50,56 +54,38 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
     if os.path.exists(path):  # False, too, for names that no file can have
         return path
     if _PLACEHOLDER.search(spec):
-        placeholder = f"{key} is still the placeholder '{spec}'; set it to where the file really is."
-        raise UserError(placeholder + see("placeholder-paths"))
+        advice = "set it to where the file really is." + see("placeholder-paths")
+        raise UserError(f"{key} is still the placeholder '{spec}'; {advice}")
     if _URL.match(spec):
-        return _downloaded(spec) if _downloaded(spec).exists() else None
+        return _download_target(spec) if _download_target(spec).exists() else None
     if _HUB_ID.match(spec) and not spec.endswith(WEIGHT_FILES):
         return None
     raise UserError(f"{key}: '{spec}' does not exist (seen from {Path.cwd()}); correct the path.")
 
 
-def _downloaded(url: str) -> Path:
+def _download_target(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
 
 
-def _download(url: str, key: str) -> Path:
+def _download(url: str) -> Path:
     from filelock import FileLock  # comes with torch
 
-    target = _downloaded(url)
+    target = _download_target(url)
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the ranks of a node share one download
         if not target.exists():
             logging.info("Downloading %s to %s", url, target)
-            try:
-                torch.hub.download_url_to_file(url, str(target))
-            except OSError as error:
-                raise UserError(
-                    f"{key}: {url} could not be downloaded ({error}); fetch it elsewhere and set {key} to the file."
-                    + see("no-network")
-                ) from error
+            torch.hub.download_url_to_file(url, str(target))
     return target
 
 
-def _fetch_from_hub(repo: str, key: str, patterns: list[str]) -> Path:
-    import huggingface_hub
+def _fetch_from_hub(repo: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
 
-    try:
-        index_files = [name for name in patterns if name.endswith(".index.json")]
-        folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=index_files or patterns))
-        if index_files:  # a sharded repository: only the shards that hold something wanted
-            patterns = [p for p in patterns if p not in index_files]
-            shards = {file for index in folder.glob("*.index.json") for file in _shards_of(index, patterns)}
-            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=sorted(shards)))
-        return folder
-    except Exception as error:  # whatever the hub client throws, the remedy is the same; the cause is chained
-        raise UserError(
-            f"{key}: '{repo}' is neither a local path nor could it be fetched from the Hugging Face hub "
-            f"({type(error).__name__}); download it where there is network and set {key} to the local path."
-            + see("placeholder-paths")
-        ) from error
-
-
-def _shards_of(index: Path, patterns: list[str]) -> set[str]:
-    weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+    index_files = [name for name in patterns if name.endswith(".index.json")]
+    folder = Path(snapshot_download(repo, allow_patterns=index_files or list(patterns)))
+    for index in folder.glob("*.index.json") if index_files else ():  # only the shards with a wanted tensor
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
+        folder = Path(snapshot_download(repo, allow_patterns=sorted(shards)))
+    return folder

@@ -1,4 +1,4 @@
-"""The console: one line format, the main process speaks, the others only warn."""
+"""Console logging: one line format; ranks above 0 log warnings only."""
 
 import logging
 from collections import Counter
@@ -10,18 +10,14 @@ def setup_logger() -> None:
     """Sends log records to the console; ranks above 0 only from WARNING on, with their number."""
     is_main = dist_utils.is_main_process()
     rank = "" if is_main else f"[rank {dist_utils.get_rank()}] "
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING,
-        format=f"%(asctime)s [%(levelname)s] {rank}%(message)s",
-        handlers=[logging.StreamHandler()],
-        force=True,
-    )
-    for name in ("httpx", "httpcore", "filelock", "PIL", "urllib3"):  # chatty at INFO
+    level = logging.INFO if is_main else logging.WARNING
+    logging.basicConfig(level=level, format=f"%(asctime)s [%(levelname)s] {rank}%(message)s", force=True)
+    for name in ("httpx", "httpcore", "filelock", "PIL", "urllib3"):  # verbose at INFO
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def log_skipped(skipped: Counter, name: str) -> None:
-    """Tells how many samples of a data set were skipped so far, by kind; nothing where there are none."""
+    """Logs how many samples of a data set were skipped so far, by kind."""
     if skipped:
         kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(skipped.items()))
         logging.warning("%s: skipped %d samples so far (%s).", name, sum(skipped.values()), kinds)

@@ -1,4 +1,4 @@
-"""Classes by the names that YAML files use. A lookup imports the package of the built-in classes."""
+"""Classes by the names that YAML files use; a lookup imports the package of the built-in ones."""
 
 import importlib
 from collections.abc import Callable
@@ -22,11 +22,8 @@ _PACKAGES = {
 class Registry:
     """Six tables of classes.
 
-    ``register_KIND(name)`` is a class decorator, which raises KeyError if another class has the name.
-    ``get_KIND_class(name)`` returns the class, or raises UserError with the known names. ``list_KINDs()`` returns the
-    names, sorted. YAML files use the names as follows: model ``model.arch``, builder ``datasets.NAME``, task
-    ``run.task``, runner ``run.runner``, lr_scheduler ``run.lr_sched``, processor ``name`` below ``vis_processor`` and
-    ``text_processor``.
+    ``register_KIND(name)`` is a class decorator, which raises KeyError if another class has the name;
+    ``get_KIND_class(name)`` returns the class or raises UserError; ``list_KINDs()`` returns the names, sorted.
     """
 
     def __init__(self) -> None:
@@ -34,7 +31,7 @@ class Registry:
 
     def _register(self, kind: str, name: str) -> Callable[[Class], Class]:
         def add(cls: Class) -> Class:
-            known = self._classes[kind].setdefault(name, cls)
+            known = self._classes[kind].get(name, cls)
             # The same class is registered again when its module is reloaded.
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise KeyError(f"The {kind} name '{name}' is already taken by {known.__module__}.{known.__qualname__}.")
@@ -44,14 +41,10 @@ class Registry:
         return add
 
     def _get(self, kind: str, name: str) -> Any:
-        name = str(name)  # a YAML file may hold anything
-        if name not in self._classes[kind]:
-            known = self._list(kind)
-            if name not in known:
-                raise UserError(
-                    f"There is no {kind.replace('_', ' ')} named '{name}'; registered: {', '.join(known)}."
-                    + nearest(name, known)
-                )
+        name, known = str(name), self._list(kind)  # a YAML file may hold any type
+        if name not in known:
+            hint = f"registered: {', '.join(known)}.{nearest(name, known)}"
+            raise UserError(f"There is no {kind.replace('_', ' ')} named '{name}'; {hint}")
         return self._classes[kind][name]
 
     def _list(self, kind: str) -> list[str]:

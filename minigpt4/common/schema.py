@@ -9,35 +9,30 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from minigpt4.common.errors import UserError, nearest
 
-Section = TypeVar("Section")
+T = TypeVar("T")
 Precision = Literal["fp32", "fp16", "bf16"]
 
-_BLIP2 = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+_VIT = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+_Q_FORMER = _VIT.replace("eva_vit_g", "blip2_pretrained_flant5xxl")
 _UNUSED = "Accepted for compatibility; not used."
-_TYPE_NAMES = {
-    bool: "true or false (bool)",
-    int: "a whole number (int)",
-    float: "a number (float)",
-    str: "text (in quotes)",
-}
-SPLITS = {"train": "storage", "val": "val_storage", "test": "test_storage"}  # split: its key below build_info
 _REMOVED = {"run.resize_on_device": "it was removed: images are always resized by the loader's workers"}
+TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", NoneType: "null"}
+SPLITS = {"train": "storage", "val": "val_storage", "test": "test_storage"}  # split: its key below build_info
+BUILT_IN_PROCESSORS = ("blip2_image_train", "blip2_image_eval", "blip_caption")  # the keys of others are not checked
 
 
 def key(default: Any, meaning: str, *, least: float = 0, below: float = math.inf) -> Any:
     """Declares a key. Numbers are limited to ``least <= value < below``; a class as default is a nested section."""
     metadata = {"meaning": meaning, "least": least, "below": below}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, type | list):
+        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -75,15 +70,12 @@ class ModelConfig:
     vit_model: Literal["eva_clip_g"] = key("eva_clip_g", "Vision tower.")
     vit_precision: Precision = key("fp16", "Precision of the frozen vision tower's weights.")
     vit_config: VitConfig = key(VitConfig, "Another size of the vision tower.")
-    vit_weights: str = key(_BLIP2 + "eva_vit_g.pth", "Vision tower: file, folder, URL or Hugging Face id.")
+    vit_weights: str = key(_VIT, "Vision tower: file, folder, URL or Hugging Face id.")
     freeze_vit: bool = key(True, "Keep the vision tower and `ln_vision` frozen.")
     freeze_qformer: bool = key(True, "Keep the Q-Former and its queries frozen.")
     has_qformer: Literal[True] = key(True, "Accepted for compatibility; models without a Q-Former are not supported.")
     num_query_token: int = key(32, "Number of queries, which is the number of image embeddings.", least=1)
-    q_former_model: str = key(
-        _BLIP2 + "blip2_pretrained_flant5xxl.pth",
-        "Q-Former, queries and `ln_vision`: file, folder, URL or Hugging Face id.",
-    )
+    q_former_model: str = key(_Q_FORMER, "Q-Former and queries: path, URL or Hugging Face id.")
     qformer_config: QFormerSettings = key(QFormerSettings, "Another size of the Q-Former.")
     llama_model: str = key("/path/to/vicuna/weights/", "Language model: folder or Hugging Face id.")
     llm_dtype: Precision | None = key(None, "Precision of the language model; null: the best of the device.")
@@ -120,9 +112,7 @@ class RunConfig:
     beta2: float = key(0.999, "AdamW's second beta.", below=1)
     max_epoch: int = key(1, "Number of epochs.")
     iters_per_epoch: int | None = key(None, "Iterations per epoch; null: one pass; shards need a number.", least=1)
-    batch_size_train: int | None = key(
-        None, "Samples per iteration and process; null: the data set's `batch_size`, else 1.", least=1
-    )
+    batch_size_train: int | None = key(None, "Samples per iteration and process; null: data set's, or 1.", least=1)
     batch_size_eval: int = key(1, "Samples per batch and process in validation.", least=1)
     num_workers: int = key(0, "Loader processes for each training process; 0: the training process loads.")
     accum_grad_iters: int = key(1, "Iterations whose gradients are averaged into one update.", least=1)
@@ -160,7 +150,6 @@ class RunConfig:
 class ImageProcessorConfig:
     """An image processor. Keys of processors that are not built in are not checked."""
 
-    BUILT_IN: ClassVar[tuple[str, ...]] = ("blip2_image_train", "blip2_image_eval")
     name: str = key("blip2_image_train", "Registered image processor.")
     image_size: int = key(224, "Side of the square result in pixels; equals `model.image_size`.", least=1)
     min_scale: float = key(0.5, "Smallest share of the area that a random crop keeps.")
@@ -189,7 +178,6 @@ class ImageProcessors:
 class TextProcessorConfig:
     """A caption processor. Keys of processors that are not built in are not checked."""
 
-    BUILT_IN: ClassVar[tuple[str, ...]] = ("blip_caption",)
     name: str = key("blip_caption", "Registered text processor.")
     prompt: str = key("", "Text before each caption.")
     max_words: int = key(50, "Captions are cut to this number of words.", least=1)
@@ -226,23 +214,12 @@ class DatasetConfig:
     batch_size: int | None = key(None, "Samples per iteration where `run.batch_size_train` is null; null: 1.", least=1)
 
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """Default processors of the reference's model YAML; accepted and not used."""
-
-    vis_processor: ImageProcessors = key(ImageProcessors, "Image processors.")
-    text_processor: TextProcessors = key(TextProcessors, "Caption processors.")
-
-
-def read_section(
-    cls: type[Section], section: Any, where: str, source: str = "", allow_unknown: bool = False
-) -> Section:
+def read_section(cls: type[T], section: Any, where: str, source: str = "", allow_unknown: bool = False) -> T:
     """Turns a configuration section into a checked instance with all defaults.
 
     Args:
         cls: one of the dataclasses above.
-        section: a mapping or DictConfig (interpolations are resolved), an instance of ``cls``, which is returned
-            unchanged, or None for all defaults.
+        section: a mapping, a DictConfig, None for all defaults, or an instance of ``cls``, which is returned unchanged.
         where: dotted name of the section, for messages.
         source: the YAML file, for messages.
         allow_unknown: ignore unknown keys, for classes from outside this package.
@@ -254,13 +231,11 @@ def read_section(
         return section
     prefix = f"{source}: " if source else ""
     try:
-        plain = section if isinstance(section, DictConfig) else OmegaConf.create({where: section})[where]
-        if isinstance(plain, Container):
-            plain = OmegaConf.to_container(plain, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        if isinstance(section, DictConfig):
+            section = OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
+        return _read(cls, {} if section is None else section, where, allow_unknown)
+    except (OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{prefix}{where} is not a valid section: {' '.join(str(error).split())}") from error
-    try:
-        return _read(cls, {} if plain is None else plain, where, allow_unknown)
     except UserError as error:
         raise UserError(f"{prefix}{error}") from None
 
@@ -277,19 +252,17 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _read(cls: type[Section], section: Any, where: str, allow_unknown: bool) -> Section:
+def _read(cls: type[T], section: Any, where: str, allow_unknown: bool) -> T:
     hints = type_hints(cls)
     if not isinstance(section, Mapping):
         raise UserError(f"{where} is {section!r}; expected a section with {', '.join(hints)}.")
-    built_in = getattr(cls, "BUILT_IN", None)
-    if built_in and section.get("name", cls().name) not in built_in:
+    if "name" in hints and section.get("name", cls.name) not in BUILT_IN_PROCESSORS:
         return cls(**{name: value for name, value in section.items() if name in hints})
     values = {}
     for name, value in section.items():
         path = f"{where}.{name}"
         if name in hints:
-            entry = cls.__dataclass_fields__[name]
-            values[name] = _read_value(hints[name], value, path, entry, allow_unknown)
+            values[name] = _read_value(hints[name], value, path, cls.__dataclass_fields__[name], allow_unknown)
         elif path in _REMOVED:
             raise UserError(f"Remove {path}: {_REMOVED[path]}.")
         elif not allow_unknown:
@@ -302,14 +275,12 @@ def _read_value(hint: Any, value: Any, path: str, entry: Field, allow_unknown: b
     if value is None and NoneType not in choices:
         default = "the default" if entry.default is MISSING else f"the default, {entry.default!r}"
         raise UserError(f"{path} is blank; give it a value, or remove the line to use {default}.")
-    if value is None:
-        return None
     for choice in choices:
-        if is_dataclass(choice):
+        if is_dataclass(choice) and value is not None:
             return _read(choice, value, path, allow_unknown)
         if _is_instance(value, choice):
             least, below = entry.metadata["least"], entry.metadata["below"]
-            if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < below:
+            if type(value) in (int, float) and not least <= value < below:
                 limit = f" and less than {below:g}" if below < math.inf else ""
                 raise UserError(f"{path} is {value!r}; expected {least:g} or more{limit}.")
             return float(value) if choice is float else value
@@ -322,9 +293,7 @@ def _is_instance(value: Any, hint: Any) -> bool:
         return any(type(value) is type(option) and value == option for option in get_args(hint))
     if get_origin(hint) is list:
         return isinstance(value, list) and all(_is_instance(item, get_args(hint)[0]) for item in value)
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _describe(hint: Any) -> str:
@@ -332,4 +301,4 @@ def _describe(hint: Any) -> str:
         return "one of " * (len(get_args(hint)) > 1) + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is list:
         return f"a list ({'[a, b]' if get_args(hint)[0] is str else '[0.1, 0.2]'})"
-    return _TYPE_NAMES[hint]
+    return f"{TYPE_NAMES[hint]} ({'in quotes' if hint is str else hint.__name__})"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
+from minigpt4.common.config_checks import is_prompt_template
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.files import locate
 from minigpt4.common.schema import ModelConfig
@@ -173,11 +174,7 @@ def read_prompts(path: str | None, template: str) -> list[str]:
     Raises:
         UserError: the file is missing, no line has the placeholder, or the template has no ``{}``.
     """
-    try:
-        is_template = not template or template.format("\0").count("\0") == 1
-    except (ValueError, LookupError, AttributeError):
-        is_template = False
-    if not is_template or (path and not template):
+    if (path or template) and not is_prompt_template(template):
         raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")
     if not path:
         return []

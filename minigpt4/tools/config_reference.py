@@ -3,12 +3,12 @@
 python -m minigpt4.tools.config_reference > docs/CONFIGURATION.md
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from minigpt4.common.schema import DatasetConfig, ModelConfig, RunConfig, choices_of, type_hints
+from minigpt4.common.schema import TYPE_NAMES, DatasetConfig, ModelConfig, RunConfig, choices_of, type_hints
 
 INTRODUCTION = """# Configuration
 
@@ -35,7 +35,7 @@ SECTIONS = {
     "preprocess": "Processors in the form of the reference's model YAML, keys as for a data set. Checked, not used.",
     "evaluation_datasets": "A section for each benchmark, passed on unchecked as `cfg.evaluation_datasets_cfg`.",
 }
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", NoneType: "null"}
+TABLE_HEAD = "| key | type | default | meaning |", "|---|---|---|---|"
 
 
 def reference() -> str:
@@ -43,48 +43,32 @@ def reference() -> str:
     parts = [INTRODUCTION]
     for name, content in SECTIONS.items():
         parts.append(f"## {name}")
-        parts += [content] if isinstance(content, str) else [content.__doc__, "\n".join(_table(content))]
+        is_text = isinstance(content, str)
+        parts += [content] if is_text else [content.__doc__, "\n".join([*TABLE_HEAD, *_rows(content, "")])]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(cls: type) -> Iterator[str]:
-    yield "| key | type | default | meaning |"
-    yield "|---|---|---|---|"
-    yield from _rows(cls, "")
 
 
 def _rows(cls: type, prefix: str) -> Iterator[str]:
     for entry in fields(cls):
-        hint, meaning = type_hints(cls)[entry.name], entry.metadata["meaning"]
-        nested = next((choice for choice in choices_of(hint) if is_dataclass(choice)), None)
+        choices = choices_of(type_hints(cls)[entry.name])
+        nested = next((choice for choice in choices if is_dataclass(choice)), None)
         default = entry.default if entry.default is not MISSING else entry.default_factory()
-        text = "" if nested and default is not None else f"`{_shown(default)}`"
-        yield f"| `{prefix}{entry.name}` | {' or '.join(map(_type_name, choices_of(hint)))} | {text} | {meaning} |"
-        if nested:
-            yield from _rows(nested, f"{prefix}{entry.name}.")
+        shown = "" if is_dataclass(default) else f"`{_yaml(default)}`"
+        types = " or ".join(map(_type_name, choices))
+        yield f"| `{prefix}{entry.name}` | {types} | {shown} | {entry.metadata['meaning']} |"
+        yield from _rows(nested, f"{prefix}{entry.name}.") if nested else ()
 
 
 def _type_name(hint: Any) -> str:
     if is_dataclass(hint):
         return "section"
     if get_origin(hint) is Literal:
-        return " or ".join(f"`{_shown(option)}`" for option in get_args(hint))
-    return f"list of {_NAMES[get_args(hint)[0]]}" if get_origin(hint) is list else _NAMES[hint]
+        return " or ".join(f"`{_yaml(option)}`" for option in get_args(hint))
+    return f"list of {TYPE_NAMES[get_args(hint)[0]]}" if get_origin(hint) is list else TYPE_NAMES[hint]
 
 
-def _shown(value: Any) -> str:
-    """A value as in YAML."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value)
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_shown, value))}]"
-    if isinstance(value, str) and not value.strip():
-        return '"' + value.replace("\n", "\\n") + '"'
-    return str(value)
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) and value.strip() else json.dumps(value)
 
 
 if __name__ == "__main__":
