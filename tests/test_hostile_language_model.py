@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from minigpt4.models.language_model import load_language_model
 from minigpt4.models.packed_attention import NAME
-from minigpt4.tools.apply_delta import WeightFolder
+from minigpt4.tools.apply_delta import read_folder
 
 pytestmark = pytest.mark.usefixtures("confined")
 LLAMA = load_file(TINY / "llama" / "model.safetensors")
@@ -129,4 +129,4 @@ def test_a_kernel_that_a_config_names_is_not_asked_for(llama):
 def test_delta_of_other_things(llama, content):
     (llama / "model.safetensors").unlink()
     torch.save(content, llama / "pytorch_model.bin")
-    told(lambda: WeightFolder(llama, "--delta"), "--delta", "pytorch_model.bin", "no tensor")
+    told(lambda: read_folder(llama, "--delta"), "--delta", "pytorch_model.bin", "no tensor")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_origin
@@ -67,37 +68,17 @@ class Config:
                 merged = OmegaConf.merge(merged, _read_yaml(Path(path)) if path else {})
         return merged
 
-    def check(self) -> "Config":
-        """Checks every key and what keys mean together, and returns self; models from outside check their own keys.
+    run_cfg = property(attrgetter("config.run"), doc="The section ``run``.")
+    model_cfg = property(attrgetter("config.model"), doc="The section ``model``.")
+    datasets_cfg = property(attrgetter("config.datasets"), doc="A section for each data set.")
+    evaluation_datasets_cfg = property(attrgetter("config.evaluation_datasets"), doc="Those of benchmarks, unchecked.")
 
-        Raises:
-            UserError: an unknown key, with the nearest known one, a value of the wrong type or out of range, a
-                reference to something undefined, or settings that contradict each other.
-        """
+    def check(self) -> "Config":
+        """Checks every key by itself and with others, and returns self; a UserError reports the first mistake."""
         with _explained(self._source):
             sections = OmegaConf.to_container(self.config, resolve=True, throw_on_missing=True)
         check_sections(sections, self._source)
         return self
-
-    @property
-    def run_cfg(self) -> DictConfig:
-        """The section ``run``: how to train."""
-        return self.config.run
-
-    @property
-    def datasets_cfg(self) -> DictConfig:
-        """The section ``datasets``: a section for each data set."""
-        return self.config.datasets
-
-    @property
-    def model_cfg(self) -> DictConfig:
-        """The section ``model``."""
-        return self.config.model
-
-    @property
-    def evaluation_datasets_cfg(self) -> DictConfig:
-        """The section ``evaluation_datasets``: a section for each benchmark, unchecked."""
-        return self.config.evaluation_datasets
 
     def pretty_print(self) -> None:
         """Logs all sections."""
@@ -163,7 +144,7 @@ def _parse_value(key: str, text: str) -> Any:
         if hint is None:
             return text
         raise
-    # YAML would drop part of a text whose type is unknown: a comment, leading zeros, or "a: b" read as keys.
+    # YAML drops part of some texts, which keys of unknown type need whole: comments, leading zeros, "a: b".
     is_yaml = hint or type(value) in (bool, float) or text in ("null", "~", str(value)) or text[:1] in [*"[{'\""]
     return value if is_yaml else text
 

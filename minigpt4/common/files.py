@@ -21,13 +21,9 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Path:
     """Returns the local file or folder that a YAML value names, downloading a URL or Hugging Face id once.
 
-    Args:
-        spec: a path, an http(s) URL or a Hugging Face id such as ``lmsys/vicuna-7b-v1.5``.
-        key: the YAML key, for messages.
-        hub_files: patterns of the files of a Hugging Face repository; after an index of shards, of its tensors.
-
-    Raises:
-        UserError: nothing is there, or it cannot be fetched.
+    ``key`` names the value in messages. ``hub_files`` are patterns of the wanted files of a Hugging Face repository;
+    after a pattern of an index of shards, they are those of the wanted tensors. Raises UserError if nothing is there,
+    or it cannot be downloaded.
     """
     path = resolve_local_path(spec, key)
     if path is not None:
@@ -42,11 +38,7 @@ def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Pat
 
 
 def resolve_local_path(spec: str | None, key: str) -> Path | None:
-    """Returns the local file or folder that a YAML value names, None where ``locate`` would download it.
-
-    Raises:
-        UserError: nothing is there, and the value is neither a URL nor a Hugging Face id.
-    """
+    """The same without download: None for a URL or Hugging Face id that is not on this machine."""
     if not spec:
         raise UserError(f"{key} is not set; give it a file, a folder, a URL or a Hugging Face id.")
     spec = str(spec)

@@ -7,9 +7,8 @@ docs/CONFIGURATION.md is generated from this file. A type with ``| None`` accept
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from functools import lru_cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -215,17 +214,11 @@ class DatasetConfig:
 
 
 def read_section(cls: type[T], section: Any, where: str, source: str = "", allow_unknown: bool = False) -> T:
-    """Turns a configuration section into a checked instance with all defaults.
+    """Turns a mapping, a DictConfig or None into an instance of ``cls``, checked and with all defaults.
 
-    Args:
-        cls: one of the dataclasses above.
-        section: a mapping, a DictConfig, None for all defaults, or an instance of ``cls``, which is returned unchanged.
-        where: dotted name of the section, for messages.
-        source: the YAML file, for messages.
-        allow_unknown: ignore unknown keys, for classes from outside this package.
-
-    Raises:
-        UserError: an unknown key, a value of the wrong type or out of range, or a blank value without a meaning.
+    An instance is returned unchanged. ``where`` and ``source``, the YAML file, name the section in messages;
+    ``allow_unknown`` ignores unknown keys, for classes from outside this package. Raises UserError for an unknown key,
+    a value of the wrong type or out of range, or a blank value without a meaning.
     """
     if isinstance(section, cls):
         return section
@@ -240,11 +233,9 @@ def read_section(cls: type[T], section: Any, where: str, source: str = "", allow
         raise UserError(f"{prefix}{error}") from None
 
 
-@lru_cache
 def type_hints(cls: type) -> dict[str, Any]:
     """Returns the type of every key of a section."""
-    hints = get_type_hints(cls)
-    return {entry.name: hints[entry.name] for entry in fields(cls)}
+    return {entry.name: entry.type for entry in fields(cls)}
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
@@ -253,25 +244,25 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
 
 
 def _read(cls: type[T], section: Any, where: str, allow_unknown: bool) -> T:
-    hints = type_hints(cls)
+    entries = {entry.name: entry for entry in fields(cls)}
     if not isinstance(section, Mapping):
-        raise UserError(f"{where} is {section!r}; expected a section with {', '.join(hints)}.")
-    if "name" in hints and section.get("name", cls.name) not in BUILT_IN_PROCESSORS:
-        return cls(**{name: value for name, value in section.items() if name in hints})
+        raise UserError(f"{where} is {section!r}; expected a section with {', '.join(entries)}.")
+    if "name" in entries and section.get("name", cls.name) not in BUILT_IN_PROCESSORS:
+        return cls(**{name: value for name, value in section.items() if name in entries})
     values = {}
     for name, value in section.items():
         path = f"{where}.{name}"
-        if name in hints:
-            values[name] = _read_value(hints[name], value, path, cls.__dataclass_fields__[name], allow_unknown)
+        if name in entries:
+            values[name] = _read_value(entries[name], value, path, allow_unknown)
         elif path in _REMOVED:
             raise UserError(f"Remove {path}: {_REMOVED[path]}.")
         elif not allow_unknown:
-            raise UserError(f"There is no key {path}.{nearest(str(name), hints)} Known: {', '.join(hints)}.")
+            raise UserError(f"There is no key {path}.{nearest(str(name), entries)} Known: {', '.join(entries)}.")
     return cls(**values)
 
 
-def _read_value(hint: Any, value: Any, path: str, entry: Field, allow_unknown: bool) -> Any:
-    choices = choices_of(hint)
+def _read_value(entry: Field, value: Any, path: str, allow_unknown: bool) -> Any:
+    choices = choices_of(entry.type)
     if value is None and NoneType not in choices:
         default = "the default" if entry.default is MISSING else f"the default, {entry.default!r}"
         raise UserError(f"{path} is blank; give it a value, or remove the line to use {default}.")

@@ -59,11 +59,7 @@ def shards(index: Path, key: str) -> list[Path]:
 
 
 def read_file(path: Path, key: str) -> dict:
-    """Reads one .pth, .pt, .bin or .safetensors file, memory-mapped, to the CPU; pickles may hold tensors only.
-
-    Raises:
-        UserError: the file is damaged, of another type, or a pickle that would run code.
-    """
+    """Reads one weight file, memory-mapped, to the CPU; UserError if it is damaged or would run code."""
     if not path.is_file() or path.suffix not in WEIGHT_FILES:
         raise UserError(f"{key}: {path} is no weight file; expected one of {', '.join(WEIGHT_FILES)}.")
     try:
@@ -121,18 +117,11 @@ def assign(module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str)
 def match_state_dict(
     module: nn.Module, state: Mapping[str, Tensor], path: Path, key: str, droppable: Iterable[str] = (), hint: str = ""
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a state dict that a module needs, all names and shapes compared; reads no values.
+    """Returns the tensors that a module, perhaps on the meta device, needs of a state dict; reads no values.
 
-    Args:
-        module: may be on the meta device.
-        state: names to tensors.
-        path: the file, for messages.
-        key: the YAML key that named the file, for messages.
-        droppable: name patterns that the file may hold and the module does not need.
-        hint: the likely cause of a difference, added to the message.
-
-    Raises:
-        UserError: a key is missing or unknown, or a shape or the kind of numbers differs.
+    ``path`` and ``key`` (of the YAML file) name the source and ``hint`` a likely cause in messages; names that match a
+    pattern of ``droppable`` may be in the file and not in the module. Raises UserError if a name is missing or unknown,
+    or if a shape or the kind of numbers differs.
     """
     patterns, expected = list(droppable), module.state_dict()
     actual = {n: v for n, v in state.items() if n in expected or not any(fnmatch.fnmatch(n, p) for p in patterns)}
@@ -196,28 +185,24 @@ def describe_weights(content: Mapping[str, Any]) -> str:
 
 
 def identify_file(path: Path) -> str:
-    """``describe_weights`` for any file on the disk, without reading its tensors."""
-    if not path.is_file():
-        return "no plain file"
+    """``describe_weights`` for a path of any kind."""
     try:
-        content = _load(path, "meta")
-        return describe_weights(content) if isinstance(content, Mapping) else f"a {type(content).__name__}"
-    except Exception:  # errors of the readers, as in read_file
-        return _describe_bytes(path) or "no file of weights"
+        return describe_weights(read_file(path, "file"))
+    except UserError:
+        return (path.is_file() and _describe_bytes(path)) or "no file of weights"
 
 
 def _describe_bytes(path: Path) -> str | None:
-    """What a file is that cannot be read as weights; None if its first bytes do not show it."""
     with path.open("rb") as file:
         head = file.read(512).lstrip()
     if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of git-lfs in place of the file: git lfs pull"
+        return "it is a git-lfs pointer; run: git lfs pull"
     if head.startswith(b"<"):
         return "it is a web page, saved in place of the file"
     return None if head else "it is empty"
 
 
-def _load(path: Path, device: str = "cpu") -> Any:
+def _load(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -227,4 +212,4 @@ def _load(path: Path, device: str = "cpu") -> Any:
         with zipfile.ZipFile(path) as archive:  # torch does not compress
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it unpacks to more than it holds")
-    return torch.load(path, map_location=device, weights_only=True, mmap=is_zip)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
