@@ -154,11 +154,10 @@ def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
 def _explain_projection(model: nn.Module, weight: Tensor, path: Path) -> str:
     q_width, lm_width = model.llama_proj.in_features, model.llama_proj.out_features
     rows, columns = weight.shape if weight.ndim == 2 else (weight.numel(), 0)
-    sizes = {4096: "7B", 5120: "13B"}
     if columns == 5632:
         cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
     elif rows != lm_width:
-        made_for, given = sizes.get(rows, f"{rows} wide"), sizes.get(lm_width, f"{lm_width} wide")
+        made_for, given = weights.LM_SIZES.get(rows, f"{rows} wide"), weights.LM_SIZES.get(lm_width, f"{lm_width} wide")
         cause = f"The projection was made for a {made_for} LM, model.llama_model is {given}: take the matching one."
     else:
         cause = "model.qformer_config describes another Q-Former than the one it was trained with."

@@ -6,8 +6,7 @@ from typing import Any, ClassVar
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
-
-SPLITS = {"train": "storage", "val": "val_storage", "test": "test_storage"}
+from minigpt4.common.schema import SPLITS
 
 
 class BaseDatasetBuilder:
