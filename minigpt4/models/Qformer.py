@@ -6,6 +6,7 @@ with layer 0, also attends to the image tokens.
 Shapes: B batch, Q queries, H hidden width, N image tokens, W width of the image tokens.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ class QFormerOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without its output layer: [B, Q, H] attends to [B, N, W], giving [B, Q, H]."""
+    """Multi-head attention without its output layer."""
 
     def __init__(self, config: QFormerConfig, context_width: int) -> None:
         super().__init__()
@@ -47,19 +48,11 @@ class Attention(nn.Module):
         self.value = nn.Linear(context_width, config.hidden_size)
 
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attends from ``hidden`` [B, Q, H] to ``context`` [B, N, W] where ``mask`` [B, 1, 1, N] (bool) is true."""
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, H / heads]
-
-        attended = scaled_dot_product_attention(
-            heads(self.query(hidden)),
-            heads(self.key(context)),
-            heads(self.value(context)),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return attended.transpose(1, 2).flatten(2)
+        """[B, Q, H] attends to ``context`` [B, N, W] where ``mask`` [B, 1, 1, N] (bool) is true; gives [B, Q, H]."""
+        parts = self.query(hidden), self.key(context), self.value(context)
+        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts]  # [B, heads, tokens, H / heads]
+        dropout = self.dropout if self.training else 0.0
+        return scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
 
 
 class AddNorm(nn.Module):
@@ -85,20 +78,8 @@ class AttentionBlock(nn.Module):
         self.output = AddNorm(config, config.hidden_size)
 
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attends from [B, Q, H] to [B, N, W]; returns [B, Q, H]. For ``mask`` see ``Attention``."""
+        """As ``Attention``."""
         return self.output(self.self(hidden, context, mask), hidden)
-
-
-class Intermediate(nn.Module):
-    """The first half of the MLP, with the exact (erf) GELU."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, Q, H] -> [B, Q, intermediate]."""
-        return nn.functional.gelu(self.dense(hidden))
 
 
 class Layer(nn.Module):
@@ -108,7 +89,9 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = AttentionBlock(config, config.hidden_size)
         self.crossattention = AttentionBlock(config, config.encoder_width) if has_cross_attention else None
-        self.intermediate_query = Intermediate(config)
+        self.intermediate_query = nn.Sequential(
+            OrderedDict(dense=nn.Linear(config.hidden_size, config.intermediate_size), gelu=nn.GELU())
+        )
         self.output_query = AddNorm(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None) -> Tensor:
@@ -119,31 +102,16 @@ class Layer(nn.Module):
         return self.output_query(self.intermediate_query(hidden), hidden)
 
 
-class Embeddings(nn.Module):
-    """LayerNorm and dropout of the queries; word and position embeddings belong to the text branch, which is absent."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, query_embeds: Tensor) -> Tensor:
-        """[B, Q, H] -> [B, Q, H]."""
-        return self.dropout(self.LayerNorm(query_embeds))
-
-
 class Encoder(nn.Module):
     """The stack of layers."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(
-            Layer(config, has_cross_attention=i % config.cross_attention_freq == 0)
-            for i in range(config.num_hidden_layers)
-        )
+        has_cross_attention = [i % config.cross_attention_freq == 0 for i in range(config.num_hidden_layers)]
+        self.layer = nn.ModuleList(Layer(config, has_it) for has_it in has_cross_attention)
 
     def forward(self, hidden: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None) -> Tensor:
-        """Hidden states [B, Q, H] and image tokens [B, N, W] -> [B, Q, H]; ``image_mask`` [B, 1, 1, N] (bool)."""
+        """As ``Layer``."""
         for layer in self.layer:
             hidden = layer(hidden, image_tokens, image_mask)
         return hidden
@@ -154,7 +122,9 @@ class Bert(nn.Module):
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
+        # Word and position embeddings belong to the text branch, which is absent.
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.embeddings = nn.Sequential(OrderedDict(LayerNorm=norm, dropout=nn.Dropout(config.dropout)))
         self.encoder = Encoder(config)
 
     def forward(

@@ -128,12 +128,8 @@ def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
 
 def vision_settings(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     """The constructor's arguments other than the parts, from a ``model`` section."""
-    return {
-        "num_query_token": cfg.num_query_token,
-        "freeze_vit": cfg.freeze_vit,
-        "freeze_qformer": cfg.freeze_qformer,
-        "vit_dtype": vision_dtype(cfg, device),
-    }
+    names = ("num_query_token", "freeze_vit", "freeze_qformer")
+    return {name: getattr(cfg, name) for name in names} | {"vit_dtype": vision_dtype(cfg, device)}
 
 
 def build_vision(cfg: ModelConfig) -> tuple[Eva, QFormer]:
@@ -163,12 +159,9 @@ def q_former_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
     """The same for ln_vision, queries and Q-Former."""
     key = "model.q_former_model"
     state = weights.published_names(weights.read_state_dict(file, key))
-    droppable = [
-        "Qformer.bert.embeddings.word_embeddings.*",  # the text branch
-        "Qformer.bert.embeddings.position_*",
-        "Qformer.bert.encoder.layer.*.intermediate.dense.*",
-        "Qformer.bert.encoder.layer.*.output.*",
-        "Qformer.cls.*",
+    droppable = [  # the text branch, heads of BLIP-2, and the rest of a twin
+        *("Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_*", "Qformer.cls.*"),
+        *("Qformer.bert.encoder.layer.*.intermediate.dense.*", "Qformer.bert.encoder.layer.*.output.*"),
         *("t5_proj.*", "opt_proj.*", "llm_proj.*", "temp", "itm_head.*", "vision_proj.*", "text_proj.*"),
         *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*", "language_*"),
     ]
