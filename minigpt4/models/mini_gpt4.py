@@ -43,17 +43,13 @@ class MiniGPT4(VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
 
     Args:
-        visual_encoder: images [B, 3, S, S] to tokens [B, N, W]; None where features come from a cache.
-        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; without vision its configuration alone.
+        visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype: see ``VisionEncoder``.
         llama_model: a causal LM of transformers, built by ``language_model``.
         llama_tokenizer: its tokenizer, with a pad token.
-        num_query_token: Q.
         prompts: texts with ``<ImageHere>`` of which one is drawn for each batch; none in stage 1.
         prompt_template: the text into which a sample's own instruction is formatted.
         max_txt_len: tokens of caption and end symbol together; the rest is cut.
         end_sym: the text that ends a caption.
-        freeze_vit, freeze_qformer: frozen parts stay in eval mode and get no gradient.
-        vit_dtype: precision of the vision side on devices that compute in half precision.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
@@ -108,8 +104,8 @@ class MiniGPT4(VisionEncoder):
     ) -> "MiniGPT4":
         """Builds the model of a ``model`` section and loads its weights.
 
-        The names and shapes in every file are compared with the model before the first weight is read, so that a wrong
-        file costs a second. On the meta device that check is all that happens.
+        Names and shapes of every file are compared with the model before the first weight is read. On the meta device
+        that check is all that happens.
 
         Args:
             cfg: the section; docs/CONFIGURATION.md describes its keys.
@@ -152,10 +148,9 @@ class MiniGPT4(VisionEncoder):
         loading.load_trained_part(self, path)
 
     def compile_parts(self) -> None:
-        """Compiles the decoder's layers, for any number of tokens, and the vision side, whose shapes never change.
+        """Compiles the decoder layers, for any number of tokens, and the vision side, whose shapes never change.
 
-        Prefixes are computed before: they grow a cache layer by layer, so each layer would be compiled separately, and
-        PyTorch stops compiling a function after eight times.
+        Prefixes are computed before: a growing cache would compile each layer separately, and PyTorch stops after eight.
         """
         self.compute_prefixes()
         exclude_from_compilation()
@@ -323,7 +318,7 @@ class MiniGPT4(VisionEncoder):
     def compute_prefixes(self) -> None:
         """Computes keys and values of everything that may precede the images of a batch.
 
-        All at once: with a sharded LM every forward involves all ranks, and these draw different prompts.
+        All at once, as a forward of a sharded LM involves all ranks, which draw different prompts.
         """
         prompts = self.prompt_list or [IMAGE_PLACEHOLDER]
         prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}")] * ("{}" in self.prompt_template)
