@@ -1,4 +1,4 @@
-"""Checks what a run will need, and says of each thing what was found and what to do.
+"""Checks what a run will need, and reports for each item what was found and what to do.
 
 python -m minigpt4.doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
 python -m minigpt4.doctor --cfg-path F --deep                   # the LM's true loss, whatever its size
@@ -9,24 +9,10 @@ The exit status is 1 if there is an error, else 0. docs/TROUBLESHOOTING.md has t
 """
 
 import argparse
-import gc
 import logging
-import os
 import sys
 import time
 from pathlib import Path
-
-_START = time.perf_counter()  # where the system does not say when the process began
-gc.disable()  # importing makes a million objects that stay; looking through them again and again takes a second
-
-
-def _seconds() -> float:
-    """Since the process began (Linux), so that importing torch, which came before this file, is counted as well."""
-    try:
-        stat, uptime = (Path("/proc", name).read_text(encoding="utf-8") for name in ("self/stat", "uptime"))
-        return float(uptime.split()[0]) - int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return time.perf_counter() - _START
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,28 +26,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--deep", action="store_true", help="read the whole language model and compute its loss")
     parser.add_argument("--steps", type=int, default=0, help="train so many steps, for the time that is left")
     parser.add_argument("--samples", type=int, default=16, help="samples drawn from each source")
-    parser.add_argument("--sheet", type=Path, help="where the contact sheet goes (output/doctor/NAME.png)")
+    parser.add_argument("--sheet", type=Path, help="file of the contact sheet (output/doctor/NAME.png)")
     return parser.parse_args()
 
 
 def main() -> None:
     """Prints the table; ends with the status."""
-    args = parse_args()
+    args, start = parse_args(), time.perf_counter()
     from minigpt4.doctor.checks import run_checks
     from minigpt4.doctor.findings import ERROR, as_json, as_table, worst
 
     logging.basicConfig(level=logging.ERROR, format="%(message)s", force=True)
-    seconds_of_imports = _seconds()
     findings = run_checks(args)
-    seconds = _seconds()
+    seconds = time.perf_counter() - start
     if args.json:
-        print(as_json(findings, seconds=round(seconds, 2), seconds_of_imports=round(seconds_of_imports, 2)))
+        print(as_json(findings, seconds=round(seconds, 2)))
     else:
-        print(as_table(findings))
         verdicts = [finding.verdict for finding in findings]
         counts = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in ("ok", "warning", "error"))
-        print(f"\n{counts}; {seconds:.1f} s, of which Python's imports {seconds_of_imports:.1f} s.")
-    gc.freeze()  # nor need they be looked through at the end
+        print(f"{as_table(findings)}\n\n{counts}; {seconds:.1f} s.")
     sys.exit(worst(findings) == ERROR)
 
 

@@ -69,14 +69,12 @@ def as_json(findings: Sequence[Finding], **rest: Any) -> str:
 def as_table(findings: Sequence[Finding], width: int | None = None) -> str:
     """All findings as a table: on a terminal long cells are wrapped, elsewhere each finding is one line."""
     width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000)
-    names, verdicts = max(len(f.check) for f in findings), len(WARNING)
-    cell_width = max(40, width - names - verdicts - 4)
-    lines = []
+    indent, lines = max(len(f.check) for f in findings) + len(WARNING) + 4, []
     for finding in findings:
-        text = finding.evidence + (f" -> {finding.remedy}" if finding.remedy else "")
-        cells = textwrap.wrap(text, cell_width, break_long_words=False, break_on_hyphens=False) or [""]
-        lines.append(f"{finding.verdict:<{verdicts}}  {finding.check:<{names}}  {cells[0]}")
-        lines += [f"{'':<{verdicts + names + 4}}{cell}" for cell in cells[1:]]
+        head = f"{finding.verdict:<{len(WARNING)}}  {finding.check}"
+        text = f"{head:<{indent}}{finding.evidence}" + (f" -> {finding.remedy}" if finding.remedy else "")
+        settings = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
+        lines += textwrap.wrap(text, max(width, indent + 40), **settings)
     return "\n".join(lines)
 
 

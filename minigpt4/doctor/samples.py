@@ -1,26 +1,23 @@
 """Samples drawn from every source: what can be read, what they hold, and a sheet of what the model receives."""
 
-import io
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import see
 from minigpt4.common.registry import registry
-from minigpt4.datasets.datasets.sample import SkipSample, decode_image
-from minigpt4.datasets.datasets.shards import IMAGE_KEYS
+from minigpt4.datasets.datasets.sample import SkipSample
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect
-from minigpt4.processors.blip_processors import MEAN, STD
 
 NUM_SHARDS = 3  # opened of a source
 _ANCHOR = "silent-data-failure"
@@ -35,10 +32,8 @@ class SampleStats:
     num_asked: int = 0
     captions: list[str] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)  # [3, S, S], as the model gets them
-    sizes: list[tuple[int, int]] = field(default_factory=list)  # width and height of the files
     skipped: Counter = field(default_factory=Counter)
     num_samples: float = 0.0  # of the source, estimated where it is shards
-    processor: Any = None
 
 
 def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Finding]]:
@@ -62,24 +57,23 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Findi
 
 
 def _draw_pairs(name: str, dataset: Any, num_samples: int) -> SampleStats:
-    drawn = SampleStats(name, f"{len(dataset):,} pairs", num_samples=len(dataset), processor=dataset.vis_processor)
+    drawn = SampleStats(name, f"{len(dataset):,} pairs", num_samples=len(dataset))
     for index in random.Random(0).sample(range(len(dataset)), min(num_samples, len(dataset))):
-        _add(drawn, lambda index=index: dataset[index], lambda index=index: dataset.pairs[index].image.read_bytes())
+        _add(drawn, dataset.__getitem__, index)
     return drawn
 
 
 def _draw_shards(name: str, dataset: Any, num_samples: int) -> SampleStats:
     local = [shard for shard in dataset.shards if Path(shard).is_file()]
     remote = f", {len(dataset.shards) - len(local):,} of them not local" * (len(local) < len(dataset.shards))
-    drawn = SampleStats(name, f"{len(dataset.shards):,} shards{remote}", processor=dataset.vis_processor)
+    drawn = SampleStats(name, f"{len(dataset.shards):,} shards{remote}")
     shards = random.Random(0).sample(local, min(NUM_SHARDS, len(local)))
     for i, shard in enumerate(shards):
         share = num_samples // len(shards) + (i < num_samples % len(shards))
         raws = list(itertools.islice(dataset.read([shard], drawn.skipped), share))
         drawn.num_asked += share if not raws else 0  # a shard that gives nothing counts as all that was asked of it
         for raw in raws:
-            image = next((raw[key] for key in IMAGE_KEYS if key in raw), b"")
-            _add(drawn, lambda raw=raw: dataset.process(raw), lambda image=image: image)
+            _add(drawn, dataset.process, raw)
         if drawn.images and not drawn.num_samples:
             # A file of a tar has a header of 512 bytes and is filled up to a multiple of that.
             files = [value for raw in raws for value in raw.values() if isinstance(value, bytes)]
@@ -88,17 +82,15 @@ def _draw_shards(name: str, dataset: Any, num_samples: int) -> SampleStats:
     return drawn
 
 
-def _add(drawn: SampleStats, sample: Any, image: Any) -> None:
+def _add(drawn: SampleStats, read: Callable[[Any], Any], source: Any) -> None:
     drawn.num_asked += 1
     try:
-        text = sample()["text_input"]
-        data = image()
+        sample = read(source)
     except SkipSample as skip:
         drawn.skipped[str(skip)] += 1
         return
-    drawn.captions.append(text)
-    drawn.images.append(drawn.processor(decode_image(data)))
-    drawn.sizes.append(Image.open(io.BytesIO(data)).size)
+    drawn.captions.append(sample["text_input"])
+    drawn.images.append(sample["image"])
 
 
 def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
@@ -113,11 +105,7 @@ def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
         return Finding(check, WARNING, f"{drawn.description}; none is local, so none was drawn", "Check one by hand.")
     if not num_good:
         return Finding(check, ERROR, evidence, remedy, numbers)
-    widths, heights = zip(*drawn.sizes, strict=True)
-    evidence += (
-        f"; files {min(widths)}x{min(heights)} to {max(widths)}x{max(heights)}, the model receives "
-        f"{drawn.images[0].shape[-1]}; captions such as '{_cut(drawn.captions[0])}'"
-    )
+    evidence += f"; images of {drawn.images[0].shape[-1]} pixels; captions such as '{_cut(drawn.captions[0])}'"
     if bad >= 0.5:
         return Finding(check, ERROR, evidence, remedy, numbers)
     if suspicion := _suspicion(drawn, files):
@@ -152,32 +140,19 @@ def _cut(text: str, length: int = 60) -> str:
 
 def sheet(drawn: Sequence[SampleStats], path: Path, columns: int = 8, side: int = 160) -> Path | None:
     """Writes a contact sheet of images as the model receives them, with captions; None without images."""
-    cells = [
-        (name, image, caption, part.processor)
-        for part in drawn
-        for name, image, caption in zip(itertools.repeat(part.name), part.images, part.captions, strict=False)
-    ]
+    cells = [(part.name, *pair) for part in drawn for pair in zip(part.images, part.captions, strict=True)]
     if not cells:
         return None
     rows, text_height = -(-len(cells) // columns), 48
     page = Image.new("RGB", (columns * side, rows * (side + text_height)), "white")
     pen = ImageDraw.Draw(page)
-    for i, (name, image, caption, processor) in enumerate(cells):
+    for i, (name, image, caption) in enumerate(cells):
         left, top = i % columns * side, i // columns * (side + text_height)
-        page.paste(_pixels(image, processor).resize((side - 4, side - 4)), (left + 2, top + 2))
+        pixels = to_pil_image((image - image.min()) / (image.max() - image.min()).clamp(min=1e-6))  # full contrast
+        page.paste(pixels.resize((side - 4, side - 4)), (left + 2, top + 2))
         lines = [name, *(_cut(caption, 72)[start : start + 24] for start in (0, 24, 48))]
         pen.multiline_text((left + 3, top + side), "\n".join(filter(None, lines)), "black", spacing=0, font_size=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, compress_level=1)
     return path
 
-
-def _pixels(image: Tensor, processor: Any) -> Image.Image:
-    """A processed image [3, S, S] back to pixels: undoes the normalisation."""
-    steps = [processor, *getattr(getattr(processor, "transform", None), "transforms", ())]
-    mean, std = (
-        torch.tensor(next((getattr(step, name) for step in steps if hasattr(step, name)), default)).view(3, 1, 1)
-        for name, default in (("mean", MEAN), ("std", STD))
-    )
-    values = (image.float() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-    return Image.fromarray(values.permute(1, 2, 0).numpy())

@@ -150,7 +150,7 @@ class MiniGPT4(VisionEncoder):
     def compile_parts(self) -> None:
         """Compiles the decoder layers, for any number of tokens, and the vision side, whose shapes never change.
 
-        Prefixes are computed before: a growing cache would compile each layer separately, and PyTorch stops after eight.
+        Prefixes are computed before: a growing cache would compile each layer anew, and PyTorch stops after eight.
         """
         self.compute_prefixes()
         exclude_from_compilation()
@@ -284,27 +284,26 @@ class MiniGPT4(VisionEncoder):
         rows = self.tokenize_rows(_captions(samples), self.choose_prompts(samples))
         prefix = self._shared_prefix(rows)
         ids = [token for row in rows for token in row.ids[len(prefix) :]]  # N, the rows one after the other
-        next_labels = [[*row.labels[len(prefix) + 1 :], IGNORE_INDEX] for row in rows]  # position t predicts t + 1
-        labels = [label for row in next_labels for label in row]
+        labels = [label for row in rows for label in (*row.labels[len(prefix) + 1 :], IGNORE_INDEX)]  # of the next
         image_positions = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         target_positions = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
-        targets = [labels[i] for i in target_positions]
         if len(image_positions) != image_embeds.shape[0] * image_embeds.shape[1]:
             raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} exactly once; the batch has {len(rows)} images.")
 
-        # One copy to the device for all four; nothing in this step waits for the device.
-        parts = [torch.tensor(part, dtype=torch.long) for part in (ids, image_positions, target_positions, targets)]
+        # One copy to the device; nothing in this step waits for the device.
+        parts = [torch.tensor(part, dtype=torch.long) for part in (ids, image_positions, target_positions, labels)]
         on_device = torch.cat(parts).to(image_embeds.device, non_blocking=True).split([len(part) for part in parts])
-        ids, image_positions, target_positions, targets = on_device
+        ids, image_positions, target_positions, labels = on_device
         embeds = self.embed_tokens(ids)  # [N, L]
         embeds = embeds.index_copy(0, image_positions, image_embeds.flatten(0, 1).to(embeds.dtype))
         lengths = [len(row.ids) - len(prefix) for row in rows]
         batch = PackedBatch(lengths, self._prefix_kv[prefix] if prefix else [], embeds.device)
         hidden = lm.last_hidden_states(self.llama_model, embeds, batch, self.packs_rows)  # [N, L]
-        loss = next_token_loss(hidden.index_select(0, target_positions), lm.lm_head(self.llama_model), targets)
+        hidden, targets = (part.index_select(0, target_positions) for part in (hidden, labels))
+        loss = next_token_loss(hidden, lm.lm_head(self.llama_model), targets)
         lengths = [len(row.ids) for row in rows]
         counts = {"num_tokens": sum(lengths), "num_padded_tokens": max(lengths) * len(lengths)}
-        return {"loss": loss, **counts, "num_targets": len(targets)}
+        return {"loss": loss, **counts, "num_targets": len(target_positions)}
 
     def _shared_prefix(self, rows: Sequence[TextRow]) -> tuple[int, ...]:
         """The tokens before the image where all rows agree in them and their keys and values are known, else none."""
