@@ -52,10 +52,9 @@ class MiniGPT4(VisionEncoder):
         end_sym: the text that ends a caption.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
-        "pretrain_vicuna": "configs/models/minigpt4.yaml",
-        "pretrain_vicuna0": "configs/models/minigpt4.yaml",  # the reference's later name
-    }
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("pretrain_vicuna", "pretrain_vicuna0"), "configs/models/minigpt4.yaml"
+    )
 
     def __init__(
         self,
