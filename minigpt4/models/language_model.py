@@ -58,6 +58,7 @@ def load_language_model(
     """
     llm = build_language_model(folder, dtype)
     tensors = read_weights(llm, folder)
+    move_buffers(llm, torch.device(device))
     if prepare is not None:
         prepare(llm)
     fill_weights(llm, tensors, dtype, torch.device(device), folder)
@@ -236,7 +237,7 @@ def fill_weights(
     """Moves tensors into a built model, in ``dtype`` on ``device``, and switches it to eval mode.
 
     Args:
-        llm: built, its parameters on the meta device.
+        llm: built, its parameters on the meta device, its buffers on ``device``.
         tensors: of ``read_weights``; emptied on the way, so that mapped files are closed one after the other.
         dtype, device: of the weights.
         folder: where they come from, for messages.
@@ -251,7 +252,14 @@ def fill_weights(
             put.result()
     torch.set_num_threads(num_threads)  # of threads to come, such as the autograd engine's
     llm.tie_weights()
-    llm.to(device).eval()  # buffers are left to move
+    llm.eval()
+
+
+def move_buffers(llm: PreTrainedModel, device: torch.device) -> None:
+    """Moves the constants of an LM whose parameters are on the meta device; sharding expects them on the device."""
+    for module in llm.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 def _put(

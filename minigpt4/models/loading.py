@@ -71,6 +71,7 @@ def load_weights(
     is_sharded: bool,
 ) -> None:
     """Loads what ``state_readers`` returned, in the precisions of a run on ``device``."""
+    lm.move_buffers(model.llama_model, device)
     if prepare := _preparation(cfg, device, is_sharded):
         prepare(model.llama_model)
     dtype = language_model_dtype(cfg, device)
