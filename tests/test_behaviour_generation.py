@@ -85,6 +85,8 @@ def test_bos_counts_as_history_and_eos_does_not(llm, plain, prompt):
     assert ids[0] != first
     assert answer(llm, prompt, bos=first, repetition_penalty=3.0) == ids
     assert answer(llm, prompt, eos=first, repetition_penalty=3.0) == [first]
+    beam = {"num_beams": 2, "max_new_tokens": 1, "repetition_penalty": 3.0}
+    assert answer(llm, prompt, **beam) == [first] != answer(llm, prompt, bos=first, **beam)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.2])
