@@ -122,7 +122,7 @@ def _language_model(files: ModelFiles, is_deep: bool, captions: list[str]) -> li
         is_large = files.num_bytes > SMALL_LM and files.device.type == "cpu"  # mapped weights take no memory there
         dtype = next(iter(files.tensors.values())).dtype if is_large else files.dtype
         llm = load_language_model(files.paths["llama_model"], dtype, files.device)
-        return lm_loss_check(llm, files.model.llama_tokenizer, captions)
+        return lm_loss_check(llm, files.model.llama_tokenizer, captions, files.tensors)
 
     num_threads = torch.get_num_threads()
     try:

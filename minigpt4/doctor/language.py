@@ -83,8 +83,13 @@ def _packs_rows(llm: Any) -> bool:
     return difference.item() < (1e-3 if embeds.dtype == torch.float32 else 0.1)
 
 
-def lm_loss_check(llm: Any, tokenizer: Any, captions: Sequence[str] = ()) -> Finding:
-    """The loss on plain sentences and on the run's own captions, compared with chance, ln(vocabulary)."""
+def lm_loss_check(
+    llm: Any, tokenizer: Any, captions: Sequence[str] = (), tensors: Mapping[str, Tensor] | None = None
+) -> Finding:
+    """The loss on plain sentences and on the run's own captions, compared with chance, ln(vocabulary).
+
+    ``tensors`` are the weights as stored, which explain a loss that is not finite.
+    """
     chance = math.log(llm.config.vocab_size)
     texts = {"plain sentences": SENTENCES, "captions of this run": captions[:MAX_CAPTIONS]}
     losses = {name: next_token_loss(llm, tokenizer, part) for name, part in texts.items() if part}
@@ -93,7 +98,7 @@ def lm_loss_check(llm: Any, tokenizer: Any, captions: Sequence[str] = ()) -> Fin
     numbers = {name: loss for name, (loss, _) in losses.items()} | {"ln vocabulary": chance}
     if not all(map(math.isfinite, numbers.values())):
         numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return Finding(CHECK, ERROR, *_explain_nonfinite(llm, tokenizer, evidence), numbers)
+        return Finding(CHECK, ERROR, *_explain_nonfinite(llm, tokenizer, evidence, tensors or {}), numbers)
     best, entropy = min(losses.values())
     if best < 0.9 * chance:
         return Finding(CHECK, OK, evidence, numbers=numbers)
@@ -108,7 +113,12 @@ def lm_loss_check(llm: Any, tokenizer: Any, captions: Sequence[str] = ()) -> Fin
     return Finding(CHECK, ERROR, f"{evidence}: {cause}", remedy + see(_ANCHOR), numbers)
 
 
-def _explain_nonfinite(llm: Any, tokenizer: Any, evidence: str) -> tuple[str, str]:
+def _explain_nonfinite(llm: Any, tokenizer: Any, evidence: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    if llm.dtype == torch.float16:
+        for name, value in tensors.items():
+            if value.is_floating_point() and FP16_MAX < value.abs().max().item() < math.inf:
+                message = f"{evidence}. '{name}' has weights above the {FP16_MAX:.0f} that fp16 holds"
+                return message, "Set model.llm_dtype: bf16 (or fp32)." + see("nan")
     dtype = str(llm.dtype).removeprefix("torch.")
     loss, _ = next_token_loss(llm.cpu().float(), tokenizer, SENTENCES)
     if math.isfinite(loss):
