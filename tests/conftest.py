@@ -1,10 +1,13 @@
 """Fixtures: the golden folder and the tiny model with the original's weights."""
 
+import argparse
+
 import pytest
 import torch
 from confined import confined, time_limit  # noqa: F401  (fixtures)
 from data_samples import pairs, shards  # noqa: F401
 from golden_data import TINY
+from omegaconf import OmegaConf
 
 from minigpt4.models import MiniGPT4
 
@@ -18,6 +21,7 @@ TINY_CONFIG = {
     "image_size": 28,
     "num_query_token": 8,
     "vit_precision": "fp32",
+    "llm_dtype": "fp32",  # the golden numbers' precision, also where bf16 is the default
     "vit_config": {"patch_size": 14, "embed_dim": 48, "depth": 3, "num_heads": 4},
     "qformer_config": {
         "hidden_size": 48,
@@ -54,6 +58,30 @@ def build():
 def model(build):
     """One loaded tiny model, shared: change it through ``monkeypatch`` only."""
     return build()
+
+
+@pytest.fixture
+def make_runner(tmp_path, tiny_config):
+    """Builds a runner over the recorded batches; its output goes to the test's own folder."""
+
+    from recorded_training import RecordedLoader
+
+    from minigpt4.runners import RunnerBase
+    from minigpt4.tasks import setup_task
+
+    def make(run, model=None, job_id="job", choices=None, datasets=None):
+        cfg = argparse.Namespace(
+            run_cfg=OmegaConf.create({**run, "output_dir": str(tmp_path), "device": "cpu"}),
+            datasets_cfg=OmegaConf.create({}),
+            config=OmegaConf.create({}),
+            to_dict=lambda: {"run": dict(run)},
+            save=lambda path: path.write_text("run: {}"),
+        )
+        model = MiniGPT4.from_config({**tiny_config, **(model or {})}, device=torch.device("cpu"))
+        parts = {"task": setup_task(cfg), "model": model, "datasets": datasets or {}}
+        return RunnerBase(cfg=cfg, job_id=job_id, train_loader=RecordedLoader(run, model, choices), **parts)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, damaged or out of room: what is resumed equals the run that nothing happened to."""
+"""Runs that are killed, stopped, damaged or out of disk space: a resumed run equals an uninterrupted one."""
 
 import json
 import os
@@ -46,10 +46,10 @@ def command(world):
 
 
 def outcome(output_dir):
-    """What a finished run leaves: losses and rates by step, epoch means, and the last checkpoint's contents."""
+    """The files of a finished run: losses and rates by step, epoch means, and the last checkpoint's contents."""
     (folder,) = (
         path.parent for path in output_dir.glob("*/checkpoint_1.pth")
-    )  # others were killed before a checkpoint
+    )  # other folders are of runs killed before their first checkpoint
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     content = torch.load(folder / "checkpoint_1.pth", weights_only=True)
@@ -75,7 +75,7 @@ def assert_same(left, right):
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory):
-    """The uninterrupted run, with the seconds it took."""
+    """The uninterrupted run, and the seconds it took."""
     folder = tmp_path_factory.mktemp("whole")
     begin = time.monotonic()
     assert forked.wait(forked.start(command(folder / "out", "num_workers=1"), folder / "log")) == 0, (
@@ -113,7 +113,7 @@ class Slow(IterableDataset):
 
 
 @pytest.mark.parametrize("moment", ["at the first batch", "before a worker knows its rank", "waiting for a pipe"])
-def test_the_workers_of_a_killed_run_leave_nothing(tmp_path, monkeypatch, moment):
+def test_the_workers_of_a_killed_run_end_and_leave_no_files(tmp_path, monkeypatch, moment):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     begin, is_early, is_full = loader._init_worker, moment.startswith("before"), moment.startswith("waiting")
 
@@ -187,7 +187,7 @@ def test_killed_inside_a_checkpoint_write(command, whole, tmp_path, moment):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(command, whole, tmp_path, number):
+def test_a_signal_ends_the_run_with_a_checkpoint(command, whole, tmp_path, number):
     arguments = command(tmp_path / "out", "num_workers=1", "save_every_iters=null")
 
     def signal_at_step_5():
@@ -211,19 +211,19 @@ def test_a_signal_saves_and_leaves(command, whole, tmp_path, number):
 
 
 @pytest.fixture
-def left(command, tmp_path):
-    """The folder of a run that was left at step 8, and its command."""
+def finished(command, tmp_path):
+    """The folder of a run of 8 steps."""
     arguments = command(tmp_path / "out", "num_workers=0", "max_epoch=1", "keep_last=null")
     assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     (folder,) = (tmp_path / "out").iterdir()
     return folder
 
 
-@pytest.mark.parametrize("damage", ["cut", "bits", "text", "weights alone"])
-def test_damaged_checkpoints_are_passed_over_by_name(left, caplog, damage):
-    assert checkpoints.newest(left.parent).name in ("checkpoint_0.pth", "checkpoint_step_8.pth")
+@pytest.mark.parametrize("damage", ["cut", "bits", "text", "weights only"])
+def test_damaged_checkpoints_are_skipped_and_logged(finished, caplog, damage):
+    assert checkpoints.newest(finished.parent).name in ("checkpoint_0.pth", "checkpoint_step_8.pth")
     for name in ("checkpoint_0.pth", "checkpoint_step_8.pth"):
-        path, data = left / name, bytearray((left / name).read_bytes())
+        path, data = finished / name, bytearray((finished / name).read_bytes())
         if damage == "cut":
             path.write_bytes(data[: len(data) - 1000])
         elif damage == "bits":
@@ -233,20 +233,20 @@ def test_damaged_checkpoints_are_passed_over_by_name(left, caplog, damage):
             path.write_text("no weights")
         else:
             torch.save({"model": torch.load(path, weights_only=True)["model"]}, path)
-    assert checkpoints.newest(left.parent).name == "checkpoint_step_6.pth"
-    assert caplog.text.count("Passing over") == 2 and str(left / "checkpoint_0.pth") in caplog.text
+    assert checkpoints.newest(finished.parent).name == "checkpoint_step_6.pth"
+    assert caplog.text.count("Skipping") == 2 and str(finished / "checkpoint_0.pth") in caplog.text
 
 
-def test_a_finished_run_has_nothing_left_to_do(command, left, tmp_path):
-    before = (left / "metrics.jsonl").read_text()
+def test_a_finished_run_is_not_continued(command, finished, tmp_path):
+    before = (finished / "metrics.jsonl").read_text()
     arguments = command(tmp_path / "out", "num_workers=0", "max_epoch=1", "keep_last=null")
     assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0
-    assert (left / "metrics.jsonl").read_text() == before and len(list(left.parent.iterdir())) == 1
+    assert (finished / "metrics.jsonl").read_text() == before and len(list(finished.parent.iterdir())) == 1
 
 
-def test_no_room_for_a_checkpoint_keeps_the_old_ones(command, left, tmp_path):
-    """The limit on a file's size stands in for a full disk: both fail a write half way with an error of the system."""
-    files = {path: path.read_bytes() for path in left.glob("*.pth")}
+def test_a_full_disk_keeps_the_old_checkpoints(command, finished, tmp_path):
+    """A limit on the size of files replaces a full disk: with both, a write fails half way with an OSError."""
+    files = {path: path.read_bytes() for path in finished.glob("*.pth")}
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -256,17 +256,17 @@ def test_no_room_for_a_checkpoint_keeps_the_old_ones(command, left, tmp_path):
     last = log.read_text().splitlines()[-1]
     assert last.startswith("error: run.output_dir: ") and "cannot be written" in last and "keep_last" in last
     assert "Traceback" not in log.read_text()
-    assert {path: path.read_bytes() for path in left.glob("*.pth")} == files and not list(left.glob("*.tmp"))
+    assert {path: path.read_bytes() for path in finished.glob("*.pth")} == files and not list(finished.glob("*.tmp"))
 
 
-def test_a_read_only_output_folder_is_named(command, tmp_path):
-    (tmp_path / "file").write_text("")  # a folder cannot be made below it, by root neither
+def test_a_read_only_output_folder_is_reported(command, tmp_path):
+    (tmp_path / "file").write_text("")  # no folder can be created below it, not even by root
     assert forked.wait(forked.start(command(tmp_path / "file" / "out"), tmp_path / "log")) == 1
     last = (tmp_path / "log").read_text().splitlines()[-1]
-    assert last.startswith("error: run.output_dir: ") and "cannot be made or written" in last
+    assert last.startswith("error: run.output_dir: ") and "cannot be created or written" in last
 
 
-def test_an_unreadable_resume_file_is_named(command, tmp_path):
+def test_an_unreadable_resume_file_is_reported(command, tmp_path):
     (tmp_path / "x.pth").write_bytes(b"no checkpoint")
     options = ("resume=null", f"resume_ckpt_path={tmp_path}/x.pth")
     assert forked.wait(forked.start(command(tmp_path / "out", *options), tmp_path / "log")) == 1
@@ -284,7 +284,7 @@ def test_pruning_keeps_the_last_and_the_best(tmp_path):
     assert {file.stem for file in tmp_path.iterdir()} == {"checkpoint_best", "checkpoint_step_3", "checkpoint_1"}
 
 
-def test_a_write_that_fails_says_why(tmp_path):
+def test_a_failing_write_reports_its_cause(tmp_path):
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match=r"run\.output_dir: .*checkpoint_0\.pth cannot be written"):
         checkpoints.write({"model": {}}, tmp_path / "checkpoint_0.pth")

@@ -1,92 +1,24 @@
 """The runner: the reference's recorded trajectories, checkpoints in both directions, resume, failures."""
 
-import argparse
 import json
 
 import pytest
 import torch
 from golden_data import GOLDEN, read_json
-from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from recorded_training import TENSORS, TRAINING, run_of, watch
 
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.models import MiniGPT4
-from minigpt4.runners import RunnerBase
-from minigpt4.tasks import setup_task
-
-TRAINING = json.loads((GOLDEN / "tiny" / "training.json").read_text())
-TENSORS = load_file(GOLDEN / "tiny" / "training.safetensors")
-STAGE2_PROMPT = "###Human: <Img><ImageHere></Img> Describe this image in detail. ###Assistant: "
-
-
-class RecordedLoader:
-    """Gives the recorded batches in place of a data set."""
-
-    def __init__(self, iters_per_epoch, model):
-        self.iters_per_epoch = iters_per_epoch
-        self.choices = {}
-        self.model = model
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, ranks, epoch, first):
-        pass
-
-    def iter_epoch(self, epoch, first=0):
-        for k in range(epoch * self.iters_per_epoch + first, (epoch + 1) * self.iters_per_epoch):
-            if k in self.choices:
-                self.model.prompt_list = [self.choices[k]]
-            index = k % len(TRAINING["captions"])
-            yield {
-                "image": TENSORS["images_f16"][index].float(),
-                "text_input": TRAINING["captions"][index],
-            }
-
-
-@pytest.fixture
-def make_runner(tmp_path, tiny_config):
-    def make(run, model=None, job_id="job"):
-        cfg = argparse.Namespace(
-            run_cfg=OmegaConf.create({**run, "output_dir": str(tmp_path), "device": "cpu"}),
-            config=OmegaConf.create({}),
-            to_dict=lambda: {"run": dict(run)},
-            save=lambda path: path.write_text("run: {}"),
-        )
-        model = MiniGPT4.from_config({**tiny_config, **(model or {})})
-        runner = RunnerBase(cfg=cfg, job_id=job_id, task=setup_task(cfg), model=model, datasets={})
-        loader = RecordedLoader(runner.iters_per_epoch, model)
-        runner._train_loader = lambda: loader
-        return runner
-
-    return make
-
-
-def watch(runner):
-    """Records loss and weight of every iteration."""
-    losses, rates, weights, step = [], [], [], runner.train_step
-
-    def train_step(batch, is_update):
-        rates.append(runner.optimizer.param_groups[0]["lr"])
-        output = step(batch, is_update)
-        losses.append(output["loss"].item())
-        weights.append(runner.model.llama_proj.weight.detach().clone())
-        return output
-
-    runner.train_step = train_step
-    return losses, rates, weights
 
 
 @pytest.mark.parametrize("golden", TRAINING["runs"], ids=lambda run: run["name"])
 def test_recorded_trajectory(golden, make_runner):
-    runner = make_runner(golden["run"], golden["model"])
-    if golden["prompt_choices"]:
-        loader = runner._train_loader()
-        prompts = read_json("forward.json")["stage2"]["prompt_list"]
-        loader.choices = {k: prompts[choice] for k, choice in enumerate(golden["prompt_choices"])}
+    prompts = read_json("forward.json")["stage2"]["prompt_list"]
+    choices = {k: prompts[choice] for k, choice in enumerate(golden["prompt_choices"] or [])}
+    runner = make_runner(golden["run"], golden["model"], choices=choices)
     losses, rates, weights = watch(runner)
     runner.train()
     assert rates == pytest.approx(golden["lr_per_iter"], rel=1e-9)
@@ -96,10 +28,6 @@ def test_recorded_trajectory(golden, make_runner):
     for i, weight in recorded.items():
         if weight is not None:
             assert (weights[i - 1] - weight).norm() / weight.norm() < 1e-4, f"after iteration {i}"
-
-
-def run_of(name, **changes):
-    return {**next(run["run"] for run in TRAINING["runs"] if run["name"] == name), **changes}
 
 
 def test_checkpoint_has_the_structure_that_the_reference_loads(make_runner):
@@ -161,22 +89,19 @@ def test_layers_are_compiled_where_that_pays(make_runner, monkeypatch, caplog):
     monkeypatch.setattr(MiniGPT4, "compile_parts", lambda _: compiled.append(torch.is_autocast_enabled("cpu")))
     compiled = []
     make_runner(run_of("stage1", compile=True))
-    assert not compiled and "run.compile: not on cpu" in caplog.text
+    assert not compiled and "run.compile is ignored on cpu" in caplog.text
     monkeypatch.setattr(devices, "compiles", lambda _: True)
-    monkeypatch.setattr(RunnerBase, "_amp_dtype", lambda _: torch.bfloat16)
-    make_runner(run_of("stage1", compile=True))
-    make_runner(run_of("stage1", compile=False))
+    monkeypatch.setattr(devices, "default_dtype", lambda _: torch.bfloat16)
+    make_runner(run_of("stage1", compile=True, amp=True))
+    make_runner(run_of("stage1", compile=False, amp=True))
     assert compiled == [True]
 
 
-def test_nonfinite_losses_are_left_out_and_then_stop_the_run(make_runner):
+def test_updates_with_nonfinite_losses_are_skipped_and_then_end_the_run(make_runner):
     runner = make_runner(run_of("stage1", max_nonfinite=3))
     before = runner.model.llama_proj.weight.detach().clone()
     step = runner.task.train_step
-    runner.task.train_step = lambda model, samples: {
-        **(output := step(model, samples)),
-        "loss": output["loss"] * float("nan"),
-    }
+    runner.task.train_step = lambda model, samples: step(model, samples) * float("nan")
     with pytest.raises(UserError, match="not finite 3 updates in a row"):
         runner.train()
     assert torch.equal(runner.model.llama_proj.weight, before)
@@ -192,9 +117,9 @@ def test_only_the_projection_learns(make_runner):
     assert dist_utils.get_world_size() == 1
 
 
-def test_a_checkpoint_of_weights_alone_cannot_be_resumed(make_runner):
+def test_a_checkpoint_with_weights_only_cannot_be_resumed(make_runner):
     runner = make_runner(run_of("stage1", resume_ckpt_path=str(GOLDEN / "tiny" / "minigpt4_ckpt.pth")))
-    with pytest.raises(UserError, match=r"run\.resume_ckpt_path.*weights alone.*model\.ckpt"):
+    with pytest.raises(UserError, match=r"run\.resume_ckpt_path.*weights only.*model\.ckpt"):
         runner.train()
 
 

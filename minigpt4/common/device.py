@@ -1,7 +1,7 @@
-"""The only room that knows devices by name. Everybody else holds a ``torch.device`` and asks here.
+"""The only module that knows devices by name; all others hold a ``torch.device`` and ask here.
 
-Built on ``torch.accelerator``, which knows one kind of accelerator a process: NPU before CUDA before MPS where several
-could be. torch_npu, once installed, loads itself when torch is imported; nothing here imports it.
+Built on ``torch.accelerator``, which has one kind of accelerator per process: NPU before CUDA before MPS where several
+are possible. torch_npu, once installed, loads itself when torch is imported; nothing here imports it.
 """
 
 import contextlib
@@ -10,17 +10,19 @@ import logging
 import os
 import platform
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
 import torch
 
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.schema import RunConfig, read_section
 from minigpt4.common.torch_setup import npu_mismatch, package_version
 
 _BACKENDS = {"npu": "hccl", "cuda": "nccl"}
 _VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+_NATIVE_BF16 = ("avx512_bf16", "amx_bf16")  # names in /proc/cpuinfo and of torch.cpu.get_capabilities
 _KINDS = ("auto", "cuda", "npu", "mps", "cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -30,65 +32,65 @@ def _module(device: torch.device) -> Any:
 
 
 @functools.cache
-def _tell_once(message: str) -> None:
+def _log_once(message: str) -> None:
     logging.info(message)
 
 
 def best() -> str:
-    """The kind of device that this process can use best: its accelerator, else cpu."""
+    """Returns the best available kind of device: the accelerator of this process, else cpu."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 
 
 def pick(wanted: str = "auto", index: int | None = None, is_strict: bool = False) -> torch.device:
-    """Chooses this process's device: the wanted kind where it is there, else the best that is, said in the log.
+    """Chooses this process's device: the wanted kind if it is available, else the best one, which is logged.
 
     Args:
-        wanted: auto, npu, cuda, mps or cpu. The reference's YAML files all say cuda.
-        index: which of several; under torchrun the local rank.
-        is_strict: a kind that is absent is a mistake.
+        wanted: auto, npu, cuda, mps or cpu, also with a number as in cuda:1. The reference's YAML files all say cuda.
+        index: which of several devices; under torchrun the local rank.
+        is_strict: an unavailable kind is an error.
 
     Raises:
-        UserError: the name is none of these, there are fewer devices than ``index`` asks for, or a strict wish fails.
+        UserError: an unknown name, fewer devices than ``index`` requires, or an unavailable kind with ``is_strict``.
     """
     kind, _, number = str(wanted or "auto").partition(":")
     if kind not in _KINDS or (number and not number.isdecimal()):
-        raise UserError(f"run.device is '{wanted}'; expected {', '.join(_KINDS[:-1])} or cpu, perhaps as cuda:1.")
-    found = best()
-    if kind not in ("auto", "cpu", found):
-        why = _why_absent(kind)
+        raise UserError(
+            f"run.device is '{wanted}'; expected {', '.join(_KINDS[:-1])} or cpu, or a number as in cuda:1."
+        )
+    chosen = "cpu" if kind == "cpu" else best()
+    if kind not in ("auto", chosen):
+        reason = _why_unavailable(kind)
         if is_strict:
-            raise UserError(f"run.device is {wanted} and run.strict_device is set, but {why}")
-        _tell_once(f"run.device asks for {kind}, which is not available here ({why}) Using {found}.")
-    elif kind == "cpu":
-        found = "cpu"
-    if found in ("cpu", "mps"):
-        return torch.device(found)
-    device = torch.device(found, int(number) if number else index or 0)
+            raise UserError(f"run.device is {wanted} and run.strict_device is set, but {reason}")
+        _log_once(f"run.device is {kind}, which is not available ({reason}) Using {chosen}.")
+    if chosen in ("cpu", "mps"):
+        return torch.device(chosen)
+    device = torch.device(chosen, int(number) if number else index or 0)
     count = torch.accelerator.device_count()
     if device.index >= count:
-        variable = _VISIBLE.get(found, "the visible devices")
+        variable = _VISIBLE.get(chosen, "the visible devices")
         raise UserError(
-            f"Device {device} was asked for, but {count} of that kind are visible "
-            f"({variable} is {os.environ.get(variable, 'not set')}); start fewer processes a machine "
+            f"Device {device} was requested, but {count} of that kind are visible "
+            f"({variable} is {os.environ.get(variable, 'not set')}); start fewer processes per machine "
             "(torchrun --nproc-per-node) or make more devices visible."
         )
-    if found == "npu":
+    if chosen == "npu":
         _set_up_npu(device)
     use(device)
     return device
 
 
-def _why_absent(kind: str) -> str:
+def _why_unavailable(kind: str) -> str:
     if kind == "npu" and package_version("torch_npu") is None:
         return "torch_npu is not installed: pip install -r requirements-npu.txt."
     if kind == "cuda" and not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is built without CUDA: install the CUDA build of the same version."
     variable = _VISIBLE.get(kind)
     if variable is None:
-        return f"torch {torch.__version__} sees no {kind} device."
-    seen = f"{variable} is {os.environ.get(variable, 'not set')}"
-    return f"no {kind} device is seen ({seen}): check the driver with {'npu' if kind == 'npu' else 'nvidia'}-smi."
+        return f"torch {torch.__version__} finds no {kind} device."
+    value = f"{variable} is {os.environ.get(variable, 'not set')}"
+    return f"no {kind} device is found ({value}): check the driver with {'npu' if kind == 'npu' else 'nvidia'}-smi."
 
 
 def _set_up_npu(device: torch.device) -> None:
@@ -96,44 +98,75 @@ def _set_up_npu(device: torch.device) -> None:
         raise UserError(mismatch)
     module = _module(device)
     module.set_compile_mode(jit_compile=False)  # ready-made operators: shapes change with every batch
-    module.config.allow_internal_format = False  # weights stay in the layout that checkpoints have
-    # Captions differ in length from batch to batch; segments that can grow keep the memory from being cut up.
+    module.config.allow_internal_format = False  # weights keep the layout of the checkpoints
+    # Captions differ in length from batch to batch; expandable segments avoid fragmentation.
     os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
 
 
 def use(device: torch.device) -> None:
-    """Makes a device the present thread's own; threads that serve requests each have to."""
+    """Makes a device the current one of this thread; every thread that serves requests has to call it."""
     if device.index is not None and device.type not in ("cpu", "mps"):
         torch.accelerator.set_device_index(device.index)
 
 
-def of_run(cfg: Any) -> torch.device:
-    """This process's device under a configuration's ``run`` section (which may be missing)."""
-    cfg = cfg or {}
-    return pick(cfg.get("device", "auto"), local_rank(), bool(cfg.get("strict_device", False)))
+def from_config(run_cfg: Any) -> torch.device:
+    """Chooses this process's device from the ``run`` section of a configuration (None: all defaults)."""
+    cfg = read_section(RunConfig, run_cfg, "run")
+    return pick(cfg.device, local_rank(), cfg.strict_device)
+
+
+def local_rank() -> int:
+    """Returns this process's number on its machine, 0 where torchrun did not start it."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def backend(device: torch.device) -> str:
-    """The process-group backends of a device: its own, and gloo for what stays on the host."""
+    """Returns the process-group backends of a device: its own, and gloo for tensors in host memory."""
     return f"cpu:gloo,{device.type}:{_BACKENDS[device.type]}" if device.type in _BACKENDS else "gloo"
 
 
 def is_from_backend(error: Exception) -> bool:
-    """Whether an exception comes from the library that carries messages between processes."""
+    """Whether an exception comes from a communication library."""
     names = ("gloo", "ProcessGroup", *(name.upper() for name in _BACKENDS.values()))
     return any(name in str(error) for name in names)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The precision that frozen weights and autocast use by default: bf16, else fp16; float32 on a CPU."""
+    """Returns the default precision of the language model and of autocast.
+
+    bf16 where the device computes in it natively; else fp16 on accelerators and fp32 on CPUs.
+    """
     if device.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if _has_native_bf16() else torch.float32
     has_bf16 = getattr(_module(device), "is_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
+@functools.cache
+def _has_native_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices in hardware; without AVX512_BF16 or AMX they are slower than fp32."""
+    if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(name, False) for name in _NATIVE_BF16)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
+        flags = next((line for line in file if line.startswith("flags")), "").split()
+        return any(name in flags for name in _NATIVE_BF16)
+    return False
+
+
+def amp_dtype(run_cfg: RunConfig, device: torch.device) -> torch.dtype:
+    """Returns the precision of a run's autocast; float32 means none."""
+    if not run_cfg.amp:
+        return torch.float32
+    best_dtype = default_dtype(device)
+    if best_dtype == torch.float32:
+        _log_once("run.amp: computing in float32, as this device has no faster half precision.")
+    is_chosen = run_cfg.amp_dtype is not None and best_dtype != torch.float32
+    return DTYPES[run_cfg.amp_dtype] if is_chosen else best_dtype
+
+
 def has_fused_optimizer(device: torch.device) -> bool:
-    """Whether torch's fused AdamW, which can leave out an update without asking the host, is known to work there."""
+    """Whether torch's fused AdamW, which can skip an update without synchronising, is known to work there."""
     return device.type in ("cpu", "cuda")
 
 
@@ -143,24 +176,24 @@ def has_int8(device: torch.device) -> bool:
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether ``run.compile`` is for it: PyTorch itself writes kernels for CUDA; on a CPU they gained nothing."""
+    """Whether ``run.compile`` is used: Inductor generates kernels for CUDA; on a CPU it gained nothing."""
     return device.type == "cuda"
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision in ``dtype``; none at all in float32."""
+    """Returns autocast in ``dtype``; a context that does nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler | None:
-    """A dynamic loss scaler where gradients are fp16, else None."""
+    """Returns a dynamic loss scaler for fp16, else None."""
     return torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
 
 
 def max_memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB: of the device, or on a CPU of the process."""
+    """Returns the peak memory in MiB: of the device, or on a CPU of the process."""
     if device.type == "cpu":
         import resource  # Unix only
 
@@ -170,12 +203,12 @@ def max_memory_mib(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Lets ``max_memory_mib`` count from now on; a CPU's peak is the process's and stays."""
+    """Restarts ``max_memory_mib``, except on a CPU."""
     getattr(_module(device), "reset_peak_memory_stats", lambda _: None)(device)
 
 
 def memory_mib(device: torch.device) -> float:
-    """Memory in use now, in MiB: of the device, or on a CPU of the process (Linux)."""
+    """Returns the memory in use now in MiB: of the device, or on a CPU of the process (Linux)."""
     if device.type == "cpu":
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -183,7 +216,7 @@ def memory_mib(device: torch.device) -> float:
 
 
 def describe(device: torch.device) -> tuple[str, int]:
-    """The name of a device's hardware, and the bytes of memory that it has."""
+    """Returns the name of a device's hardware and its total memory in bytes."""
     if device.type in ("cpu", "mps"):
         return _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     properties = _module(device).get_device_properties(device)
@@ -191,7 +224,7 @@ def describe(device: torch.device) -> tuple[str, int]:
 
 
 def memory_left(device: torch.device) -> tuple[int, int]:
-    """Bytes that a device has, and how many are free now; on a CPU within the limit of the control group (Linux)."""
+    """Returns the total and the free memory in bytes; on a CPU within the limits of the control group (Linux)."""
     if device.type not in ("cpu", "mps"):
         free, total = _module(device).mem_get_info(device)
         return total, free
@@ -216,23 +249,13 @@ def _cpu_name() -> str:
 
 
 def explain_out_of_memory(error: Exception, key: str) -> str | None:
-    """A sentence where an exception says that memory is used up, with the setting that takes less; else None."""
+    """Returns a sentence about an exception that reports a lack of memory, with the key to lower; else None."""
     cause = str(error).strip().split("\n")[0][:200]
     signs = ("out of memory", "can't allocate memory")
     if not isinstance(error, torch.OutOfMemoryError) and not any(sign in cause.lower() for sign in signs):
         return None
-    return f"Out of memory ({cause}); lower {key}, or see python -m minigpt4.doctor for what needs how much." + see(
-        "out-of-memory"
-    )
-
-
-def on_host(tree: Any) -> Any:
-    """Copies the tensors in dicts and lists to host memory, so that a file of them can be read without the device."""
-    if isinstance(tree, dict):
-        return {key: on_host(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(map(on_host, tree))
-    return tree.cpu() if isinstance(tree, torch.Tensor) else tree
+    advice = f"lower {key}, or run python -m minigpt4.doctor, which reports the memory of each part."
+    return f"Out of memory ({cause}); {advice}" + see("out-of-memory")
 
 
 def move_to(tree: Any, device: torch.device) -> Any:
@@ -251,49 +274,9 @@ def pins_memory(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device's work."""
+    """Waits until the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-
-
-_GRAPHS = {"cuda": "CUDAGraph", "npu": "NPUGraph"}
-_CANNOT_RECORD: set[str] = set()  # kinds of devices on which it failed
-
-
-def records(device: torch.device) -> bool:
-    """Whether ``record`` may give something; false once it has failed."""
-    backend = getattr(torch, device.type, None)
-    return device.type not in _CANNOT_RECORD and hasattr(backend, _GRAPHS.get(device.type, "?"))
-
-
-def record(work: Callable[[], None], device: torch.device) -> Callable[[], None] | None:
-    """Records work on fixed tensors, so that calling the result does it again in one launch; None where that fails.
-
-    ``work`` is done three times on the way. After a failure the device's allocator may hold on to what it has.
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for it now.
-    """
-    try:
-        graph, stream = getattr(getattr(torch, device.type), _GRAPHS[device.type])(), torch.Stream(device)
-        synchronize(device)
-        with stream:
-            work()  # libraries set themselves up, which cannot be recorded
-            work()
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
-        synchronize(device)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, AttributeError, KeyError, TypeError) as error:
-        _CANNOT_RECORD.add(device.type)
-        cause = str(error.__context__ or error).strip()[:100]
-        logging.warning("Work on %s cannot be recorded (%s); it is launched piece by piece.", device.type, cause)
-        return None
-    return graph.replay
 
 
 def seed_everything(seed: int) -> None:
@@ -304,7 +287,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The random state of this process, of tensors and plain values only, so that it can be saved with weights."""
+    """Returns the random state of this process as tensors and plain values, which ``weights_only`` loading accepts."""
     kind, keys, *rest = numpy.random.get_state()
     state = {
         "python": random.getstate(),
@@ -317,7 +300,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts a state of ``random_state`` back."""
+    """Restores a state returned by ``random_state``."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -329,19 +312,14 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 @contextlib.contextmanager
 def local_seed(seed: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's CPU generators for a block, and restores their states after it."""
+    """Seeds Python's, numpy's and torch's CPU generators for a block and restores their states afterwards."""
     python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     numpy.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would look at every kind of device, for 0.2 ms
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed visits every kind of device: 0.2 ms
     try:
         yield
     finally:
         random.setstate(python_state)
         numpy.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
-
-
-def local_rank() -> int:
-    """This process's place on its machine, 0 where torchrun did not start it."""
-    return int(os.environ.get("LOCAL_RANK", 0))

@@ -1,8 +1,9 @@
-"""Processes under torchrun: who am I, how many are we, and what do we agree on."""
+"""Processes under torchrun: rank and world size, the process group, collectives of objects, and a clean end."""
 
 import atexit
 import functools
 import itertools
+import logging
 import os
 import sys
 import time
@@ -15,32 +16,33 @@ import torch.distributed as dist
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
+from minigpt4.common.schema import RunConfig, read_section
 
 Result = TypeVar("Result")
 
 
 def is_dist_avail_and_initialized() -> bool:
-    """Whether a process group is up."""
+    """Whether a process group is initialised."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_rank() -> int:
-    """This process's number over all machines."""
+    """Returns this process's rank over all machines."""
     return dist.get_rank() if is_dist_avail_and_initialized() else 0
 
 
 def get_world_size() -> int:
-    """The number of processes over all machines."""
+    """Returns the number of processes over all machines."""
     return dist.get_world_size() if is_dist_avail_and_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the files and the log."""
+    """Whether this is rank 0, which writes the files and the log."""
     return get_rank() == 0
 
 
 def main_process(function: Callable[..., Result]) -> Callable[..., Result | None]:
-    """Lets a function run on the main process only; elsewhere it returns None."""
+    """Decorator: the function runs on rank 0 only and returns None elsewhere."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Result | None:
@@ -50,53 +52,56 @@ def main_process(function: Callable[..., Result]) -> Callable[..., Result | None
 
 
 def init_distributed_mode(run_cfg: Any) -> torch.device:
-    """Picks the device of ``run_cfg.device`` and, under torchrun, joins the process group of its backend.
+    """Selects this process's device from ``run.device`` and, under torchrun, joins the process group.
 
-    The run configuration is read, not changed. Returns this process's device.
+    Args:
+        run_cfg: the ``run`` section or a ``RunConfig``; it is not changed.
 
     Raises:
-        UserError: the device is not there, or the processes cannot meet.
+        UserError: the device is not available, or the processes cannot connect.
     """
-    device = devices.of_run(run_cfg)
+    run_cfg = read_section(RunConfig, run_cfg, "run")
+    device = devices.from_config(run_cfg)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not is_dist_avail_and_initialized():
-        timeout = timedelta(seconds=float(run_cfg.get("dist_timeout", 1800)))
+        timeout = timedelta(seconds=run_cfg.dist_timeout)
         try:
-            store, rank, world_size = next(dist.rendezvous(run_cfg.get("dist_url", "env://"), timeout=timeout))
+            store, rank, world_size = next(dist.rendezvous(run_cfg.dist_url, timeout=timeout))
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # After a restart, torchrun's own store still holds the addresses of the processes that are gone.
+                # After a restart, torchrun's own store still holds the addresses of the previous processes.
                 store = dist.PrefixStore(f"try {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
             dist.init_process_group(
                 devices.backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout
             )
-            broadcast_object(None)  # whoever cannot be reached shows here
+            broadcast_object(None)  # fails here if a rank cannot be reached
         except (dist.DistError, RuntimeError, ValueError) as error:
-            raise UserError(_why_apart(error)) from error
+            raise UserError(_explain_connection(error)) from error
+        atexit.register(_leave)
     return device
 
 
-def _why_apart(error: Exception) -> str:
+def _explain_connection(error: Exception) -> str:
     cause = str(error).strip().split("\n")[0][:200]
-    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     if "EADDRINUSE" in cause or "address already in use" in cause.lower():
-        return f"Port {place} is in use by another program; set another with torchrun --master-port or --standalone."
+        return f"Port {address} is in use by another program; set another with torchrun --master-port or --standalone."
     rank = f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}"
-    return f"The processes could not meet at {place} ({rank}: {cause}); see docs/DISTRIBUTED.md."
+    return f"The processes could not connect at {address} ({rank}: {cause}); see docs/DISTRIBUTED.md."
 
 
 def explain_lost_peer(error: Exception) -> str | None:
-    """A sentence where an exception tells that another process of the group is gone, else None."""
+    """Returns a sentence about an exception that reports the loss of another process, else None."""
     if get_world_size() == 1 or not (isinstance(error, dist.DistError) or devices.is_from_backend(error)):
         return None
     cause = str(error).strip().splitlines()[0][:160]
     return (
-        f"Rank {get_rank()} lost contact with another rank ({cause}); the message of the rank that failed first says "
-        "why. With run.resume: auto the same command goes on from the newest checkpoint."
+        f"Rank {get_rank()} lost contact with another rank ({cause}); the message of the rank that failed first gives "
+        "the reason. With run.resume: auto the same command resumes from the newest checkpoint."
     )
 
 
 def assert_same_config(config: dict[str, Any]) -> None:
-    """Raises UserError on all ranks where one was started with another configuration (plain containers)."""
-    first, *others = gather_objects(_flat(config))
+    """Raises UserError on all ranks if one was started with another configuration (plain containers)."""
+    first, *others = gather_objects(_flatten(config))
     for rank, other in enumerate(others, 1):
         for key in sorted(first.keys() | other.keys()):
             if first.get(key) != other.get(key):
@@ -106,23 +111,23 @@ def assert_same_config(config: dict[str, Any]) -> None:
                 )
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}
-    return {k: v for name, part in value.items() for k, v in _flat(part, f"{prefix}.{name}".lstrip(".")).items()}
+    return {k: v for name, part in value.items() for k, v in _flatten(part, f"{prefix}.{name}".lstrip(".")).items()}
 
 
 def run_on_main(function: Callable[[], Result]) -> Result:
-    """Runs a function on the main process; its result, or its UserError, reaches every rank."""
+    """Runs a function on rank 0; every rank gets its result or its UserError."""
     outcome = (None, None)
     if is_main_process():
         try:
             outcome = (function(), None)
         except UserError as error:
             outcome = (None, str(error))
-    result, mistake = broadcast_object(outcome)
-    if mistake is not None:
-        raise UserError(mistake)
+    result, message = broadcast_object(outcome)
+    if message is not None:
+        raise UserError(message)
     return result
 
 
@@ -136,7 +141,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Returns every rank's value on every rank, in rank order."""
+    """Returns the values of all ranks on every rank, in rank order."""
     if get_world_size() == 1:
         return [value]
     box: list[Any] = [None] * get_world_size()
@@ -144,50 +149,56 @@ def gather_objects(value: Any) -> list[Any]:
     return box
 
 
-def lockstep(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
-    """Lets all ranks take as many items as the one with the most, for work that they can only do together.
-
-    Yields:
-        (item, True) and, on a rank that has run out, (rank 0's first item, False) until all have.
-    """
-    spare = None
-    for item in itertools.chain(items, itertools.repeat(None)):
-        if not any(gather_objects(item is not None)):
-            return
-        spare = broadcast_object(item) if spare is None else spare
-        yield (item, True) if item is not None else (spare, False)
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums a tensor over the ranks, in place; sums and not means, as not every backend has those."""
+    """Sums a tensor over the ranks, in place; not every backend can reduce by means."""
     if get_world_size() > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
-def abort(mistake: str) -> NoReturn:
-    """Ends this process with a message on the console.
+def lockstep(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
+    """Gives every rank as many items as the rank with the most has, for work that needs all ranks.
 
-    A mistake that all ranks make is told once: the others wait a little, in which torchrun ends them.
+    Yields:
+        (item, True); on a rank that has no more items (rank 0's first item, False), until no rank has any.
+    """
+    filler = None
+    for item in itertools.chain(items, itertools.repeat(None)):
+        if not any(gather_objects(item is not None)):
+            return
+        filler = broadcast_object(item) if filler is None else filler
+        yield (item, True) if item is not None else (filler, False)
+
+
+def abort(message: str) -> NoReturn:
+    """Ends this process with status 1 and a message on the console.
+
+    If all ranks have the same error it is printed once: the others wait two seconds, in which torchrun ends them.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if rank > 0:
         time.sleep(2)
-    sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{mistake}\n")
+    sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{message}\n")
     sys.stderr.flush()
-    # Without waiting for threads of a process group whose other members may be gone.
+    # Without waiting for the threads of a process group whose other members may no longer run.
     os._exit(1) if world > 1 else sys.exit(1)
 
 
 def shutdown() -> None:
-    """Ends this process where it is one of several that are done; a single one returns, and ends as Python does.
-
-    Python's way out meets gloo's threads, which ask for the interpreter to give back what the last collectives held.
-    Where it is gone already the process aborts, and torchrun takes a finished run for a failed one.
-    """
+    """Closes the process group after a successful run; a single process has none."""
     if is_dist_avail_and_initialized():
         dist.destroy_process_group()
-        atexit._run_exitfuncs()
+
+
+def _leave() -> None:
+    """Exit handler: ends a rank after ``shutdown`` with status 0, before Python finalises its interpreter.
+
+    gloo's threads release Python objects of the last collectives a moment later. If the interpreter is finalised by
+    then, the process aborts, and torchrun reports a finished run as failed. Handlers registered after the process group
+    was initialised run before this one.
+    """
+    if not is_dist_avail_and_initialized():
+        logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

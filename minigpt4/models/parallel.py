@@ -1,9 +1,12 @@
-"""A model over several processes: copies of the trained part, and slices of a language model too large for a card.
+"""A model on several processes: replicas of the trained part (DDP), and shards of a frozen language model (FSDP2).
 
-Frozen weights never travel between copies: every process reads them from the same files.
+Frozen weights are never communicated between replicas: every process reads them from the same files.
 """
 
+import warnings
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -11,37 +14,52 @@ from minigpt4.common import dist_utils
 
 
 def replicate(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wraps a model so that the gradients of its trained parameters, and nothing else, are averaged over the ranks."""
-    if dist_utils.get_world_size() == 1 or not any(p.requires_grad for p in model.parameters()):
+    """Wraps a model in DDP, which averages the gradients of its trained parameters over the ranks.
+
+    Rank 0's trained parameters are copied to all ranks; parameters without gradient and buffers are not communicated.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if dist_utils.get_world_size() == 1 or not trained:
         return model
-    ignored = [name for name, p in model.named_parameters() if not p.requires_grad]
-    ignored += [name for name, _ in model.named_buffers()]  # constants, all of them
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+    for parameter in trained:
+        dist.broadcast(parameter.detach(), src=0)
+    with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, which 2.10 does not have by the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            model,
+            device_ids=None if device.type == "cpu" else [device.index],
+            broadcast_buffers=False,
+            init_sync=False,
+        )
 
 
-def shard_language_model(llama: nn.Module, device: torch.device) -> None:
-    """Slices a frozen LM's decoder over all ranks (FSDP2); a layer is whole on a card only while it computes.
+def shard_language_model(llm: nn.Module, device: torch.device) -> None:
+    """Shards the decoder layers of a frozen language model over all ranks (FSDP2).
 
-    Token embeddings and output layer stay whole everywhere: they are used outside the decoder's own forward.
-    Call it on the meta device, and fill the slices with ``local_slice``.
+    A layer is whole on a device only while it computes. Token embeddings and output layer are replicated: they are used
+    outside the decoder's own forward. Call it on the meta device, then fill the shards with ``local_slice``.
+
+    Args:
+        llm: a causal language model of transformers.
+        device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes a second to import
 
     mesh = init_device_mesh(device.type, (dist_utils.get_world_size(),))
-    for layer in llama.model.layers:
+    decoder = llm.base_model
+    for layer in decoder.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(llama.model, mesh=mesh, ignored_params={llama.model.embed_tokens.weight})
+    fully_shard(decoder, mesh=mesh, ignored_params={llm.get_input_embeddings().weight})
 
 
 def local_slice(whole: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
-    """This rank's slice of a tensor, copied to the device, in the form of a sharded parameter."""
+    """Returns this rank's shard of a tensor, copied to the device, in the form of the sharded ``parameter``."""
     from torch.distributed.tensor import DTensor
 
     mesh = parameter.device_mesh
-    slices = whole.chunk(mesh.size(), 0)
-    mine = slices[mesh.get_local_rank()] if mesh.get_local_rank() < len(slices) else whole[:0]
+    shards = whole.chunk(mesh.size(), 0)
+    mine = shards[mesh.get_local_rank()] if mesh.get_local_rank() < len(shards) else whole[:0]
     return DTensor.from_local(
         mine.to(device, copy=True),
         mesh,

@@ -1,4 +1,4 @@
-"""What a run tells while it works: console lines, a progress bar, metrics.jsonl, TensorBoard or wandb."""
+"""Reports of a run: console lines, a progress bar, metrics.jsonl, TensorBoard or wandb."""
 
 import json
 import logging
@@ -18,15 +18,21 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
+from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import LOADER_KEY
 
 
 class Tracker:
-    """Sends numbers to metrics.jsonl and, by ``run.tracker``, to TensorBoard or wandb; main process only."""
+    """Writes numbers to metrics.jsonl and, if configured, to TensorBoard or wandb; rank 0 only.
 
-    def __init__(self, kind: str | None, folder: Path, config: dict[str, Any]) -> None:
+    Raises:
+        UserError: the configured tracker is not installed.
+    """
+
+    def __init__(self, run_cfg: RunConfig, folder: Path, config: dict[str, Any]) -> None:
         self._file = folder / "metrics.jsonl" if dist_utils.is_main_process() else None
-        self._send = None
+        self._send = self._finish = None
+        kind = "wandb" if run_cfg.wandb_log else run_cfg.tracker
         if self._file is None or kind is None:
             return
         try:
@@ -35,11 +41,12 @@ class Tracker:
 
                 writer = SummaryWriter(str(folder))
                 self._send = lambda step, values: [writer.add_scalar(n, v, step) for n, v in values.items()]
+                self._finish = writer.close
             else:
                 import wandb
 
-                run = wandb.init(dir=str(folder), config=config, name=folder.name)
-                self._send = lambda step, values: run.log(values, step=step)
+                run = wandb.init(dir=str(folder), config=config, name=run_cfg.job_name or folder.name)
+                self._send, self._finish = lambda step, values: run.log(values, step=step), run.finish
         except ImportError as error:
             raise UserError(
                 f"run.tracker is '{kind}', which is not installed ({error}); pip install {kind}."
@@ -49,15 +56,20 @@ class Tracker:
         """Records named numbers at a global step."""
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps({"step": step, **values}, default=str) + "\n")
         if self._send is not None:
             self._send(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
 
+    def close(self) -> None:
+        """Ends the tracker's run; without it, the process would wait for the tracker's threads at its end."""
+        if self._finish is not None:
+            self._finish()
+
 
 class EpochProgress:
-    """Counts an epoch and reports every ``log_freq`` iterations; losses stay on the device until then.
+    """Sums of an epoch, reported every ``log_freq`` iterations; losses stay on the device until then.
 
-    Entered, it shows a bar. Its sums can be saved and go on in another process.
+    As a context manager it shows a progress bar. Its sums can be saved, so that a resumed epoch reports the same means.
     """
 
     def __init__(self, device: torch.device, tracker: Tracker) -> None:
@@ -73,7 +85,7 @@ class EpochProgress:
         self._window: Counter = Counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of this rank, as plain numbers."""
+        """Returns the sums of this rank as plain numbers."""
         return {
             "loss_sum": self._loss_sum.item(),
             "window_loss": self._window_loss.item(),
@@ -83,7 +95,7 @@ class EpochProgress:
         }
 
     def load_state_dict(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from what the ranks of a run saved; where their number was another, from their mean."""
+        """Restores the sums of all ranks of a run; with another number of ranks, each takes their mean."""
         self._clear()
         rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
         mine = ranks[rank : rank + 1] if len(ranks) == world else ranks
@@ -96,12 +108,12 @@ class EpochProgress:
                 self.skipped.setdefault(name, Counter()).update(counts)
 
     def begin(self, epoch: int, num_iters: int, log_freq: int, first: int = 0) -> None:
-        """Starts an epoch, or goes on with it at iteration ``first`` from the loaded sums."""
+        """Starts an epoch, or continues it at iteration ``first`` with the restored sums."""
         if first == 0:
             self._clear()
         self.epoch = epoch
         self.num_iters = num_iters
-        self.log_freq = max(1, log_freq)
+        self.log_freq = log_freq
         self._first = first
         self._start = self._window_start = time.perf_counter()
 
@@ -118,24 +130,41 @@ class EpochProgress:
         self._bar.close()
         self._redirect.__exit__(None, None, None)
 
-    def add(self, i: int, step: int, output: dict[str, Any], batch: dict[str, Any], lr: float, waited: float) -> bool:
-        """Takes in iteration ``i`` of the epoch, global step ``step``; ``waited``: its seconds without data.
+    def add(
+        self,
+        i: int,
+        step: int,
+        loss: torch.Tensor,
+        counts: Mapping[str, int],
+        batch: Mapping[str, Any],
+        lr: float,
+        data_time: float,
+    ) -> bool:
+        """Adds an iteration.
+
+        Args:
+            i: the iteration's number within the epoch.
+            step: its number within the run.
+            loss: on the device.
+            counts: ``num_tokens`` without padding and ``num_padded_tokens`` with it, if known.
+            batch: as the loader gave it.
+            lr: the learning rate.
+            data_time: seconds spent waiting for the batch.
 
         Returns:
-            Whether this one was reported, for which the device was waited for.
+            Whether a report was made, which synchronises with the device.
         """
-        loss = output["loss"].detach()
         finite = torch.where(loss.isfinite(), loss, 0.0)
         self._loss_sum += finite
         self._window_loss += finite
         self._lr_sum += lr
         world = dist_utils.get_world_size()
         self._window["iters"] += 1
-        self._window["timed"] += 1  # by this process
-        self._window["images"] += len(batch["text_input"]) * world
-        self._window["tokens"] += output.get("num_tokens", 0) * world
-        self._window["padded_tokens"] += output.get("num_padded_tokens", 0) * world
-        self._window["waited"] += waited
+        self._window["timed"] += 1  # by this process; iterations before a resume have no time
+        self._window["images"] += _num_rows(batch) * world
+        self._window["tokens"] += counts.get("num_tokens", 0) * world
+        self._window["padded_tokens"] += counts.get("num_padded_tokens", 0) * world
+        self._window["data_time"] += data_time
         info = batch.get(LOADER_KEY) or {"source": "data", "skipped": {}}
         self.skipped.setdefault(info["source"], Counter()).update(info["skipped"])
         self._bar.update()
@@ -153,7 +182,7 @@ class EpochProgress:
             "lr": lr,
             "loss": loss / window["iters"],
             "time": seconds / window["timed"],
-            "data": window["waited"] / window["timed"],
+            "data": window["data_time"] / window["timed"],
             "images/s": window["images"] / seconds,
             "tokens/s": window["tokens"] / seconds,
             "padded tokens/s": window["padded_tokens"] / seconds,
@@ -174,7 +203,7 @@ class EpochProgress:
         self._window_start = now
 
     def finish(self) -> dict[str, float]:
-        """Ends the epoch: tells what was skipped, and returns the mean loss over all ranks and the mean rate."""
+        """Ends the epoch, logs the skipped samples of all ranks, and returns the means of loss and learning rate."""
         total: dict[str, Counter] = {}
         for skipped in dist_utils.gather_objects(self.skipped):
             for name, counts in skipped.items():
@@ -189,3 +218,8 @@ class EpochProgress:
             *(self.epoch, timedelta(seconds=int(seconds)), seconds / max(1, self.num_iters - self._first)),
         )
         return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean.item()}
+
+
+def _num_rows(batch: Mapping[str, Any]) -> int:
+    sized = (value for value in batch.values() if isinstance(value, list) or (torch.is_tensor(value) and value.ndim))
+    return len(next(sized, ()))

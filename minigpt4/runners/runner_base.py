@@ -1,8 +1,9 @@
-"""The training loop: epochs of a fixed number of iterations, validation, checkpoints, resume."""
+"""The training loop: epochs of a fixed number of iterations, evaluation, checkpoints, resume."""
 
 import json
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -15,346 +16,338 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils, weights
-from minigpt4.common.errors import UserError, see
-from minigpt4.common.optims import parameter_groups
+from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
+from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
-from minigpt4.runners import checkpoints, validation
-from minigpt4.runners.checkpoints import RESUME_KEY
+from minigpt4.runners import checkpoints
+from minigpt4.runners.checkpoints import BEST, RESUME_KEY
+from minigpt4.runners.evaluation import evaluate_split
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.signals import StopRequest
+from minigpt4.runners.updater import Updater
+
+_COUNTS = ("num_tokens", "num_padded_tokens")
 
 
 @dataclass
 class TrainState:
-    """What a resumed run must know besides weights and optimizer."""
+    """Counters of a run, stored in its checkpoints."""
 
-    epoch: int = 0  # the one to train next, or to go on with
-    iteration: int = 0  # iterations done in it
-    step: int = 0  # iterations done in all
-    best_loss: float = float("inf")
-    num_nonfinite: int = 0  # updates left out because a loss was not finite
+    epoch: int = 0  # in progress, or next
+    iteration: int = 0  # finished iterations of this epoch
+    step: int = 0  # finished iterations of all epochs
+    best_metric: float = -float("inf")
+    num_nonfinite: int = 0  # updates skipped because of a non-finite loss
     num_nonfinite_in_a_row: int = 0
 
 
 @registry.register_runner("runner_base")
 class RunnerBase:
-    """Trains the parts of a model that require gradients.
+    """Trains the parameters of a model that require gradients.
 
     Args:
         cfg: the merged configuration.
-        job_id: name of the folder under ``run.output_dir``; rank 0's counts, and an existing folder is never used.
-        task: gives the steps.
-        model: built and loaded; the runner moves it to the device.
+        job_id: name of the folder below ``run.output_dir``; rank 0's is used, with a suffix if the folder exists.
+        task: defines the training step and the evaluation; its device is the runner's.
+        model: built and loaded; it is moved to the device.
         datasets: {name: {split: data set}}.
+        train_loader: gives the training batches in place of a ``TrainLoader`` over the data sets; has its
+            ``iter_epoch``, ``state_dict`` and ``load_state_dict``.
     """
 
-    def __init__(self, cfg: Any, job_id: str, task: Any, model: nn.Module, datasets: dict[str, dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        cfg: Any,
+        job_id: str,
+        task: Any,
+        model: nn.Module,
+        datasets: dict[str, dict[str, Any]],
+        train_loader: Any = None,
+    ) -> None:
         self.config = cfg
-        self.run_cfg = cfg.run_cfg
+        self.run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
         self.task = task
         self.datasets = datasets
-        self.device = devices.of_run(self.run_cfg)
+        self.device = task.device or devices.from_config(self.run_cfg)
         self.model = model.to(self.device)
-        self.trained = [p for p in model.parameters() if p.requires_grad]
         self.wrapped_model = replicate(model, self.device)
-        self.amp_dtype = self._amp_dtype()
-        self.scaler = devices.make_scaler(self.device, self.amp_dtype)
+        self.amp_dtype = devices.amp_dtype(self.run_cfg, self.device)
+        self.updater = Updater(model, self.run_cfg, self.device, self.amp_dtype)
+        self.optimizer, self.scaler = self.updater.optimizer, self.updater.scaler
         self.state = TrainState()
-        # Counts that stay on the device, so that no step waits to read them: losses that are not finite in the present
-        # accumulation group; updates left out because of them, in all and in a row.
-        self._bad_losses, self._left_out, self._in_a_row = torch.zeros(3, device=self.device)
-        self.max_epoch = int(self.run_cfg.get("max_epoch", 1))
+        self._token_counts: dict[str, int] = {}
+        model.register_forward_hook(self._record_token_counts)
+        self.max_epoch = self.run_cfg.max_epoch
         self.iters_per_epoch = self._iters_per_epoch()
-        self.accum_grad_iters = int(self.run_cfg.get("accum_grad_iters", 1))
-        init_lr = float(self.run_cfg.get("init_lr", 1e-4))
-        groups = parameter_groups(model, float(self.run_cfg.get("weight_decay", 0.05)))
-        beta2, is_fused = self.run_cfg.get("beta2", 0.999), devices.has_fused_optimizer(self.device)
-        self.optimizer = torch.optim.AdamW(groups, lr=init_lr, betas=(0.9, beta2), fused=is_fused)
-        if self.run_cfg.get("compile") and devices.compiles(self.device):
-            with devices.autocast(self.device, self.amp_dtype):  # as in a step, which attends to what is read here
-                model.compile_parts()
-        elif self.run_cfg.get("compile"):
-            logging.info("run.compile: not on %s, where it is not known to save more than it takes.", self.device.type)
-        self.lr_scheduler = registry.get_lr_scheduler_class(self.run_cfg.get("lr_sched", "linear_warmup_cosine_lr"))(
-            optimizer=self.optimizer,
-            max_epoch=self.max_epoch,
-            iters_per_epoch=self.iters_per_epoch,
-            min_lr=float(self.run_cfg.get("min_lr", 0.0)),
-            init_lr=init_lr,
-            warmup_steps=int(self.run_cfg.get("warmup_steps", 0)),
-            warmup_start_lr=float(self.run_cfg.get("warmup_lr", -1)),
-            decay_rate=self.run_cfg.get("lr_decay_rate"),
-        )
+        self.accum_grad_iters = self.run_cfg.accum_grad_iters
+        self.lr_scheduler = self._build_lr_scheduler()
+        self._compile()
+        self.train_loader = train_loader
         self.resumed = checkpoints.find_resume_checkpoint(self.run_cfg)
         self.output_dir, is_new = checkpoints.find_folder(self.run_cfg, job_id, self.resumed, cfg)
         if is_new:
             self._log_line({"config": cfg.to_dict()})
-        self.tracker = Tracker(self.run_cfg.get("tracker"), self.output_dir, cfg.to_dict())
+        self.tracker = Tracker(self.run_cfg, self.output_dir, cfg.to_dict())
         self.progress = EpochProgress(self.device, self.tracker)
 
-    def _amp_dtype(self) -> torch.dtype:
-        if not self.run_cfg.get("amp", False):
-            return torch.float32
-        half, wanted = devices.default_dtype(self.device), self.run_cfg.get("amp_dtype")
-        if half == torch.float32:
-            logging.info("run.amp: computing in float32, as this device has no faster half precision.")
-            return half
-        return devices.DTYPES[wanted] if wanted else half
+    def _record_token_counts(self, _: nn.Module, __: Any, output: Any) -> None:
+        """Forward hook: tasks return the loss alone, while the model also reports numbers of tokens."""
+        self._token_counts = {k: output[k] for k in _COUNTS if k in output} if isinstance(output, Mapping) else {}
+
+    def _build_lr_scheduler(self) -> Any:
+        cfg = self.run_cfg
+        return registry.get_lr_scheduler_class(cfg.lr_sched)(
+            optimizer=self.optimizer,
+            max_epoch=cfg.max_epoch,
+            iters_per_epoch=self.iters_per_epoch,
+            min_lr=cfg.min_lr,
+            init_lr=cfg.init_lr,
+            warmup_steps=cfg.warmup_steps,
+            warmup_start_lr=cfg.warmup_lr,
+            decay_rate=cfg.lr_decay_rate,
+        )
+
+    def _compile(self) -> None:
+        if self.run_cfg.compile and devices.compiles(self.device):
+            with devices.autocast(self.device, self.amp_dtype):  # the precision that the shared prefix is computed in
+                self.model.compile_parts()
+        elif self.run_cfg.compile:
+            logging.info("run.compile is ignored on %s, where compiling is not known to pay.", self.device.type)
+
+    def _train_sources(self) -> dict[str, Any]:
+        splits = self.run_cfg.train_splits
+        return {n: parts[split] for n, parts in self.datasets.items() for split in splits if split in parts}
+
+    def _batch_size(self) -> int:
+        if self.run_cfg.batch_size_train is not None:
+            return self.run_cfg.batch_size_train
+        sections = self.config.datasets_cfg or {}
+        sizes = {
+            name: read_section(DatasetConfig, sections.get(name), f"datasets.{name}", allow_unknown=True).batch_size
+            or 1
+            for name in self._train_sources()
+        }
+        if len(set(sizes.values())) > 1:
+            raise UserError(f"The data sets have different batch_size ({sizes}); set run.batch_size_train for all.")
+        return next(iter(sizes.values()), 1)
 
     def _iters_per_epoch(self) -> int:
-        if self.run_cfg.get("iters_per_epoch"):
-            return int(self.run_cfg.iters_per_epoch)
-        splits = self.run_cfg.get("train_splits", ["train"])
-        sources = [dataset[split] for dataset in self.datasets.values() for split in splits if split in dataset]
+        if self.run_cfg.iters_per_epoch is not None:
+            return self.run_cfg.iters_per_epoch
+        sources = self._train_sources().values()
         if not sources or not all(hasattr(source, "__len__") for source in sources):
             raise UserError("run.iters_per_epoch is not set; shards have no length, so give it a number.")
-        batch = int(self.run_cfg.get("batch_size_train", 1)) * dist_utils.get_world_size()
-        return max(1, sum(len(source) for source in sources) // batch)
+        return max(1, sum(map(len, sources)) // (self._batch_size() * dist_utils.get_world_size()))
 
     @dist_utils.main_process
     def _log_line(self, content: dict[str, Any]) -> None:
         with (self.output_dir / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
+            file.write(json.dumps(content, default=str) + "\n")
 
     def train(self) -> None:
-        """Runs what the configuration asks for: all epochs, or with ``run.evaluate`` the validation alone.
+        """Trains the epochs that are left, or with ``run.evaluate`` only evaluates.
 
-        SIGTERM or SIGINT ends it behind a step, with a checkpoint.
+        SIGTERM and SIGINT end the training after a step, with a checkpoint.
         """
         start = time.time()
         logging.info("Writing to %s", self.output_dir)
-        loader = None if self.run_cfg.get("evaluate", False) else self._train_loader()
+        is_training = not self.run_cfg.evaluate
+        if is_training and self.train_loader is None:
+            self.train_loader = self.build_train_loader()
         if self.resumed is not None:
-            self.load_checkpoint(self.resumed, loader)
-        if loader is None:
-            self.evaluate()
-            return
-        if not self.trained:
+            self.load_checkpoint(self.resumed)
+        try:
+            is_complete = self._train_epochs() if is_training else bool(self.evaluate())
+        finally:
+            self.tracker.close()
+        if is_training and is_complete:
+            logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
+
+    def _train_epochs(self) -> bool:
+        """Returns whether all epochs are trained; False after a stop request."""
+        if not self.updater.parameters:
             raise UserError("Nothing in this model is trained: all parameters are frozen.")
         logging.info("Start training")
         with StopRequest() as stop:
             while self.state.epoch < self.max_epoch:
-                stats = self.train_epoch(loader, stop)
+                stats = self.train_epoch(stop)
                 if stats is None:
-                    logging.info("Stopped at step %d; run.resume: auto goes on from here.", self.state.step)
-                    return
+                    logging.info("Stopped at step %d; run.resume: auto resumes from here.", self.state.step)
+                    return False
                 stats |= self.evaluate()
                 self._log_line({"epoch": self.state.epoch, **stats})
                 self.state.epoch, self.state.iteration = self.state.epoch + 1, 0
-                self.save_checkpoint(f"checkpoint_{self.state.epoch - 1}.pth", loader, stats)
-        logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
+                self.save_checkpoint(f"checkpoint_{self.state.epoch - 1}.pth", stats)
+        return True
 
-    def _train_loader(self) -> TrainLoader:
-        sources, ratios = {}, {}
-        for name, splits in self.datasets.items():
-            for split in self.run_cfg.get("train_splits", ["train"]):
-                if split in splits:
-                    sources[name] = splits[split]
-                    section = (self.config.config.get("datasets") or {}).get(name) or {}
-                    ratios[name] = section.get("sample_ratio")
+    def build_train_loader(self) -> TrainLoader:
+        """Builds the loader over the training splits, with this run's batch size and sample ratios."""
+        sources = self._train_sources()
         return TrainLoader(
             sources,
-            ratios,
-            batch_size=int(self.run_cfg.get("batch_size_train", 1)),
+            {name: getattr(dataset, "sample_ratio", None) for name, dataset in sources.items()},
+            batch_size=self._batch_size(),
             iters_per_epoch=self.iters_per_epoch,
-            num_workers=int(self.run_cfg.get("num_workers", 0)),
-            seed=int(self.run_cfg.get("seed", 42)),
+            num_workers=self.run_cfg.num_workers,
+            seed=self.run_cfg.seed,
             pin_memory=devices.pins_memory(self.device),
         )
 
-    def train_epoch(self, loader: TrainLoader, stop: StopRequest | None = None) -> dict[str, float] | None:
-        """What is left of an epoch of ``iters_per_epoch`` iterations; returns its mean loss and rate, None if stopped.
+    def train_epoch(self, stop: StopRequest | None = None) -> dict[str, float] | None:
+        """Trains the iterations of an epoch that are left.
 
-        Gradients of iterations that do not fill a group of ``accum_grad_iters`` carry into the next epoch's first
-        update, as in the reference.
+        Gradients of iterations that do not fill a group of ``accum_grad_iters`` carry over to the first update of the
+        next epoch, as in the reference.
+
+        Returns:
+            The means of loss and learning rate, or None after a stop request.
         """
-        epoch, state = self.state.epoch, self.state
+        epoch, state, save_every = self.state.epoch, self.state, self.run_cfg.save_every_iters
         self.wrapped_model.train()
-        log_freq, save_every = int(self.run_cfg.get("log_freq", 50)), self.run_cfg.get("save_every_iters")
         logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-        self.progress.begin(epoch, self.iters_per_epoch, log_freq, state.iteration)
-        batches = loader.iter_epoch(epoch, state.iteration)
+        self.progress.begin(epoch, self.iters_per_epoch, self.run_cfg.log_freq, state.iteration)
+        batches = self.train_loader.iter_epoch(epoch, state.iteration)
         with self.progress:
             for i in range(state.iteration, self.iters_per_epoch):
-                asked = time.perf_counter()
+                start = time.perf_counter()
                 batch = next(batches)
-                waited = time.perf_counter() - asked
+                data_time = time.perf_counter() - start
                 lr = self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
-                output = self.train_step(batch, is_update=(i + 1) % self.accum_grad_iters == 0)
+                loss = self.train_step(batch, is_update=(i + 1) % self.accum_grad_iters == 0)
                 state.step += 1
                 state.iteration += 1
-                if self.progress.add(i, state.step - 1, output, batch, lr, waited):
-                    self._check_finite()
+                if self.progress.add(i, state.step - 1, loss, self._token_counts, batch, lr, data_time):
+                    self.updater.check_finite(state.step)
                 is_stopped = stop is not None and stop.should_stop()
                 if is_stopped or (save_every and state.step % save_every == 0):
-                    self.save_checkpoint(f"checkpoint_step_{state.step}.pth", loader)
+                    self.save_checkpoint(f"checkpoint_step_{state.step}.pth")
                 if is_stopped:
                     return None
         stats = self.progress.finish()
         logging.info("Averaged stats: lr: %.6g  loss: %.4f", stats["train_lr"], stats["train_loss"])
         return stats
 
-    def train_step(self, batch: dict[str, Any], is_update: bool) -> dict[str, Any]:
-        """Forward and backward of one batch and, at the end of a group, the update; returns the model's output."""
-        waits = not is_update and isinstance(self.wrapped_model, DistributedDataParallel)
-        with self.wrapped_model.no_sync() if waits else nullcontext():
+    def train_step(self, batch: dict[str, Any], is_update: bool) -> torch.Tensor:
+        """Computes loss and gradients of a batch and, at the end of an accumulation group, updates the parameters.
+
+        Returns:
+            The loss without its graph: float32, a scalar on the device.
+        """
+        position = {"epoch": self.state.epoch, "iters": self.state.iteration}
+        samples = devices.move_to(batch, self.device) | position | {"num_iters_per_epoch": self.iters_per_epoch}
+        is_local = not is_update and isinstance(self.wrapped_model, DistributedDataParallel)
+        with self.wrapped_model.no_sync() if is_local else nullcontext():
             with devices.autocast(self.device, self.amp_dtype):
-                output = self.task.train_step(self.wrapped_model, devices.move_to(batch, self.device))
-            loss = output["loss"] / self.accum_grad_iters
-            (self.scaler.scale(loss) if self.scaler else loss).backward()
-        self._bad_losses += ~output["loss"].detach().isfinite()
+                output = self.task.train_step(self.wrapped_model, samples)
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            self.updater.backward(loss)
         if is_update:
-            self._update()
-        return output
+            self.updater.step()
+        return loss.detach()
 
-    def _update(self) -> None:
-        """Clips and applies the gradients; a group with a loss that is not finite is left out on all ranks."""
-        is_bad = (dist_utils.all_reduce_sum(self._bad_losses) > 0).float()
-        self._left_out += is_bad
-        self._in_a_row += 1
-        self._in_a_row *= is_bad
-        if self.scaler:
-            self.scaler.unscale_(self.optimizer)
-        if self.run_cfg.get("clip_grad_norm"):
-            nn.utils.clip_grad_norm_(self.trained, float(self.run_cfg.clip_grad_norm))
-        if self.scaler is None and self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = is_bad  # the fused kernel leaves the update out by itself
-            self.optimizer.step()
-        elif not is_bad.item():
-            self.scaler.step(self.optimizer) if self.scaler else self.optimizer.step()
-        if self.scaler:
-            self.scaler.update()
-        self.optimizer.zero_grad()
-        self._bad_losses.zero_()
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluates every validation and test split over all ranks.
 
-    def _check_finite(self) -> None:
-        """Tells of updates left out since the last time; raises UserError where there are too many in a row."""
-        state, limit = self.state, int(self.run_cfg.get("max_nonfinite", 20))
-        total, in_a_row = map(int, torch.stack([self._left_out, self._in_a_row]).tolist())
-        if total > state.num_nonfinite:
-            logging.warning(
-                "Step %d: %d updates left out because the loss was not finite (%d so far).",
-                *(state.step, total - state.num_nonfinite, total),
-            )
-        state.num_nonfinite, state.num_nonfinite_in_a_row = total, in_a_row
-        if in_a_row >= limit:
-            raise UserError(
-                f"The loss was not finite {in_a_row} updates in a row (run.max_nonfinite is {limit}), the last at step "
-                f"{state.step}. Try run.amp_dtype: bf16, or run.amp: False; a language model of the wrong precision "
-                "also does this." + see("nan")
-            )
-
-    def evaluate(self) -> dict[str, float]:
-        """The mean loss per target token of every validation and test split, over all ranks."""
-        stats = {}
-        splits = [*(self.run_cfg.get("valid_splits") or []), *(self.run_cfg.get("test_splits") or [])]
+        Returns:
+            The metrics of all splits as ``{split}_{name}``.
+        """
+        stats: dict[str, Any] = {}
+        splits = [*self.run_cfg.valid_splits, *self.run_cfg.test_splits]
         if not splits:
             logging.info("No validation splits found.")
         for split in splits:
-            found = {name: dataset[split] for name, dataset in self.datasets.items() if split in dataset}
-            if not found:
-                raise UserError(f"No data set has a split '{split}'; give one build_info.{split}_storage.")
-            stats[f"{split}_loss"] = validation.mean_loss(self, found)
-            logging.info("%s loss: %.4f", split, stats[f"{split}_loss"])
-            self.tracker.log(self.state.step - 1, {f"{split} loss": stats[f"{split}_loss"]})
+            settings = self.state.epoch, self.run_cfg, self.device
+            metrics = evaluate_split(self.task, self.model, self.datasets, split, *settings) or {}
+            logging.info("Evaluated %s: %s", split, metrics)
+            self.tracker.log(self.state.step - 1, {f"{split} {name}": value for name, value in metrics.items()})
+            stats |= {f"{split}_{name}": value for name, value in metrics.items()}
         return stats
 
-    def save_checkpoint(self, name: str, loader: TrainLoader, stats: dict[str, float] | None = None) -> None:
-        """Writes a checkpoint and, where the validation losses among ``stats`` got better, checkpoint_best.pth.
+    def _is_best(self, stats: dict[str, Any]) -> bool:
+        """Whether the metric that selects the best checkpoint improved: that of split ``val``, else of the first."""
+        splits = self.run_cfg.valid_splits
+        split = "val" if "val" in splits else splits[0] if splits else None
+        names = [name for name in stats if name.startswith(f"{split}_")]
+        metric = stats.get(f"{split}_agg_metrics")
+        if names and metric is None:
+            logging.warning("%s.after_evaluation returned no agg_metrics: no %s.", type(self.task).__name__, BEST)
+        is_best = metric is not None and metric > self.state.best_metric
+        if is_best:
+            self.state.best_metric = float(metric)
+        return is_best
 
-        The trained parameters stand under the reference's keys, which it can load; the rest is for going on here:
-        counters, gradients that wait for an update, and each rank's random state, place in the data and running sums.
+    def save_checkpoint(self, name: str, stats: dict[str, Any] | None = None) -> None:
+        """Writes a checkpoint and, if the validation metric among ``stats`` improved, checkpoint_best.pth.
+
+        It has the trained parameters under the reference's keys, and what a resume needs: optimizer, counters, waiting
+        gradients, and each rank's random state, position in the data and running sums.
         """
-        valid_losses = [
-            value for key, value in (stats or {}).items() if key.removesuffix("_loss") in self._valid_splits()
-        ]
-        is_best = bool(valid_losses) and sum(valid_losses) < self.state.best_loss
-        self.state.best_loss = sum(valid_losses) if is_best else self.state.best_loss
-        self._check_finite()
+        is_best = self._is_best(stats or {})
+        self.updater.check_finite(self.state.step)
+        counts = self.updater.num_nonfinite, self.updater.num_nonfinite_in_a_row
+        self.state.num_nonfinite, self.state.num_nonfinite_in_a_row = counts
         rank_state = {
             "random": devices.random_state(self.device),
-            "data": loader.state_dict(),
+            "data": self.train_loader.state_dict(),
             "progress": self.progress.state_dict(),
         }
         content = {
             "model": self.model.trainable_state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.updater.state_dict(),
             "config": self.config.to_dict(),
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "epoch": self.state.epoch - 1,  # the last whole one, as in the reference
+            "epoch": self.state.epoch - 1,  # the last complete one, as in the reference
             "state": asdict(self.state),
             "ranks": dist_utils.gather_objects(rank_state),
-            "gradients": self._waiting_gradients(),
-            "bad_losses": dist_utils.all_reduce_sum(self._bad_losses.clone()).item(),
         }
 
         def write() -> None:
-            for file in ["checkpoint_best.pth"] * is_best + [name]:
+            for file in [BEST] * is_best + [name]:
                 logging.info("Saving step %d to %s.", self.state.step, self.output_dir / file)
-                checkpoints.write(devices.on_host(content), self.output_dir / file)
-            checkpoints.prune(self.output_dir, self.run_cfg.get("keep_last"))
+                checkpoints.write(devices.move_to(content, torch.device("cpu")), self.output_dir / file)
+            checkpoints.prune(self.output_dir, self.run_cfg.keep_last)
 
         dist_utils.run_on_main(write)
 
-    def _waiting_gradients(self) -> list[torch.Tensor | None]:
-        """Gradients of an unfinished accumulation group as their mean over the ranks, which is what an update takes."""
-        world = dist_utils.get_world_size()
-        return [
-            None if p.grad is None else (dist_utils.all_reduce_sum(p.grad.clone()) / world).cpu() for p in self.trained
-        ]
-
-    def _valid_splits(self) -> list[str]:
-        return list(self.run_cfg.get("valid_splits") or [])
-
-    def load_checkpoint(self, path: Path, loader: TrainLoader | None = None) -> None:
-        """Takes up a run where a checkpoint, ours or the reference's, left it.
+    def load_checkpoint(self, path: Path) -> None:
+        """Resumes from a checkpoint, ours or the reference's.
 
         Raises:
-            UserError: the file is damaged, of another model, or weights alone.
+            UserError: the file is damaged, of another model, or has weights only.
         """
         try:
-            self._take_up(path, loader)
+            self._restore(path)
         except UserError:
             raise
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{RESUME_KEY}: {path} cannot be gone on from ({type(error).__name__}: {error}); it is damaged or of "
+                f"{RESUME_KEY}: cannot resume from {path} ({type(error).__name__}: {error}); it is damaged or of "
                 "another version. To start from its weights set model.ckpt instead."
             ) from error
 
-    def _take_up(self, path: Path, loader: TrainLoader | None) -> None:
+    def _restore(self, path: Path) -> None:
         content = weights.read_file(path, RESUME_KEY)
         if "optimizer" not in content or "epoch" not in content:
-            raise UserError(f"{RESUME_KEY}: {path} holds weights alone; to start from them set model.ckpt instead.")
+            raise UserError(f"{RESUME_KEY}: {path} has weights only; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
-        try:
-            for group in content["optimizer"]["param_groups"]:  # which kernel computes is this run's affair
-                group |= {"fused": self.optimizer.defaults["fused"], "foreach": None}
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{RESUME_KEY}: the optimizer in {path} is of another model ({error}).") from error
-        if self.scaler and content.get("scaler"):
-            self.scaler.load_state_dict(content["scaler"])
         epoch = content["epoch"] + 1
-        self.state = TrainState(**(content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch}))
-        for parameter, gradient in zip(self.trained, content.get("gradients") or [], strict=False):
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        self._bad_losses.fill_(content.get("bad_losses", 0) / dist_utils.get_world_size())
-        self._left_out.fill_(self.state.num_nonfinite)
-        self._in_a_row.fill_(self.state.num_nonfinite_in_a_row)
-        ranks = content.get("ranks") or []
+        state = dict(content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch})
+        if "best_loss" in state:  # of earlier versions
+            state["best_metric"] = -state.pop("best_loss")
+        self.state = TrainState(**state)
+        skipped = self.state.num_nonfinite, self.state.num_nonfinite_in_a_row
+        self.updater.load_state_dict(content, *skipped, RESUME_KEY, path)
+        ranks, world = content.get("ranks") or [], dist_utils.get_world_size()
         if ranks:
             self.progress.load_state_dict([rank["progress"] for rank in ranks])
-        if ranks and loader is not None:
-            loader.load_state_dict([rank["data"] for rank in ranks], self.state.epoch, self.state.iteration)
-        if len(ranks) == dist_utils.get_world_size():
+        if ranks and self.train_loader is not None:
+            data = [rank["data"] for rank in ranks]
+            self.train_loader.load_state_dict(data, self.state.epoch, self.state.iteration)
+        if len(ranks) == world:
             devices.set_random_state(ranks[dist_utils.get_rank()]["random"], self.device)
         else:
-            logging.warning(
-                "%s holds no random state for %d ranks; going on with fresh ones.", path, dist_utils.get_world_size()
-            )
+            logging.warning("%s has no random state for %d ranks; using new ones.", path, world)
         if self.output_dir == path.parent:
             dist_utils.run_on_main(lambda: checkpoints.truncate_logs(path.parent, self.state.epoch, self.state.step))
         logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)

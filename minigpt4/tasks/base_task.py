@@ -1,49 +1,142 @@
-"""From a configuration to data sets and a model, and from a batch to a loss."""
+"""From a configuration to data sets and a model, from a batch to a loss, and from a split to its metrics."""
 
-from typing import Any
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
+from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
+from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
 from minigpt4.datasets.feature_cache import with_features
 
 
+class BatchLoss(NamedTuple):
+    """The result of a validation batch in tasks that measure the loss."""
+
+    mean_loss: float
+    num_targets: int
+
+
 class BaseTask:
-    """The task that every other builds on."""
+    """The base of all tasks; subclasses override what they do differently.
+
+    Evaluation calls ``before_evaluation``, ``evaluation`` and ``after_evaluation`` for each split, in eval mode and
+    without gradients. As they are, they measure the loss; a task that overrides ``valid_step`` to return results of its
+    own also overrides ``after_evaluation``, which computes metrics from them.
+    """
+
+    device: torch.device | None = None  # of this process; set by minigpt4.tasks.setup_task
+
+    def __init__(self, **kwargs: Any) -> None:
+        pass
 
     @classmethod
-    def setup_task(cls, cfg: Any) -> "BaseTask":
-        """Builds the task; subclasses may read the configuration."""
+    def setup_task(cls, cfg: Any = None, **kwargs: Any) -> "BaseTask":
+        """Creates the task; subclasses may read the configuration."""
         return cls()
 
     def build_datasets(self, cfg: Any) -> dict[str, dict[str, Any]]:
-        """Every data set of ``cfg.datasets_cfg`` as {name: {split: data set}}, of features by ``run.feature_cache``."""
+        """Builds every data set of ``cfg.datasets_cfg``, of features if ``run.feature_cache`` is set.
+
+        Returns:
+            {name: {split: data set}}. A split ``train`` has ``name`` and, where configured, ``sample_ratio``.
+        """
+        run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
             builder = registry.get_builder_class(name)(section)
             builder.name = name
             datasets[name] = builder.build_datasets()
-        run_cfg = cfg.config.get("run") or {}
-        return with_features(cfg, datasets, devices.of_run(run_cfg)) if run_cfg.get("feature_cache") else datasets
+        if run_cfg.feature_cache:
+            datasets = with_features(cfg, datasets, self.device)
+        for name, section in cfg.datasets_cfg.items():
+            ratio = read_section(DatasetConfig, section, f"datasets.{name}", allow_unknown=True).sample_ratio
+            for dataset in (datasets[name][split] for split in run_cfg.train_splits if split in datasets[name]):
+                dataset.name = name
+                if ratio is not None:
+                    dataset.sample_ratio = ratio
+        return datasets
 
     def build_model(self, cfg: Any) -> nn.Module:
-        """The model of ``cfg.model_cfg`` with its weights, on the run's device and in the precisions that fit it."""
-        run_cfg = cfg.config.get("run") or {}
-        is_sharded = run_cfg.get("parallel") == "fsdp" and dist_utils.get_world_size() > 1
-        model_class = registry.get_model_class(cfg.model_cfg.arch)
-        has_vision = not run_cfg.get("feature_cache")
-        return model_class.from_config(
-            cfg.model_cfg, device=devices.of_run(run_cfg), is_sharded=is_sharded, has_vision=has_vision
-        )
+        """Builds the model of ``cfg.model_cfg`` with its weights, on the task's device."""
+        run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
+        from_config = registry.get_model_class(cfg.model_cfg.arch).from_config
+        settings = {
+            "device": self.device,
+            "is_sharded": run_cfg.parallel == "fsdp" and dist_utils.get_world_size() > 1,
+            "has_vision": not run_cfg.feature_cache,
+        }
+        accepted = inspect.signature(from_config).parameters  # in the reference, it takes the section alone
+        return from_config(cfg.model_cfg, **{name: settings[name] for name in settings if name in accepted})
 
-    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
-        """A batch to the model's output, with ``loss`` among it."""
-        return model(samples)
+    def train_step(self, model: nn.Module, samples: dict[str, Any]) -> torch.Tensor | Mapping[str, Any]:
+        """Computes the loss of a batch.
 
-    @torch.no_grad()
-    def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> dict[str, Any]:
-        """A validation batch to the model's output, with ``loss`` and ``num_targets`` among it."""
-        return model(samples)
+        Args:
+            model: in train mode, perhaps wrapped in DDP.
+            samples: the batch, its tensors on the device, with ``epoch``, ``iters`` (the iteration in the epoch) and
+                ``num_iters_per_epoch``.
+
+        Returns:
+            The loss, a scalar with a graph; subclasses may return a mapping with ``loss``.
+        """
+        return model(samples)["loss"]
+
+    def valid_step(self, model: nn.Module, samples: dict[str, Any]) -> list[Any]:
+        """Computes the results of a validation batch: a list of any length, of any type that can be pickled."""
+        output = model(samples)
+        num_targets = output.get("num_targets", 1)
+        return [BatchLoss(output["loss"].item(), num_targets)] if num_targets else []
+
+    def before_evaluation(self, model: nn.Module, dataset: Any, **kwargs: Any) -> None:
+        """Called before a split is evaluated; ``dataset`` is the split's data set, or a list of several."""
+
+    def evaluation(
+        self, model: nn.Module, data_loader: Iterable[dict[str, Any]], cuda_enabled: bool = True
+    ) -> list[Any] | None:
+        """Evaluates this rank's share of a split.
+
+        Args:
+            model: in eval mode, not wrapped.
+            data_loader: batches with their tensors on the device. With ``run.parallel: fsdp``, ranks with fewer batches
+                get fillers with ``is_filler``, which are computed but not counted.
+            cuda_enabled: whether the device is an accelerator.
+
+        Returns:
+            The results of all batches, or None: then ``after_evaluation`` is not called.
+        """
+        results: list[Any] = []
+        for samples in data_loader:
+            rows = self.valid_step(model=model, samples=samples)
+            results.extend([] if samples.get("is_filler") else rows)
+        return results
+
+    def after_evaluation(
+        self, val_result: Sequence[Any], split_name: str, epoch: int, **kwargs: Any
+    ) -> dict[str, Any] | None:
+        """Computes the metrics of a split.
+
+        Args:
+            val_result: the results of all ranks.
+            split_name: such as ``val``.
+            epoch: counted from 0.
+
+        Returns:
+            Numbers by name, logged as ``{split_name}_{name}``, with ``agg_metrics``: the checkpoint of the epoch with
+            the highest one is ``checkpoint_best.pth``. Here: ``loss``, the mean per target token, and its negative.
+
+        Raises:
+            UserError: the split has no usable sample.
+        """
+        losses = [row for row in val_result if isinstance(row, BatchLoss)]
+        num_targets = sum(row.num_targets for row in losses)
+        if num_targets:
+            loss = sum(row.mean_loss * row.num_targets for row in losses) / num_targets
+            return {"agg_metrics": -loss, "loss": loss}
+        if type(self).valid_step is BaseTask.valid_step and type(self).evaluation is BaseTask.evaluation:
+            raise UserError(f"The split '{split_name}' has no usable sample; see the warnings about skipped samples.")
+        return None

@@ -6,4 +6,4 @@ from minigpt4.tasks.base_task import BaseTask
 
 @registry.register_task("image_text_pretrain")
 class ImageTextPretrainTask(BaseTask):
-    """Nothing beyond the base task; the name is what YAML files say."""
+    """Equal to the base task; registered under the name that YAML files use."""

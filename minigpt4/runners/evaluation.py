@@ -1,0 +1,78 @@
+"""Evaluates one split of the data sets by the methods of a task."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from minigpt4.common import device as devices
+from minigpt4.common import dist_utils
+from minigpt4.common.errors import UserError
+from minigpt4.common.schema import RunConfig
+from minigpt4.datasets.loader import eval_batches
+
+
+@dataclass
+class EvalLoader:
+    """The batches of this rank's share of a split, their tensors on the device; each sample comes once."""
+
+    datasets: Mapping[str, Any]
+    run_cfg: RunConfig
+    device: torch.device
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        cfg = self.run_cfg
+        for name, dataset in self.datasets.items():
+            settings = cfg.batch_size_eval, cfg.num_workers, cfg.seed, devices.pins_memory(self.device)
+            batches = eval_batches(name, dataset, *settings)
+            # With a sharded model, every forward needs all ranks.
+            is_sharded = cfg.parallel == "fsdp"
+            counted = dist_utils.lockstep(batches) if is_sharded else ((batch, True) for batch in batches)
+            for batch, is_own in counted:
+                yield devices.move_to(batch, self.device) | ({} if is_own else {"is_filler": True})
+
+
+def evaluate_split(
+    task: Any,
+    model: nn.Module,
+    datasets: Mapping[str, Mapping[str, Any]],
+    split: str,
+    epoch: int,
+    run_cfg: RunConfig,
+    device: torch.device,
+) -> dict[str, Any] | None:
+    """Runs a task's evaluation of a split over all ranks, in eval mode, with the same random numbers each time.
+
+    Args:
+        task: see ``BaseTask``.
+        model: not wrapped.
+        datasets: {name: {split: data set}}.
+        split: the split's name.
+        epoch: for the task.
+        run_cfg: the run.
+        device: of the model.
+
+    Returns:
+        The metrics by name, equal on all ranks; None if the task returns none.
+
+    Raises:
+        UserError: no data set has the split.
+    """
+    chosen = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    if not chosen:
+        raise UserError(f"No data set has a split '{split}'; set build_info.{split}_storage.")
+    model.eval()
+    task.before_evaluation(model=model, dataset=[*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values())))
+    loader = EvalLoader(chosen, run_cfg, device)
+    with (
+        torch.no_grad(),
+        devices.local_seed(run_cfg.seed),
+        devices.autocast(device, devices.amp_dtype(run_cfg, device)),
+    ):
+        results = task.evaluation(model, loader, cuda_enabled=device.type != "cpu")
+    if results is None:
+        return None
+    results = [row for rank_results in dist_utils.gather_objects(results) for row in rank_results]
+    return dist_utils.broadcast_object(task.after_evaluation(val_result=results, split_name=split, epoch=epoch))
