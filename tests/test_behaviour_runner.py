@@ -100,7 +100,7 @@ def spoil_losses(runner, steps, factor=math.nan):
 def validate_with(runner, losses):
     """Lets the validation after each epoch measure the listed losses."""
     values = iter(losses)
-    runner.datasets = {"stub": {"val": []}}
+    runner.datasets = {"stub": {"val": [CAPTION]}}
     runner.task.evaluation = lambda *_, **__: [BatchLoss(next(values), 1)]
 
 

@@ -178,7 +178,7 @@ def test_resumes_on_another_number_of_ranks(command, alone, tmp_path):
     assert [row["step"] for row in rows] == list(range(UPDATES))
     # A batch of 8 means over its tokens, two of 4 mean twice: the same samples, losses a little apart.
     assert losses[:6] == pytest.approx(alone[0][:6], abs=1e-6)
-    assert losses[6:] == pytest.approx(alone[0][6:], rel=0.02)
+    assert losses[6:] == pytest.approx(alone[0][6:], rel=0.05)
 
 
 def test_a_killed_rank_ends_the_others_with_one_message(command, tmp_path):

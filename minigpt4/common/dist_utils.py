@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -156,7 +156,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def lockstep(items: Iterator[Result]) -> Iterator[tuple[Result, bool]]:
+def lockstep(items: Iterable[Result]) -> Iterator[tuple[Result, bool]]:
     """Gives every rank as many items as the rank with the most has, for work that needs all ranks.
 
     Yields:

@@ -1,7 +1,6 @@
 """Evaluates one split of the data sets by the methods of a task."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,23 +13,23 @@ from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import eval_batches
 
 
-@dataclass
-class EvalLoader:
-    """The batches of this rank's share of a split, their tensors on the device; each sample comes once."""
+class SplitLoader:
+    """This rank's share of a split of several data sets: batches with their tensors on the device, each sample once."""
 
-    datasets: Mapping[str, Any]
-    run_cfg: RunConfig
-    device: torch.device
+    def __init__(self, datasets: Mapping[str, Any], run_cfg: RunConfig, device: torch.device) -> None:
+        settings = run_cfg.batch_size_eval, run_cfg.num_workers, run_cfg.seed, devices.pins_memory(device)
+        self.loaders = [eval_batches(name, dataset, *settings) for name, dataset in datasets.items()]
+        self.is_sharded = run_cfg.parallel == "fsdp"
+        self.device = device
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        cfg = self.run_cfg
-        for name, dataset in self.datasets.items():
-            settings = cfg.batch_size_eval, cfg.num_workers, cfg.seed, devices.pins_memory(self.device)
-            batches = eval_batches(name, dataset, *settings)
+        for loader in self.loaders:
             # With a sharded model, every forward needs all ranks.
-            is_sharded = cfg.parallel == "fsdp"
-            counted = dist_utils.lockstep(batches) if is_sharded else ((batch, True) for batch in batches)
-            for batch, is_own in counted:
+            batches = dist_utils.lockstep(loader) if self.is_sharded else ((batch, True) for batch in loader)
+            for batch, is_own in batches:
                 yield devices.move_to(batch, self.device) | ({} if is_own else {"is_filler": True})
 
 
@@ -65,7 +64,7 @@ def evaluate_split(
         raise UserError(f"No data set has a split '{split}'; set build_info.{split}_storage.")
     model.eval()
     task.before_evaluation(model=model, dataset=[*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values())))
-    loader = EvalLoader(chosen, run_cfg, device)
+    loader = SplitLoader(chosen, run_cfg, device)
     with (
         torch.no_grad(),
         devices.local_seed(run_cfg.seed),
