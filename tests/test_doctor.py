@@ -98,7 +98,7 @@ def test_2_out_of_memory(diagnose, monkeypatch):
 
 def test_2_slices_over_cards(diagnose, monkeypatch):
     """What a rank holds: all but the layers, its slice of them, and two whole layers."""
-    options = ("run.parallel=fsdp", "run.batch_size_train=2")
+    options = ("run.parallel=fsdp", "run.batch_size_train=2", "model.llm_dtype=fp32", "run.amp=False")
     whole = sum(diagnose(*options)["memory, training"].numbers.values())
     layer = 4 * (4 * 160 * 160 + 3 * 160 * 432 + 2 * 160)
     for room, told in ((4 * layer / 2.5, "on 3 cards"), (0, None)):

@@ -158,11 +158,10 @@ def amp_dtype(run_cfg: RunConfig, device: torch.device) -> torch.dtype:
     """Returns the precision of a run's autocast; float32 means none."""
     if not run_cfg.amp:
         return torch.float32
-    best_dtype = default_dtype(device)
-    if best_dtype == torch.float32:
-        _log_once("run.amp: computing in float32, as this device has no faster half precision.")
-    is_chosen = run_cfg.amp_dtype is not None and best_dtype != torch.float32
-    return DTYPES[run_cfg.amp_dtype] if is_chosen else best_dtype
+    dtype = DTYPES[run_cfg.amp_dtype] if run_cfg.amp_dtype else default_dtype(device)
+    if dtype == torch.float32:
+        _log_once("run.amp: computing in float32" + ("." if run_cfg.amp_dtype else ", the fastest on this device."))
+    return dtype
 
 
 def has_fused_optimizer(device: torch.device) -> bool:

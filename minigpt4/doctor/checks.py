@@ -107,7 +107,7 @@ def _precision(run_cfg: RunConfig, files: ModelFiles) -> Finding:
         other = "bf16" if default == torch.bfloat16 else "fp32"
         message = f"{' and '.join(fp16)} is fp16, which ends at 65504; this device has {other}, which does not overflow"
         return Finding("precision", WARNING, message, f"Set {fp16[0]}: {other}." + see("nan"))
-    dtypes = resources.amp_dtype(run_cfg, files.device), files.dtype
+    dtypes = devices.amp_dtype(run_cfg, files.device), files.dtype
     amp, llm = (str(dtype).removeprefix("torch.") for dtype in dtypes)
     return Finding("precision", OK, f"steps in {amp}, language model in {llm}")
 

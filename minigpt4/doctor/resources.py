@@ -11,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -26,13 +25,6 @@ from minigpt4.models.language_model import decoder_layers
 
 CHAT_TOKENS = 2000  # of a full chat, Chat.answer's max_length
 _OUT_OF_MEMORY = see("out-of-memory")
-
-
-def amp_dtype(run_cfg: RunConfig, device: torch.device) -> torch.dtype:
-    """The precision in which a run computes its steps."""
-    if not run_cfg.amp:
-        return torch.float32
-    return devices.DTYPES[run_cfg.amp_dtype] if run_cfg.amp_dtype else devices.default_dtype(device)
 
 
 def disk(run_cfg: RunConfig, files: ModelFiles, drawn: list[SampleStats]) -> list[Finding]:
@@ -104,7 +96,7 @@ def training_memory(run_cfg: RunConfig, files: ModelFiles, captions: list[str]) 
 
 def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, int]:
     """Bytes by part at the peak of a training step with such a batch."""
-    amp = amp_dtype(run_cfg, files.device)
+    amp = devices.amp_dtype(run_cfg, files.device)
     return memory.training(model, files.device, amp, files.cfg.image_size, samples)
 
 
@@ -129,21 +121,21 @@ def timed_steps(args: Any, cfg: Any, files: ModelFiles) -> list[Finding]:
         changes = {"output_dir": folder, "resume": None, "resume_ckpt_path": None, "tracker": None}
         short = copy.copy(cfg)
         short.config = OmegaConf.merge(cfg.config, {"run": {**changes, "feature_cache": None}})
-        task = setup_task(short)
+        task = setup_task(short, files.device)
         model, datasets = task.build_model(short), task.build_datasets(short)
         runner = RunnerBase(cfg=short, job_id="doctor", task=task, model=model, datasets=datasets)
         runner.wrapped_model.train()
         seconds, waits, batches = [], [], []
-        loader = runner._train_loader().iter_epoch(0)
+        loader = runner.build_train_loader().iter_epoch(0)
         for _ in range(min(args.steps, runner.iters_per_epoch)):
             start = time.perf_counter()
             batch = next(loader)
             waits.append(time.perf_counter() - start)
-            output = runner.train_step(batch, is_update=True)
+            loss = runner.train_step(batch, is_update=True)
             devices.synchronize(files.device)
             seconds.append(time.perf_counter() - start)
             batches.append({"text_input": batch["text_input"], "instruction": batch["instruction"]})
-    return _step_findings(runner, files, seconds, waits, batches, output["loss"].item())
+    return _step_findings(runner, files, seconds, waits, batches, loss.item())
 
 
 def _step_findings(
