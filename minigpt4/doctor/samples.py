@@ -155,4 +155,3 @@ def sheet(drawn: Sequence[SampleStats], path: Path, columns: int = 8, side: int 
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, compress_level=1)
     return path
-

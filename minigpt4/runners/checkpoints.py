@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,18 @@ from minigpt4.common.schema import RunConfig
 RESUME_KEY = "run.resume_ckpt_path"
 BEST = "checkpoint_best.pth"
 _PARTIAL = ".tmp"
+
+
+@dataclass
+class TrainState:
+    """Counters of a run, stored in its checkpoints."""
+
+    epoch: int = 0  # in progress, or next
+    iteration: int = 0  # finished iterations of this epoch
+    step: int = 0  # finished iterations of all epochs
+    best_metric: float = -float("inf")
+    num_nonfinite: int = 0  # updates skipped because of a non-finite loss
+    num_nonfinite_in_a_row: int = 0
 
 
 def find_resume_checkpoint(run_cfg: RunConfig) -> Path | None:

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,13 @@ from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
 from minigpt4.runners import checkpoints
-from minigpt4.runners.checkpoints import BEST, RESUME_KEY
+from minigpt4.runners.checkpoints import BEST, RESUME_KEY, TrainState
 from minigpt4.runners.evaluation import evaluate_split
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.signals import StopRequest
 from minigpt4.runners.updater import Updater
 
 _COUNTS = ("num_tokens", "num_padded_tokens")
-
-
-@dataclass
-class TrainState:
-    """Counters of a run, stored in its checkpoints."""
-
-    epoch: int = 0  # in progress, or next
-    iteration: int = 0  # finished iterations of this epoch
-    step: int = 0  # finished iterations of all epochs
-    best_metric: float = -float("inf")
-    num_nonfinite: int = 0  # updates skipped because of a non-finite loss
-    num_nonfinite_in_a_row: int = 0
 
 
 @registry.register_runner("runner_base")
