@@ -234,6 +234,7 @@ def test_the_penalty_sees_the_begin_token(llm):
     assert generate(llm, embeds, mask, options, [best], NO_EOS)[0].ids != [best]
 
 
+@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
 def test_penalties_are_those_of_transformers_where_no_token_precedes(llm):
     embeds, mask = context(llm, 6, seed=1)
     settings = {"repetition_penalty": 1.4, "min_new_tokens": 9}
@@ -244,10 +245,9 @@ def test_penalties_are_those_of_transformers_where_no_token_precedes(llm):
 @pytest.mark.parametrize("bos", [[1], []], ids=["begin token", "no begin token"])
 @pytest.mark.parametrize("min_length", [1, 4, 8])
 def test_min_length_counts_the_begin_token(llm, min_length, bos):
-    for seed in range(3):
+    for seed, number in ((0, 0), (1, 2), (2, 2)):
         embeds, mask = context(llm, 6, seed)
-        full = by_hand(llm, embeds, 6, bos, -1)
-        eos = full[2]  # ends the third token at the latest, unless it is banned
+        eos = by_hand(llm, embeds, 6, bos, -1)[number]  # would end the row there, unless it is banned
         found = generate(llm, embeds, mask, greedy(12, min_length=min_length), bos, [eos])[0].ids
         assert found == by_hand(llm, embeds, 12, bos, eos, min_length=min_length)
         assert eos not in found[: min_length - len(bos)]

@@ -13,24 +13,17 @@ IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
 
 def build_context_ids(model: MiniGPT4, conv: Conversation, num_images: int, capacity: int) -> list[int]:
-    """Ids of the prompt that asks for an answer, with image positions; the oldest turns go first, images stay.
-
-    Args:
-        model: tokenizes.
-        conv: ends with a question.
-        num_images: number of images that were given for its placeholders.
-        capacity: largest number of ids.
+    """At most ``capacity`` ids of the prompt that asks for an answer; the oldest turns are left out first, images stay.
 
     Raises:
-        UserError: placeholders and images differ in number, or the last question alone is too long.
+        UserError: there are more or fewer placeholders than images, or the last question alone is too long.
     """
     prompt_conv = conv.copy()
     prompt_conv.append_message(conv.roles[1], None)
     num_placeholders = prompt_conv.get_prompt().count(IMAGE_PLACEHOLDER)
     if num_placeholders != num_images:
-        raise UserError(
-            f"The conversation shows {num_placeholders} images and {num_images} were given; start a new chat."
-        )
+        message = f"The conversation shows {num_placeholders} images and {num_images} were given; start a new chat."
+        raise UserError(message)
 
     def tokenize(conv: Conversation) -> list[int]:
         return [*model.bos_ids, *model.tokenize_prompt(conv.get_prompt())]

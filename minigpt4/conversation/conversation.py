@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ class Chat:
         ids = build_context_ids(self.model, conv, len(img_list), max_length - options.max_new_tokens)
         embeds, _ = self._embed([ids], [img_list])
         conv.append_message(conv.roles[1], None)
-        arguments = {name: value for name, value in asdict(options).items() if name not in ("seed", "stop")}
+        arguments = {name: value for name, value in vars(options).items() if name not in ("seed", "stop")}
         return {"inputs_embeds": embeds, "stopping_criteria": self.stopping_criteria, **arguments}
 
     def stream_answer(

@@ -62,7 +62,7 @@ class DecodingState:
         options: Sequence[GenerationOptions],
         cache: DynamicCache | None = None,
     ) -> list[int]:
-        """Prefills new rows, which join those that are being decoded.
+        """Prefills new rows, which join those that are being decoded; returns their numbers in the events of ``step``.
 
         Args:
             inputs_embeds: the positions to prefill [B, t, L], shorter rows padded on the left.
@@ -70,9 +70,6 @@ class DecodingState:
             options: one for each row; ``num_beams`` has no effect.
             cache: the S positions that were prefilled before. It is extended in place, and remains the cache of these
                 rows as long as no others join or leave.
-
-        Returns:
-            The numbers of the rows in the events of ``step``, counted from 0.
         """
         cache, device = new_cache() if cache is None else cache, inputs_embeds.device
         if self.rows:
@@ -92,11 +89,7 @@ class DecodingState:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int, bool]]:
-        """Chooses one token for each row; rows that end leave.
-
-        Returns:
-            (row number, token id, whether the row ends with it other than by ``max_new_tokens``) for each row.
-        """
+        """Chooses one token for each row; rows that end leave. The events are those of ``stream``."""
         self._feed_last_tokens()
         if not any(row.processors or row.options.do_sample for row in self.rows):
             tokens = self._logits.argmax(-1)
@@ -153,11 +146,7 @@ def generate(
     eos_ids: Sequence[int],
     cache: DynamicCache | None = None,
 ) -> list[Generated]:
-    """Continues each row of a batch of contexts; arguments as for ``stream``.
-
-    Returns:
-        A result for each row; the token that ended a row is the last of its ids.
-    """
+    """Continues each row of a batch of contexts, the token that ends it included; arguments as for ``stream``."""
     each = _for_each(options, len(inputs_embeds))
     if len(each) == 1 and each[0].num_beams > 1:
         return [beam_search(llm, inputs_embeds, attention_mask, each[0], bos_ids, eos_ids, cache)]

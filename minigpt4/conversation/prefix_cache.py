@@ -61,11 +61,10 @@ class PrefixCache:
         self._prefixes.clear()
 
     def take(self, ids: Sequence[int], images: Sequence[Tensor]) -> Prefix:
-        """The longest cached prefix of a context, or an empty one; the caller may extend it.
+        """The longest cached prefix of a context, or an empty one; at least the last position is left to prefill.
 
         A chat that the context continues is removed until ``put`` stores it again. One that shares only its beginning,
-        such as the system text, stays, and the caller gets a copy. At least the last position is left to prefill,
-        because its logits are needed.
+        such as the system text, stays, and the caller gets a copy.
         """
         lengths = [min(prefix.common_length(ids, images), len(ids) - 1) for prefix in self._prefixes]
         if not (length := max(lengths, default=0)):

@@ -112,47 +112,28 @@ TEMPLATES = {
     "vicuna_v1": Conversation(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        roles=("USER", "ASSISTANT"),
-        messages=[],
-        offset=2,
-        sep_style=SeparatorStyle.TWO,
-        sep=" ",
-        sep2="</s>",
+        roles=("USER", "ASSISTANT"), messages=[], offset=2, sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>",
     ),
     "llama_2": Conversation(
-        system=CONV_VISION.system,
-        roles=("[INST]", "[/INST]"),
-        messages=[],
-        offset=2,
-        sep_style=SeparatorStyle.RENDER,
-        sep="",
-        sep2="</s>",
-        render=_render_llama_2,
+        system=CONV_VISION.system, roles=("[INST]", "[/INST]"), messages=[], offset=2,
+        sep_style=SeparatorStyle.RENDER, sep="", sep2="</s>", render=_render_llama_2,
     ),
-}
+}  # fmt: skip
 
 
 def choose_template(model_cfg: Any, tokenizer: Any) -> Conversation:
-    """The chat template of a model. The size of the vocabulary decides nothing.
+    """The chat template of a ``model`` section and the LM's tokenizer; UserError where ``conversation`` is unknown.
 
     1. What the projection was trained with, ``prompt_template`` and ``end_sym``: ``conversation``'s or Vicuna v0's
        template where that has this form (both add a system text), else the form itself.
     2. The template named ``conversation``.
     3. The tokenizer's own chat template.
     4. Vicuna v0's, with a warning.
-
-    Args:
-        model_cfg: the ``model`` section with attributes ``conversation``, ``prompt_template`` and ``end_sym``.
-        tokenizer: that of the LM.
-
-    Raises:
-        UserError: there is no template of that name.
     """
     name, form, end_sym = model_cfg.conversation, model_cfg.prompt_template, model_cfg.end_sym
     if name is not None and name not in TEMPLATES:
-        raise UserError(
-            f"model.conversation is '{name}'.{nearest(name, TEMPLATES)} Known templates: {', '.join(TEMPLATES)}."
-        )
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"model.conversation is '{name}'.{nearest(name, TEMPLATES)} Known templates: {known}.")
     named = TEMPLATES.get(name)
     if named is not None and (not form or _has_form(named, form, end_sym)):
         return named
