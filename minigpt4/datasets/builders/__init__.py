@@ -1,4 +1,4 @@
-"""Builders by registered name: a section under ``datasets`` to its splits."""
+"""Builders by registered name: from a section under ``datasets`` to data sets by split."""
 
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.builders.image_text_pair_builder import (

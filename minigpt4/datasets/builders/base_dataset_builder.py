@@ -1,68 +1,111 @@
-"""What every builder does: processors from their configuration, a data set a split."""
+"""The base class of builders: processors and data sets by split, from a section under ``datasets``."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from omegaconf import DictConfig, OmegaConf
+
+from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
-from minigpt4.common.registry import registry
-from minigpt4.common.schema import SPLITS
+from minigpt4.processors import BaseProcessor, load_processor
+
+
+def load_dataset_config(cfg_path: str | Path) -> DictConfig:
+    """The section of the first data set in a YAML file."""
+    return next(iter(OmegaConf.load(cfg_path).datasets.values()))
 
 
 class BaseDatasetBuilder:
-    """Builds the splits of one data set from its section.
+    """Builds the data sets of one section.
 
-    Subclasses give ``build_split``; keys of their own under the section are passed on unchecked.
+    Subclasses override ``build``, ``build_datasets`` or only the data set classes, see ``build``. A data set may be a
+    torch ``Dataset`` or ``IterableDataset``, a webdataset ``DataPipeline``, or any object with ``__len__`` and
+    ``__getitem__``. Its samples are dicts; a method ``collater`` makes batches of them, by default torch's
+    ``default_collate``.
 
     Args:
-        cfg: the section under ``datasets``.
-        name: its name, for messages.
+        cfg: the section, a YAML file that contains it, or None for the default YAML file.
+        name: of the data set, for messages.
+
+    Attributes:
+        config: the section, keys of the user's own included.
+        vis_processors, text_processors: processors of the splits ``train`` and ``eval``; the identity until
+            ``build_processors`` is called.
     """
 
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {}
+    train_dataset_cls: ClassVar[Any] = None
+    eval_dataset_cls: ClassVar[Any] = None
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {}  # type: path of a YAML file, relative to the package or absolute
 
-    def __init__(self, cfg: Mapping[str, Any] | None = None, name: str = "") -> None:
-        self.config = cfg or {}
+    def __init__(self, cfg: Mapping[str, Any] | str | Path | None = None, name: str = "") -> None:
+        path = self.default_config_path() if cfg is None else cfg
+        if isinstance(path, str | Path):
+            cfg = load_dataset_config(path)
+        self.config = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg or {}))
         self.name = name
+        self.data_type = self.config.get("data_type", "images")
+        self.vis_processors: dict[str, Any] = {"train": BaseProcessor(), "eval": BaseProcessor()}
+        self.text_processors: dict[str, Any] = {"train": BaseProcessor(), "eval": BaseProcessor()}
 
     @classmethod
     def default_config_path(cls, type: str = "default") -> Path | None:
-        """The YAML file of a data set's defaults, or None where it has none."""
+        """The YAML file with the defaults of a data set, or None if it has none."""
         path = cls.DATASET_CONFIG_DICT.get(type)
         return Path(__file__).parents[2] / path if path else None
 
     def build_datasets(self) -> dict[str, Any]:
-        """Every split whose storage is given: ``train`` and, from val_storage and test_storage, ``val`` and ``test``.
+        """Downloads what is missing, on the main process only, and returns ``{split: data set}``."""
+        dist_utils.run_on_main(self._download_data)
+        return self.build()
 
-        Raises:
-            UserError: there is no data where the section says.
-        """
-        build_info = self.config.get("build_info") or {}
-        if not build_info.get("storage") and not build_info.get("val_storage"):
-            raise UserError(f"datasets.{self.name}.build_info.storage is not set; give it the place of the data.")
-        return {
-            split: self.build_split(split, build_info[key], f"datasets.{self.name}.build_info.{key}")
-            for split, key in SPLITS.items()
-            if build_info.get(key)
-        }
-
-    def build_split(self, split: str, storage: Any, key: str) -> Any:
-        """Builds one split from its place; ``key`` names the place in messages."""
-        raise NotImplementedError
-
-    def vis_processor(self, split: str) -> Any:
-        """The image processor of a split: ``train`` for training, ``eval`` (of the same size by default) for others."""
+    def build_processors(self) -> None:
+        """Builds the processors of the section; those of ``eval`` follow from ``train`` where they are not given."""
         sections = self.config.get("vis_processor") or {}
         train = sections.get("train") or {"name": "blip2_image_train"}
-        evaluate = sections.get("eval") or {"name": "blip2_image_eval", "image_size": train.get("image_size", 224)}
-        return _processor(train if split == "train" else evaluate)
-
-    def text_processor(self, split: str) -> Any:
-        """The caption processor of a split, the same for all where only ``train`` is given."""
+        size = {"image_size": train.image_size} if "image_size" in train else {}
+        evaluation = sections.get("eval") or {"name": "blip2_image_eval", **size}
+        self.vis_processors = {"train": _processor(train), "eval": _processor(evaluation)}
         sections = self.config.get("text_processor") or {}
         train = sections.get("train") or {"name": "blip_caption"}
-        return _processor(train if split == "train" else sections.get("eval") or train)
+        self.text_processors = {"train": _processor(train), "eval": _processor(sections.get("eval") or train)}
+
+    def _download_data(self) -> None:
+        self._download_ann()
+        self._download_vis()
+
+    def _download_ann(self) -> None:
+        """Downloads annotations; nothing here."""
+
+    def _download_vis(self) -> None:
+        """Downloads images; nothing here."""
+
+    def build(self) -> dict[str, Any]:
+        """Builds one data set per split of ``build_info.annotations``, with ``train_dataset_cls`` or eval_dataset_cls.
+
+        The annotation files are ``annotations.SPLIT.storage``, the images are in ``build_info.DATA_TYPE.storage``.
+
+        Raises:
+            UserError: the section has no annotations; such builders override this method.
+        """
+        self.build_processors()
+        build_info = self.config.get("build_info") or {}
+        if not build_info.get("annotations"):
+            raise UserError(
+                f"datasets.{self.name}.build_info.annotations is not set; expected SPLIT.storage with annotation files "
+                f"below it. A builder whose data are stored otherwise overrides build()."
+            )
+        datasets = {}
+        for split, info in build_info.annotations.items():
+            kind = "train" if split == "train" else "eval"
+            datasets[split] = (self.train_dataset_cls if kind == "train" else self.eval_dataset_cls)(
+                vis_processor=self.vis_processors[kind],
+                text_processor=self.text_processors[kind],
+                vis_root=(build_info.get(self.data_type) or {}).get("storage"),
+                ann_paths=[info.storage] if isinstance(info.storage, str) else list(info.storage),
+            )
+        return datasets
 
 
 def _processor(section: Mapping[str, Any]) -> Any:
-    return registry.get_processor_class(section["name"]).from_config(section)
+    return load_processor(section["name"], section)

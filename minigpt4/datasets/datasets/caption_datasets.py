@@ -1,0 +1,38 @@
+"""The reference's data set of images and captions, for data sets that users define."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from minigpt4.datasets.datasets.base_dataset import BaseDataset
+
+
+class CaptionDataset(BaseDataset):
+    """Annotations with ``image_id`` and ``caption``; images are named as COCO's, with twelve digits.
+
+    A sample has ``image`` (what the image processor returns), ``text_input`` and ``image_id``, which counts the
+    different image ids from 0; ``img_ids`` maps them to their numbers.
+    """
+
+    FILE_NAME = "{:0>12}.jpg"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.img_ids: dict[Any, int] = {}
+        for entry in self.annotation:
+            self.img_ids.setdefault(entry["image_id"], len(self.img_ids))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reads and processes one image and its caption; raises OSError if the image cannot be read."""
+        entry = self.annotation[index]
+        image = Image.open(Path(self.vis_root or "") / self.FILE_NAME.format(entry["image_id"])).convert("RGB")
+        return {
+            "image": self.vis_processor(image),
+            "text_input": self.prepare_caption(entry["caption"]),
+            "image_id": self.img_ids[entry["image_id"]],
+        }
+
+    def prepare_caption(self, caption: str) -> str:
+        """Passes a caption through the text processor."""
+        return self.text_processor(caption)
