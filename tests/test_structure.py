@@ -12,7 +12,7 @@ ALLOWED = {  # as docs/ARCHITECTURE.md lists it
     "common": set(),
     "processors": {"common"},
     "models": {"common"},
-    "datasets": {"common", "models"},
+    "datasets": {"common", "models", "processors"},
     "tasks": {"common", "datasets"},
     "runners": {"common", "datasets", "models"},
     "conversation": {"common", "models"},
