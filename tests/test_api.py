@@ -1,7 +1,9 @@
 """The API on the embedded model, driven by the official client over a real socket."""
 
+import json
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import httpx
@@ -78,16 +80,24 @@ def test_stop_strings(server, image):
 
 
 def test_system_text(server, image):
-    plain = server.ask(content(image))
-    system = {"role": "system", "content": "Be brief."}
-    more = server.ask(None, messages=[system, {"role": "user", "content": content(image)}])
-    assert more.usage.prompt_tokens > plain.usage.prompt_tokens
+    def prompt_tokens(*first):
+        return server.ask(None, messages=[*first, {"role": "user", "content": content(image)}]).usage.prompt_tokens
+
+    counts = [prompt_tokens({"role": role, "content": "Be brief."}) for role in ("system", "developer")]
+    assert counts[0] == counts[1] > prompt_tokens()
 
 
 @pytest.mark.parametrize("limit", [1, 3])
 def test_max_completion_tokens_limits_the_answer(server, image, limit):
     found = server.ask(content(image), max_completion_tokens=limit, max_tokens=12)
     assert found.usage.completion_tokens == limit and found.choices[0].finish_reason == "length"
+
+
+def test_without_a_limit_the_answer_has_at_most_the_servers(server):
+    body = json.loads(post_text())
+    del body["max_tokens"]
+    found = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] <= 100
 
 
 def test_seed_and_top_p_reach_sampling(server, image, chat, scene_folder):
@@ -210,6 +220,23 @@ def test_a_client_that_leaves_ends_its_answer(server, image):
         stream.close()
     begin = time.time()
     assert server.ask("Yes?").choices and time.time() - begin < 30
+
+
+def test_a_client_that_leaves_without_streaming_ends_its_answer(server, chat, monkeypatch):
+    stream_batch = chat.stream_batch
+
+    def slow(convs, img_lists, options, max_length):
+        each = [replace(o, min_length=1000) for o in options]
+        for update in stream_batch(convs, img_lists, each, max_length):
+            time.sleep(0.1)
+            yield update
+
+    monkeypatch.setattr(chat, "template", replace(chat.template, sep="%%"))  # a stop string that it never generates
+    monkeypatch.setattr(chat, "stream_batch", slow)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/chat/completions", content=post_text(max_tokens=100), timeout=0.3)
+    begin = time.monotonic()
+    assert server.ask("Yes?", max_tokens=1).choices and time.monotonic() - begin < 5  # 100 tokens would take 10 s
 
 
 def test_api_key(chat):

@@ -98,3 +98,22 @@ def test_generation_options_of_the_command_line(monkeypatch):
     numbers = {"temperature": 0.5, "top-p": 0.3, "num-beams": 4, "max-new-tokens": 7, "seed": 5}
     given = options(*(word for name, value in numbers.items() for word in (f"--{name}", str(value))))
     assert [getattr(given, name.replace("-", "_")) for name in numbers] == list(numbers.values())
+
+
+def test_the_accelerator_of_the_command_line_is_used(monkeypatch):
+    from minigpt4.common import device as devices
+    from minigpt4.common.errors import UserError
+
+    picked = []
+
+    def pick(*arguments):
+        picked.append(arguments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(devices, "pick", pick)
+    options = ["run.device=cuda", "run.strict_device=True"]
+    arguments = ["--cfg-path", "eval_configs/quickstart_eval.yaml", "--gpu-id", "3", "--options", *options]
+    monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+    with pytest.raises(SystemExit, match="error: enough"):
+        demo.main()
+    assert picked == [("cuda", 3, True)]

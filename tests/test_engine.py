@@ -110,3 +110,12 @@ def test_a_cancelled_request_ends_at_its_next_token(chat):
     request.on_update = lambda update: (on_update(update), request.cancelled.set())
     run_together(chat, [request], max_batch=1)
     assert len(log.latest["cancelled"].ids) == 2
+
+
+def test_an_answer_ends_when_its_time_is_up(chat):
+    log = Log()
+    request = log.request("slow", min_length=1000, max_new_tokens=200)
+    on_update, request.timeout_seconds = request.on_update, 0.5
+    request.on_update = lambda update: (on_update(update), time.sleep(0.05))
+    run_together(chat, [request], max_batch=1)
+    assert len(log.latest["slow"].ids) < 20

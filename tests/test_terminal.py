@@ -1,7 +1,7 @@
 """The chat in the terminal, on the embedded model."""
 
 import pytest
-from serving import GREEDY
+from serving import GREEDY, QUESTION
 
 from minigpt4.conversation.stopping import hold_back_partial_stop
 from minigpt4.serve.terminal import terminal_chat
@@ -38,6 +38,15 @@ def test_commands_and_answers(chat, capsys, scene_folder):
 def test_the_chat_continues_after_a_mistake(chat, capsys, scene_folder, line, message):
     shown = talk(chat, capsys, line.format(scene_folder), "你好 🙂?")
     assert message in shown.err and len(shown.err.splitlines()) == 1 and len(shown.out.splitlines()) == 1
+
+
+def test_a_refused_question_and_a_reset_chat_leave_nothing(chat, capsys, scene_folder):
+    image, question = f"/image {scene_folder}/0.png", QUESTION
+    with_image = talk(chat, capsys, image, question).out.splitlines()[-1]
+    without = talk(chat, capsys, question).out.splitlines()[-1]
+    assert with_image != without
+    assert talk(chat, capsys, image, "x" * 100_000, question).out.splitlines()[-1] == with_image
+    assert talk(chat, capsys, image, "/reset", question).out.splitlines()[-1] == without
 
 
 def test_images_of_every_kind(chat, capsys, image_kinds):

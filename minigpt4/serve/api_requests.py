@@ -186,8 +186,7 @@ def read_options(
     tail = 4 * max(map(len, stop_strings), default=0) + 1
     options = GenerationOptions(
         max_new_tokens=max_tokens,
-        do_sample=body.temperature > 0,
-        temperature=body.temperature or 1.0,
+        temperature=body.temperature,
         top_p=body.top_p,
         seed=body.seed,
         stop=lambda ids: bool(stop_strings) and any(text in decode(ids[-tail:]) for text in stop_strings),

@@ -169,7 +169,7 @@ class _Page:
             return
         do_sample, temperature, top_p, num_beams, max_new_tokens, seed = settings
         options = GenerationOptions(
-            do_sample=do_sample and temperature > 0, temperature=temperature, top_p=top_p, num_beams=int(num_beams),
+            do_sample=do_sample, temperature=temperature, top_p=top_p, num_beams=int(num_beams),
             max_new_tokens=int(max_new_tokens), seed=int(seed or 0),
             stop=lambda ids: session.is_stopped or session.job is not job,
         )  # fmt: skip
