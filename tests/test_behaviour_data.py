@@ -69,3 +69,28 @@ def test_each_pass_has_another_order_and_other_crops(tmp_path):
     assert len(crops) == 8
     for text, images in crops.items():
         assert len(set(images)) == 3, text
+
+
+@pytest.fixture
+def shards_config(tmp_path):
+    """Two epochs of nine batches over four shards of ten samples."""
+    scenes.write_shards(tmp_path / "shards", num_shards=4, scenes_per_shard=10, seed=1)
+    section = align_section("")["cc_sbu_align"]
+    section["build_info"] = {"storage": f"{tmp_path}/shards/*.tar", "shuffle_buffer": 5}
+    return write_config(tmp_path / "run.yaml", {"iters_per_epoch": 9, "max_epoch": 2}, {"cc_sbu": section})
+
+
+def test_shards_are_drawn_anew_in_each_epoch(shards_config, tmp_path):
+    assert run_ranks(1, shards_config, tmp_path / "run") == [0], logs(tmp_path / "run")
+    batches = seen(tmp_path / "run", 0)
+    assert len(batches) == 18 and sorted(batches[:9]) != sorted(batches[9:])
+
+
+@pytest.mark.parametrize("step", [5, 11])
+def test_a_resume_within_an_epoch_goes_on_with_the_next_worker(shards_config, tmp_path, step):
+    options = ["run.num_workers=3", "run.save_every_iters=1"]
+    assert run_ranks(1, shards_config, tmp_path / "whole", options) == [0], logs(tmp_path / "whole")
+    checkpoint = folder_of(tmp_path / "whole" / "out") / f"checkpoint_step_{step}.pth"
+    options.append(f"run.resume_ckpt_path={checkpoint}")
+    assert run_ranks(1, shards_config, tmp_path / "resumed", options) == [0], logs(tmp_path / "resumed")
+    assert seen(tmp_path / "resumed", 0) == seen(tmp_path / "whole", 0)[step:]
