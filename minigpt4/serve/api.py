@@ -8,8 +8,8 @@ import socket
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -20,7 +20,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.stopping import hold_back_partial_stop
 from minigpt4.serve import api_requests
-from minigpt4.serve.api_requests import ApiError, Body, Limits, parse_body, read_body
+from minigpt4.serve.api_requests import ApiError, Body, Limits, read_body
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.engine import Request as EngineRequest
 
@@ -45,12 +45,13 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         text = f"{request.method} {request.url.path}: {error.detail}; see /v1/chat/completions, /v1/models, /health."
-        return JSONResponse(ApiError(error.status_code, text, "not_found").body, error.status_code)
+        return JSONResponse(ApiError(text, code="not_found").body, error.status_code)
 
     def check_key(request: Request) -> None:
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key is not None and not hmac.compare_digest(key.encode(), api_key.encode()):
-            raise ApiError(401, "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.", "bad_key")
+            text = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
+            raise ApiError(text, status=401, code="bad_key")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -64,9 +65,10 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
     @app.post("/v1/chat/completions", response_model=None)
     async def complete(request: Request) -> StreamingResponse | JSONResponse:
         check_key(request)
-        body = parse_body(await read_body(request, limits.max_body_bytes))
+        body = await read_body(request, limits.max_body_bytes)
         if body.model != name:
-            raise ApiError(404, f"There is no model '{body.model}'; this server has '{name}'.", "no_model", "model")
+            text = f"There is no model '{body.model}'; this server has '{name}'."
+            raise ApiError(text, "model", status=404, code="no_model")
         pending = await _submit(body, limits, engine)
         if body.stream:
             first = await anext(pending.answers)  # until here, an error still has its HTTP status
@@ -90,8 +92,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
     uvicorn.Server(config).run([listener])
 
 
-@dataclass
-class _Pending:
+class _Pending(NamedTuple):
     """A submitted request: its growing answer, and the strings whose beginning is held back in a stream."""
 
     request: EngineRequest
@@ -104,7 +105,7 @@ async def _submit(body: Body, limits: Limits, engine: Engine) -> _Pending:
     chat = engine.chat
     api_requests.check_messages(body.messages, limits)
     options, stop_strings = api_requests.read_options(body, limits, chat.model.llama_tokenizer.decode)
-    system, messages = await api_requests.read_messages(body.messages, limits, chat.preprocess_image)
+    system, messages = await api_requests.load_messages(body.messages, limits, chat.preprocess_image)
     loop, updates = asyncio.get_running_loop(), asyncio.Queue()
 
     def truncate(text: str) -> str:
@@ -120,7 +121,7 @@ async def _submit(body: Body, limits: Limits, engine: Engine) -> _Pending:
     try:
         engine.submit(request)
     except queue.Full:
-        raise ApiError(429, "Too many requests are waiting; try again later.", "queue_full") from None
+        raise ApiError("Too many requests are waiting; try again later.", status=429, code="queue_full") from None
     return _Pending(request, _receive(request, updates), [chat.template.stop_string, *stop_strings])
 
 
@@ -135,11 +136,11 @@ async def _receive(request: EngineRequest, updates: asyncio.Queue) -> AsyncItera
                     raise update
             except TimeoutError as error:
                 text = f"The answer took longer than {request.timeout_seconds:g} s."
-                raise ApiError(503, text, "timeout") from error
+                raise ApiError(text, status=503, code="timeout") from error
             if isinstance(update, UserError):
-                raise ApiError(400, str(update), "bad_request", "messages")
+                raise ApiError(str(update), "messages")
             if isinstance(update, Exception):
-                raise ApiError(500, "The model failed; the server's log has the reason.", "internal")
+                raise ApiError("The model failed; the server's log has the reason.", status=500, code="internal")
             yield update
             if update.finish_reason is not None:
                 return

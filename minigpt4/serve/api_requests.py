@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from torch import Tensor
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.sampling import GenerationOptions
 
 MAX_ITEMS = 1000  # messages of a request, and parts of a message
 MAX_DOWNLOAD_SECONDS = 60  # for one image, however slowly it arrives
@@ -82,78 +82,75 @@ class Body(BaseModel):
     n: Literal[1] = 1
 
 
-class ApiError(Exception):
-    """An error response in OpenAI's format."""
+ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+
+class ApiError(Exception):
+    """An error response in OpenAI's format; ``param`` names the field of the request that is wrong."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str = "bad_request") -> None:
         message = str(UserError(message))  # one printable line, whatever it quotes of the request
         super().__init__(message)
         self.status = status
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
-        kind = "server_error" if status >= 500 else kind
+        kind = ERROR_TYPES.get(status, "invalid_request_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Reads a request's body; ApiError 413 if it has more than ``max_bytes``."""
+async def read_body(request: Request, max_bytes: int) -> Body:
+    """Reads and validates a request; ApiError 413 if it is too large, 400 with the name of a wrong field."""
     data = bytearray()
     try:
         async for chunk in request.stream():
             data += chunk
             if len(data) > max_bytes:
-                raise ApiError(413, f"The request is larger than {max_bytes} bytes; send smaller images.", "too_large")
+                text = f"The request is larger than {max_bytes} bytes; send smaller images."
+                raise ApiError(text, status=413, code="too_large")
     except ClientDisconnect as error:
-        raise ApiError(400, "The client disconnected during the request.", "bad_request") from error
-    return bytes(data)
+        raise ApiError("The client disconnected during the request.") from error
+    return parse_body(bytes(data))
 
 
 def parse_body(data: bytes) -> Body:
-    """Validates a request; ApiError 400 that names the wrong field."""
+    """Validates a request; ApiError 400 with the name of the wrong field."""
     try:
         return Body.model_validate(json.loads(data))
     except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         details = getattr(error, "errors", lambda: [])()
         param = ".".join(map(str, details[0]["loc"])) if details else None
-        text = f"{param}: {details[0]['msg']}" if details else f"The body is not JSON ({str(error)[:100]})"
-        raise ApiError(400, text + ".", "bad_request", param) from error
+        raise ApiError(
+            f"{param}: {details[0]['msg']}." if details else f"The body is not JSON ({error}).", param
+        ) from error
 
 
 def check_messages(messages: Sequence[Message], limits: Limits) -> None:
     """Raises ApiError 400 if the messages are not a conversation that can be answered; loads no images."""
     if messages[-1].role != "user":
-        raise ApiError(400, "The last message must be the user's.", "bad_request", "messages")
+        raise ApiError("The last message must be the user's.", "messages")
     num_images = num_characters = 0
     for i, message in enumerate(messages):
         for part in message.parts:
             num_characters += len(part.text)
-            if part.type == "text":
-                continue
-            num_images += 1
-            if message.role != "user" or part.image_url is None or num_images > limits.max_images:
+            num_images += part.type == "image_url"
+            is_allowed = message.role == "user" and part.image_url is not None and num_images <= limits.max_images
+            if part.type == "image_url" and not is_allowed:
                 text = f"Images are sent as image_url in the user's messages, at most {limits.max_images} in all."
-                raise ApiError(400, text, "bad_request", f"messages.{i}.content")
+                raise ApiError(text, f"messages.{i}.content")
     if num_characters > limits.max_characters:
         text = f"The messages have {num_characters} characters; at most {limits.max_characters} are accepted."
-        raise ApiError(400, text, "too_long", "messages")
+        raise ApiError(text, "messages", code="too_long")
     if not any(part.text.strip() for part in messages[-1].parts if part.type == "text"):
-        raise ApiError(400, "The question is empty; write what you want to know.", "bad_request", "messages")
+        raise ApiError("The question is empty; write what you want to know.", "messages")
 
 
-async def read_messages(
+async def load_messages(
     messages: Sequence[Message], limits: Limits, preprocess: Callable[[bytes], Tensor]
 ) -> tuple[str, list[tuple[str, list[str | Tensor]]]]:
-    """Loads the images of checked messages; ApiError 400 if one is not allowed or cannot be read.
+    """Loads the images of checked messages; ``preprocess`` turns an image file into float32 [3, S, S].
 
-    Args:
-        messages: of the request.
-        limits: where images may come from.
-        preprocess: the bytes of an image file to float32 [3, S, S].
-
-    Returns:
-        The system text, and the other messages as (role, texts and images).
+    Returns the system text, and the other messages as (role, texts and images). ApiError 400 names the message whose
+    image is not allowed or cannot be read.
     """
-    system: list[str] = []
-    others: list[tuple[str, list[str | Tensor]]] = []
+    system, others = [], []
     for i, message in enumerate(messages):
         parts: list[str | Tensor] = []
         for part in message.parts:
@@ -165,7 +162,7 @@ async def read_messages(
                 async with limits.decoding:  # in a thread; what waits in the engine's queue is small
                     parts.append(await asyncio.to_thread(preprocess, data))
             except UserError as error:
-                raise ApiError(400, str(error), "bad_image", f"messages.{i}.content") from error
+                raise ApiError(str(error), f"messages.{i}.content", code="bad_image") from error
         if message.role in ("system", "developer"):
             system += parts
         else:
@@ -180,18 +177,16 @@ def read_options(
     max_tokens = body.max_completion_tokens or body.max_tokens or min(300, limits.max_tokens)
     if max_tokens > limits.max_tokens:
         text = f"max_tokens is {max_tokens}; at most {limits.max_tokens} are allowed."
-        raise ApiError(400, text, "too_many", "max_tokens")
+        raise ApiError(text, "max_tokens", code="too_many")
     stop_strings = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
     # A character may take up to four byte tokens, so the tail holds the whole string and the token that completes it.
     tail = 4 * max(map(len, stop_strings), default=0) + 1
-    options = GenerationOptions(
-        max_new_tokens=max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        seed=body.seed,
-        stop=lambda ids: bool(stop_strings) and any(text in decode(ids[-tail:]) for text in stop_strings),
-    )
-    return options, stop_strings
+
+    def stop(ids: Sequence[int]) -> bool:
+        return bool(stop_strings) and any(text in decode(ids[-tail:]) for text in stop_strings)
+
+    sampling = {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
+    return GenerationOptions(max_new_tokens=max_tokens, stop=stop, **sampling), stop_strings
 
 
 async def load_image(url: str, limits: Limits) -> bytes:
@@ -209,21 +204,19 @@ async def load_image(url: str, limits: Limits) -> bytes:
             return base64.b64decode(data, validate=True)
         except ValueError as error:
             raise UserError(f"The data URL is not base64 ({error}).") from error
-    if parts.scheme in ("http", "https"):
-        if parts.hostname not in limits.allowed_hosts:
-            raise UserError(f"Images from '{parts.hostname}' are not allowed here; send a data URL.")
+    if parts.scheme in ("http", "https") and parts.hostname in limits.allowed_hosts:
         return await _download(url, limits.max_body_bytes)
     if parts.scheme == "file" and limits.allowed_folder is not None:
         folder = limits.allowed_folder.resolve()
         try:
             path = (folder / unquote(parts.path).lstrip("/")).resolve()
-            exists = path.is_relative_to(folder) and path.is_file()
+            if path.is_relative_to(folder) and path.is_file():
+                return await asyncio.to_thread(path.read_bytes)
         except (OSError, ValueError):  # no file can have such a name
-            exists = False
-        if not exists:
-            raise UserError("There is no such image in the allowed folder (file:///NAME is a path below it).")
-        return await asyncio.to_thread(path.read_bytes)
-    raise UserError(f"Images by '{parts.scheme or url[:20]}' are not allowed here; send a data URL.")
+            pass
+        raise UserError("There is no such image in the allowed folder (file:///NAME is a path below it).")
+    source = parts.hostname if parts.scheme in ("http", "https") else parts.scheme or url[:20]
+    raise UserError(f"Images from '{source}' are not allowed here; send a data URL.")
 
 
 async def _download(url: str, max_bytes: int) -> bytes:

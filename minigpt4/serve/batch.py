@@ -20,15 +20,10 @@ Row = dict[str, str]  # "image" (a path) and "question", later "answer" or "erro
 
 
 def find_questions(source: str, question: str) -> list[Row]:
-    """Lists the images of a source, in order, with their questions.
+    """Lists the images of a folder (recursively), a glob or a .jsonl file, in order, with their questions.
 
-    Args:
-        source: a folder (searched recursively), a glob, an image, or a .jsonl file of rows with ``image`` (relative
-            to that file) and optionally ``question``.
-        question: for rows without their own.
-
-    Raises:
-        UserError: there are no images, or a line of the JSONL file is not a row.
+    The rows of a .jsonl file have ``image``, relative to the file, and may have a ``question`` of their own. Raises
+    UserError if there are no images, or a line is not such a row.
     """
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
@@ -60,13 +55,10 @@ def _read_rows(path: Path, question: str) -> Iterator[Row]:
 def answer_questions(
     chat: Chat, questions: list[Row], out: Path, options: GenerationOptions, batch_size: int = 16
 ) -> int:
-    """Answers all questions into ``out``, after the rows that an earlier run wrote; returns how many hold an error.
+    """Answers all questions into ``out``, after the rows that an earlier run wrote; returns how many have an error.
 
     A row has ``image``, ``question`` and ``answer``, or ``error`` if the image cannot be read or the question is
-    refused. Rows are written one batch at a time.
-
-    Raises:
-        UserError: ``out`` has rows of other questions, or cannot be written.
+    refused. Raises UserError if ``out`` has rows of other questions, or cannot be written.
     """
     try:
         rows = _read_finished(out, questions)

@@ -38,13 +38,10 @@ class Request:
 
 
 class Engine:
-    """Answers waiting requests in batches; a single request reuses the cached keys and values of its chat.
+    """Answers up to ``max_batch`` waiting requests together; a single one reuses the cached prefix of its chat.
 
-    Args:
-        chat: answers; only the engine's thread may use it from now on, ``preprocess_image`` apart.
-        max_batch: requests in one batch.
-        max_queue: requests that may wait.
-        max_length: tokens of prompt and answer.
+    Only the engine's thread may use ``chat`` from now on, ``preprocess_image`` apart. Up to ``max_queue`` requests may
+    wait; prompt and answer have at most ``max_length`` tokens.
     """
 
     def __init__(self, chat: Chat, max_batch: int = 16, max_queue: int = 64, max_length: int = 2000) -> None:

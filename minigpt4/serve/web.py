@@ -32,10 +32,7 @@ TEXTS = {
     "beams": ("Beams", "束宽"),
     "max_new_tokens": ("Maximum length (tokens)", "最大长度（词元）"),
     "seed": ("Seed", "随机种子"),
-    "busy": (
-        "The last question is still being answered: wait, or press Stop.",
-        "上一个问题仍在回答：请等待，或按“停止”。",
-    ),
+    "busy": ("The last question is being answered: wait, or press Stop.", "正在回答上一个问题：请等待，或按“停止”。"),
     "nothing": ("There is no question: write one, or add an image.", "没有问题：请输入问题，或添加图片。"),
     "no_answer": ("There is no answer to retry yet.", "还没有可以重试的回答。"),
     "stopped": ("stopped", "已停止"),
@@ -286,17 +283,15 @@ def serve(
     examples: Sequence[str | Path] = (),
     is_blocking: bool = True,
 ) -> gr.Blocks:
-    """Serves the page until it is interrupted.
+    """Serves the page until it is interrupted, or in the background until its ``close`` if not ``is_blocking``.
 
     Args:
         chat: answers, one request at a time; other clients see their place in the queue.
         description: model, device and precision in one line.
         options: initial settings.
-        host: address to listen on; 0.0.0.0 for all interfaces.
-        port: port to listen on.
+        host, port: address to listen on; host 0.0.0.0 for all interfaces.
         share: also open a public tunnel.
         examples: image files that a click adds.
-        is_blocking: False serves in the background, until the page's ``close``.
 
     Raises:
         UserError: the port is in use, or an example cannot be read.
