@@ -13,20 +13,21 @@ def check_sections(sections: Mapping[str, Any], source: str) -> None:
     """Checks all sections of a merged configuration in plain containers; a UserError names ``source``, the file."""
     run = read_section(RunConfig, sections.get("run"), "run", source)
     read_section(DatasetConfig, sections.get("preprocess"), "preprocess", source)
-    model, datasets, with_processors, has_own_builders = None, {}, [], False
+    model, datasets, with_processors = None, {}, []
+    has_own_splits = _is_own(registry.get_task_class(run.task))  # own tasks and builders may add splits
     if not _is_own(registry.get_model_class(sections["model"]["arch"])):
         model = read_section(ModelConfig, sections["model"], "model", source)
     for name, section in (sections.get("datasets") or {}).items():
         is_own = _is_own(registry.get_builder_class(name))
         datasets[name] = read_section(DatasetConfig, section, f"datasets.{name}", source, allow_unknown=is_own)
-        has_own_builders |= is_own
+        has_own_splits |= is_own
         if not is_own or section.get("vis_processor"):  # own builders need not use the default processors
             with_processors.append(name)
     problems = chain(
         _run_problems(run),
         *(_processor_problems(f"datasets.{name}", datasets[name], model) for name in with_processors),
         _model_problems(run, model) if model else (),
-        _split_problems(run, datasets) if datasets and not has_own_builders else (),
+        _split_problems(run, datasets) if datasets and not has_own_splits else (),
     )
     if problem := next(problems, None):
         raise UserError(f"{source}: {problem}")

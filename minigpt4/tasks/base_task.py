@@ -46,6 +46,9 @@ class BaseTask:
             {name: {split: data set}}. A split ``train`` has ``name`` and, where configured, ``sample_ratio``.
         """
         run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
+        if run_cfg.feature_cache:  # computing features may take hours: files that do not match are reported before
+            model_class = registry.get_model_class(cfg.model_cfg.arch)
+            model_class.from_config(cfg.model_cfg, device="meta", has_vision=False)
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
             builder = registry.get_builder_class(name)(section)
