@@ -86,6 +86,8 @@ def _processor_problems(where: str, dataset: DatasetConfig, model: ModelConfig |
 
 
 def _split_problems(run: RunConfig, datasets: Mapping[str, DatasetConfig]) -> Iterator[str]:
+    if _is_own(registry.get_task_class(run.task)):  # its build_datasets may add splits
+        return
     for key in ("valid_splits", "test_splits") if run.evaluate else ("train_splits", "valid_splits", "test_splits"):
         for split in getattr(run, key):
             storage = SPLITS.get(split)

@@ -127,7 +127,7 @@ class TrainLoader:
     Args:
         datasets: by name; each is map-style, a resumable stream or an iterable, see ``batches``.
         ratios: their weights; 1 where a weight is None.
-        batch_size: samples per rank and batch.
+        batch_size: samples per rank and batch; a number for all data sets or one for each, by name.
         iters_per_epoch: batches per epoch.
         num_workers: loader processes per data set.
         seed: of order, draws and augmentation.
@@ -141,7 +141,7 @@ class TrainLoader:
         self,
         datasets: Mapping[str, Any],
         ratios: Mapping[str, float | None],
-        batch_size: int,
+        batch_size: int | Mapping[str, int],
         iters_per_epoch: int,
         num_workers: int,
         seed: int,
@@ -192,6 +192,7 @@ class TrainLoader:
     def _open(self, name: str, num_batches: int, step: int, num_done: int) -> Iterator[LoadedBatch]:
         """Starts the loader of a data set for ``num_batches`` batches at a step, ``num_done`` into the epoch."""
         dataset, worker, sampler = self.datasets[name], _rank_info(self.seed), None
+        batch_size = self.batch_size[name] if isinstance(self.batch_size, Mapping) else self.batch_size
         positions, shuffle_key = self._positions.get(name, {}), self._shuffle_key
 
         def resume(worker: WorkerInfo, skipped: Counter) -> Iterator[Any]:
@@ -200,19 +201,19 @@ class TrainLoader:
 
         if is_map_style(dataset):
             drop_last = getattr(dataset, "drop_last", True)
-            sampler = PassSampler(name, len(dataset), worker, self.batch_size, num_batches, drop_last)
+            sampler = PassSampler(name, len(dataset), worker, batch_size, num_batches, drop_last)
             earlier = sum(self._source_of(before) == name for before in range(0 if positions else step))
             sampler.position = positions.get(0) or sampler.position_after(earlier)
             batches: Any = MapBatches(name, dataset, self.seed, is_train=True)
         elif hasattr(dataset, "iter_train"):
             first_worker = num_done % max(1, self.num_workers)
-            batches = StreamBatches(name, dataset, resume, worker, self.batch_size, num_batches, first_worker)
+            batches = StreamBatches(name, dataset, resume, worker, batch_size, num_batches, first_worker)
         elif name in self._iterables:
             return self._iterables[name]
         else:
             worker = WorkerInfo(derive_seed(self.seed, "step", step), worker.rank, worker.world_size)
             batches = StreamBatches(
-                name, dataset, lambda worker, _: repeat_iterable(name, dataset, worker), worker, self.batch_size
+                name, dataset, lambda worker, _: repeat_iterable(name, dataset, worker), worker, batch_size
             )
         seed = derive_seed(worker.seed, name, "workers", worker.rank)
         loaded = _load(name, batches, sampler, self.num_workers, self.pin_memory, seed)
@@ -228,8 +229,9 @@ class TrainLoader:
             "layout": self._layout(),
         }
 
-    def _layout(self) -> list[int]:
-        return [dist_utils.get_world_size(), self.num_workers, self.batch_size]
+    def _layout(self) -> list[Any]:
+        batch_size = dict(self.batch_size) if isinstance(self.batch_size, Mapping) else self.batch_size
+        return [dist_utils.get_world_size(), self.num_workers, batch_size]
 
     def load_state_dict(self, ranks: Sequence[Mapping[str, Any]], epoch: int, first: int) -> None:
         """Resumes before iteration ``first`` of ``epoch``, from the ``state_dict`` of every rank.
@@ -250,8 +252,8 @@ class TrainLoader:
                 logging.warning("Data set %s is an iterable, whose position is unknown: it begins anew.", name)
         if not is_same:
             logging.warning(
-                "The checkpoint was written by %d ranks with %d loader workers and batches of %d, this run has %d, %d "
-                "and %d: map-style data sets continue where they were, shards are drawn anew from here on.",
+                "The checkpoint was written by %d ranks with %d loader workers and batches of %s, this run has %d, %d "
+                "and %s: map-style data sets continue where they were, shards are drawn anew from here on.",
                 *(*ranks[0]["layout"], *self._layout()),
             )
 

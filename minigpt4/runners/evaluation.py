@@ -41,7 +41,7 @@ def evaluate_split(
     epoch: int,
     run_cfg: RunConfig,
     device: torch.device,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Runs a task's evaluation of a split over all ranks, in eval mode, with the same random numbers each time.
 
     Args:
@@ -54,7 +54,7 @@ def evaluate_split(
         device: of the model.
 
     Returns:
-        The metrics by name, equal on all ranks; None if the task returns none.
+        The metrics by name, equal on all ranks; none if the task returns none.
 
     Raises:
         UserError: no data set has the split.
@@ -72,6 +72,8 @@ def evaluate_split(
     ):
         results = task.evaluation(model, loader, cuda_enabled=device.type != "cpu")
     if results is None:
-        return None
+        return {}
     results = [row for rank_results in dist_utils.gather_objects(results) for row in rank_results]
-    return dist_utils.broadcast_object(task.after_evaluation(val_result=results, split_name=split, epoch=epoch))
+    metrics = task.after_evaluation(val_result=results, split_name=split, epoch=epoch) or {}
+    values = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
+    return dist_utils.broadcast_object(values)

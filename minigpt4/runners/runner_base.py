@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -108,26 +109,20 @@ class RunnerBase:
         splits = self.run_cfg.train_splits
         return {n: parts[split] for n, parts in self.datasets.items() for split in splits if split in parts}
 
-    def _batch_size(self) -> int:
-        if self.run_cfg.batch_size_train is not None:
-            return self.run_cfg.batch_size_train
-        sections = self.config.datasets_cfg or {}
-        sizes = {
-            name: read_section(DatasetConfig, sections.get(name), f"datasets.{name}", allow_unknown=True).batch_size
-            or 1
-            for name in self._train_sources()
-        }
-        if len(set(sizes.values())) > 1:
-            raise UserError(f"The data sets have different batch_size ({sizes}); set run.batch_size_train for all.")
-        return next(iter(sizes.values()), 1)
+    def _batch_size(self, name: str) -> int:
+        """Samples per batch and rank of a data set: ``run.batch_size_train``, else its own ``batch_size``, else 1."""
+        section = (self.config.datasets_cfg or {}).get(name)
+        own = read_section(DatasetConfig, section, f"datasets.{name}", allow_unknown=True).batch_size
+        return self.run_cfg.batch_size_train or own or 1
 
     def _iters_per_epoch(self) -> int:
         if self.run_cfg.iters_per_epoch is not None:
             return self.run_cfg.iters_per_epoch
-        sources = self._train_sources().values()
-        if not sources or not all(hasattr(source, "__len__") for source in sources):
+        sources = self._train_sources()
+        if not sources or not all(hasattr(source, "__len__") for source in sources.values()):
             raise UserError("run.iters_per_epoch is not set; shards have no length, so give it a number.")
-        return max(1, sum(map(len, sources)) // (self._batch_size() * dist_utils.get_world_size()))
+        world = dist_utils.get_world_size()
+        return max(1, int(sum(Fraction(len(data), self._batch_size(name) * world) for name, data in sources.items())))
 
     @dist_utils.main_process
     def _log_line(self, content: dict[str, Any]) -> None:
@@ -176,7 +171,7 @@ class RunnerBase:
         return TrainLoader(
             sources,
             {name: getattr(dataset, "sample_ratio", None) for name, dataset in sources.items()},
-            batch_size=self._batch_size(),
+            batch_size=self.run_cfg.batch_size_train or {name: self._batch_size(name) for name in sources},
             iters_per_epoch=self.iters_per_epoch,
             num_workers=self.run_cfg.num_workers,
             seed=self.run_cfg.seed,
@@ -247,7 +242,7 @@ class RunnerBase:
             logging.info("No validation splits found.")
         for split in splits:
             settings = self.state.epoch, self.run_cfg, self.device
-            metrics = evaluate_split(self.task, self.model, self.datasets, split, *settings) or {}
+            metrics = evaluate_split(self.task, self.model, self.datasets, split, *settings)
             logging.info("Evaluated %s: %s", split, metrics)
             self.tracker.log(self.state.step - 1, {f"{split} {name}": value for name, value in metrics.items()})
             stats |= {f"{split}_{name}": value for name, value in metrics.items()}
