@@ -1,5 +1,6 @@
 """Devices: which one is chosen, messages about unavailable ones, and that a single module names vendors."""
 
+import io
 import os
 import random
 import re
@@ -14,6 +15,8 @@ import torch
 from minigpt4.common import device as devices
 from minigpt4.common import torch_setup
 from minigpt4.common.errors import UserError
+from minigpt4.common.schema import RunConfig
+from minigpt4.models import MiniGPT4
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ("train.py", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--options")
@@ -59,6 +62,48 @@ def test_an_unavailable_device_is_an_error_with_strict_device(kind, why):
 def test_unknown_devices(name):
     with pytest.raises(UserError, match=rf"run\.device is '{name}'; expected auto, cuda, npu, mps or cpu"):
         devices.pick(name)
+
+
+@pytest.fixture
+def on_cpu_with(monkeypatch):
+    """Lets torch, or on older versions /proc/cpuinfo, report a CPU's capabilities."""
+
+    def pretend(*capabilities, is_old):
+        devices._has_native_bf16.cache_clear()
+        if is_old:
+            monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+            text = f"processor\t: 0\nflags\t\t: fpu avx2 {' '.join(capabilities)}\n"
+            monkeypatch.setattr("builtins.open", lambda *_, **__: io.StringIO(text))
+        else:
+            found = dict.fromkeys(("avx2", *capabilities), True)
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+
+    yield pretend
+    monkeypatch.undo()
+    devices._has_native_bf16.cache_clear()
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [(["avx512_bf16"], torch.bfloat16), (["amx_bf16"], torch.bfloat16), (["avx512f"], torch.float32)],
+)
+def test_a_cpu_uses_bf16_where_it_is_native(on_cpu_with, is_old, capabilities, dtype):
+    on_cpu_with(*capabilities, is_old=is_old)
+    cpu = torch.device("cpu")
+    assert devices.default_dtype(cpu) == dtype
+    assert devices.amp_dtype(RunConfig(amp=True), cpu) == dtype
+    assert devices.amp_dtype(RunConfig(amp=True, amp_dtype="fp32"), cpu) == torch.float32
+    assert devices.amp_dtype(RunConfig(amp=True, amp_dtype="bf16"), cpu) == torch.bfloat16
+    assert devices.amp_dtype(RunConfig(amp=False, amp_dtype="bf16"), cpu) == torch.float32
+
+
+@pytest.mark.parametrize(("settings", "dtype"), [({}, torch.bfloat16), ({"llm_dtype": "fp32"}, torch.float32)])
+def test_the_language_model_has_the_default_precision_unless_it_is_set(on_cpu_with, tiny_config, settings, dtype):
+    on_cpu_with("avx512_bf16", is_old=False)
+    del tiny_config["llm_dtype"]
+    model = MiniGPT4.from_config(tiny_config | settings, device=torch.device("cpu"))
+    assert model.llama_model.lm_head.weight.dtype == dtype
 
 
 def test_backends():

@@ -52,6 +52,7 @@ def test_checkpoint_has_the_structure_that_the_reference_loads(make_runner):
             "betas": tuple(golden["betas"]),
             "params": golden["params"],
         }
+    torch.amp.GradScaler("cpu").load_state_dict(ours["scaler"])  # the reference does so even after a run without amp
     theirs = torch.load(GOLDEN / "tiny" / "checkpoint_1.pth", weights_only=True)
     for name in ("llama_proj.weight", "llama_proj.bias"):
         torch.testing.assert_close(ours["model"][name], theirs["model"][name], rtol=1e-4, atol=1e-5)
@@ -78,6 +79,21 @@ def test_resumed_run_equals_the_uninterrupted_one(make_runner, accumulation):
     resumed.train()
     assert losses == expected[3:]
     assert torch.equal(resumed.model.llama_proj.weight, whole.model.llama_proj.weight)
+
+
+def test_resumes_a_checkpoint_of_an_earlier_version(make_runner):
+    """It had the lowest loss in place of the best metric, and no scaler state."""
+    runner = make_runner(run_of("stage1"))
+    runner.train()
+    file = runner.output_dir / "checkpoint_1.pth"
+    content = torch.load(file, weights_only=True)
+    content["scaler"] = None
+    del content["state"]["best_metric"]
+    content["state"]["best_loss"] = 1.5
+    torch.save(content, file)
+    resumed = make_runner(run_of("stage1", resume_ckpt_path=str(file), max_epoch=3))
+    resumed.train()
+    assert resumed.state.best_metric == -1.5 and resumed.state.epoch == 3
 
 
 def test_existing_folder_is_never_used(make_runner):

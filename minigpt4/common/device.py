@@ -145,7 +145,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 @functools.cache
 def _has_native_bf16() -> bool:
     """Whether the CPU multiplies bf16 matrices in hardware; without AVX512_BF16 or AMX they are slower than fp32."""
-    if hasattr(torch.cpu, "get_capabilities"):  # since torch 2.11
+    if hasattr(torch.cpu, "get_capabilities"):  # not in all supported versions
         capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name, False) for name in _NATIVE_BF16)
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
