@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.models import PRESETS, blip2_inputs, build_blip2, build_minigpt4, captions
-from benchmarks.train_step import formula_flops, mean_counts
+from benchmarks.models import PRESETS, Preset, blip2_inputs, build_blip2, build_minigpt4, captions
+from benchmarks.train_step import formula_flops, make_step, mean_counts, peak_memory
 
 CPU, TINY = torch.device("cpu"), PRESETS["tiny"]
 PARTS = {  # of BLIP-2's names, in order
@@ -63,6 +63,17 @@ def test_blip2_gives_the_same_loss_and_gradient(stage, attention):
     torch.testing.assert_close(
         other.language_projection.weight.grad, model.llama_proj.weight.grad, rtol=0.01, atol=1e-5
     )
+
+
+def test_a_step_needs_at_most_half_the_memory_of_a_plain_port():
+    torch.manual_seed(0)
+    preset = Preset(TINY.vit, TINY.q_former, PRESETS["small"].lm, image=TINY.image)
+    batch = {"image": torch.randn(8, 3, preset.image, preset.image), "text_input": captions(20, 8, seed=0)}
+    ours = build_minigpt4(preset, CPU, torch.float32)
+    peaks = []
+    for model in (ours, build_blip2(preset, CPU, torch.float32, "eager")):
+        peaks.append(peak_memory(make_step(model, [batch], torch.float32, ours), CPU, 1))
+    assert 10 < peaks[0] < 0.5 * peaks[1]
 
 
 def test_both_have_weights_of_the_same_precision_and_size():

@@ -54,7 +54,8 @@ class PackedBatch:
     def unpack(self, packed: Tensor) -> Tensor:
         """[N, ...] to [B, T, ...], zero where there is no token."""
         grid = packed.new_zeros(len(self.lengths) * self.longest, *packed.shape[1:])
-        return grid.index_copy(0, self.indices, packed).unflatten(0, (len(self.lengths), self.longest))
+        # index_copy would keep the packed tensor for the backward pass.
+        return grid.index_put((self.indices,), packed).unflatten(0, (len(self.lengths), self.longest))
 
     def pack(self, grid: Tensor) -> Tensor:
         """[B, T, ...] to [N, ...]."""
@@ -164,7 +165,7 @@ def exclude_from_compilation() -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(attention_forward))
 
 
-def next_token_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int = 256) -> Tensor:
+def next_token_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int = 64) -> Tensor:
     """Mean cross-entropy in float32 (scalar) of hidden states [n, L] through a frozen output layer.
 
     The gradient of the hidden states is computed along with the loss, so that the logits of one chunk exist at a time.
