@@ -1,28 +1,25 @@
-"""What kept keys and values, batches and streaming bring, side by side in one process, as a table and as JSON.
+"""What the prefix cache and batches gain in chats, and whether memory grows, as a table and a line of JSON.
 
-python -m benchmarks.chat                                                         # random weights of a middling size
-python -m benchmarks.chat --cfg-path eval_configs/minigpt4_eval.yaml              # a model of one's own
+python -m benchmarks.chat                                                         # random weights of preset small
+python -m benchmarks.chat --cfg-path eval_configs/minigpt4_eval.yaml              # another model
 """
 
 import argparse
 import gc
-import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import demo
+from benchmarks import hardware
+from benchmarks.models import PRESETS, ROOT, build_minigpt4
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.models import MiniGPT4
+from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.processors import Blip2ImageEvalProcessor
 
 QUESTION = "Describe this image in detail."
@@ -33,44 +30,25 @@ ANSWER = (
 )
 
 
-def middling_chat(device: torch.device) -> Chat:
-    """Random weights, 384 to 512 wide, over the small world's tokenizer: enough work to measure, nothing to load."""
-    from minigpt4.models.eva_vit import build_eva_vit
-    from minigpt4.models.llama import Llama, LlamaConfig
-    from minigpt4.models.llama_tokenizer import load_tokenizer
-    from minigpt4.models.Qformer import QFormer, QFormerConfig
-
+def random_chat(device: torch.device) -> Chat:
+    """Random weights in the sizes of preset small, with the quickstart's tokenizer: nothing has to be downloaded."""
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(Path("quickstart/weights/llama"))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8
-    )
-    vit = build_eva_vit(224, vit_config={"patch_size": 14, "embed_dim": 384, "depth": 8, "num_heads": 6})
-    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 6, "intermediate_size": 1536}
-    q_former = QFormer(QFormerConfig(**sizes, encoder_width=384))
-    llama = Llama(config).to(devices.default_dtype(device))
-    model = MiniGPT4(vit, q_former, llama, tokenizer)
-    return Chat(model, Blip2ImageEvalProcessor(224), device)
+    vocabulary = len(load_tokenizer(ROOT / "quickstart" / "weights" / "llama"))
+    preset = replace(PRESETS["small"], vocabulary=vocabulary)
+    model = build_minigpt4(preset, device, devices.default_dtype(device))
+    return Chat(model, Blip2ImageEvalProcessor(preset.image), device)
 
 
-def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """How long a call takes, the device's own work included."""
-    begin = time.perf_counter()
-    function()
-    devices.synchronize(device)
-    return time.perf_counter() - begin
+def fifth_turn(chat: Chat, image: torch.Tensor, options: GenerationOptions, num_cached_chats: int) -> float:
+    """Seconds to the first token of turn 5, with a prefix cache of so many chats.
 
-
-def fifth_turn(chat: Chat, picture: torch.Tensor, options: GenerationOptions, keep: int) -> float:
-    """Time to the first token of turn 5, with as many kept chats.
-
-    Random weights answer no words that a tokenizer would read back as it wrote them. So a sentence takes the answers'
-    place, which the next turn has to read: what a real chat has to do at worst.
+    Answers of random weights are not tokenized again as they were generated. A sentence replaces them, which the next
+    turn has to prefill: the most that a real chat ever needs.
     """
-    chat.prefixes.num_chats = keep
-    chat.prefixes._kept.clear()
+    chat.prefixes.num_chats = num_cached_chats
+    chat.prefixes.clear()
     conv, images = chat.template.copy(), []
-    chat.upload_img(picture, conv, images)
+    chat.upload_img(image, conv, images)
     for _ in range(4):
         chat.ask(QUESTION, conv)
         for _ in chat.stream(conv, images, options):
@@ -83,23 +61,23 @@ def fifth_turn(chat: Chat, picture: torch.Tensor, options: GenerationOptions, ke
     return first
 
 
-def captions(chat: Chat, pictures: list[torch.Tensor], options: GenerationOptions, size: int) -> None:
-    """Describes pictures, so many at a time."""
-    for start in range(0, len(pictures), size):
-        part = pictures[start : start + size]
-        convs, img_lists = [chat.template.copy() for _ in part], [[] for _ in part]
-        chat.upload_batch(part, convs, img_lists)
+def captions(chat: Chat, images: list[torch.Tensor], options: GenerationOptions, batch_size: int) -> None:
+    """Describes images in batches."""
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        convs, img_lists = [chat.template.copy() for _ in batch], [[] for _ in batch]
+        chat.upload_batch(batch, convs, img_lists)
         for conv in convs:
             chat.ask(QUESTION, conv)
         chat.answer_batch(convs, img_lists, options)
 
 
-def hundred_chats(chat: Chat, picture: torch.Tensor, device: torch.device) -> list[float]:
+def hundred_chats(chat: Chat, image: torch.Tensor, device: torch.device) -> list[float]:
     """Memory in MiB after each of 100 chats of 5 turns: of the device, or on a CPU of the process."""
     options, used = GenerationOptions(do_sample=False, max_new_tokens=8), []
     for _ in range(100):
         conv, images = chat.template.copy(), []
-        chat.upload_img(picture, conv, images)
+        chat.upload_img(image, conv, images)
         for _ in range(5):
             chat.ask("Why?", conv)
             chat.answer_batch([conv], [images], options)
@@ -111,47 +89,44 @@ def hundred_chats(chat: Chat, picture: torch.Tensor, device: torch.device) -> li
 def main() -> None:
     """Prints the table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg-path", help="a model to measure in place of random weights")
+    parser.add_argument("--cfg-path", help="a model to measure instead of random weights")
     parser.add_argument("--options", nargs="+")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the line of JSON to this file")
     args = parser.parse_args()
-    if args.cfg_path:
-        try:
-            chat = demo.build_chat(argparse.Namespace(**vars(args), gpu_id=0, seed=0))
-        except UserError as error:
-            sys.exit(f"error: {error}")
-        size = chat.vis_processor.image_size
-    else:
-        chat, size = middling_chat(devices.pick()), 224
-    device = chat.device
-    pictures = list(torch.randn(16, 3, size, size))
+    try:
+        chat = random_chat(devices.pick()) if args.cfg_path is None else configured_chat(args)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    device, size = chat.device, chat.vis_processor.image_size
+    images = list(torch.randn(16, 3, size, size))
     options = GenerationOptions(do_sample=False, max_new_tokens=NUM_TOKENS)
-    fifth_turn(chat, pictures[0], options, keep=4)  # warm-up
-    kept, anew, batched, single = [], [], [], []
-    for _ in range(args.repeats):  # interleaved, so that whatever else the machine does falls on both
-        kept.append(fifth_turn(chat, pictures[0], options, keep=4))
-        anew.append(fifth_turn(chat, pictures[0], options, keep=0))
-        batched.append(len(pictures) / seconds(lambda: captions(chat, pictures, options, 16), device))
-        single.append(len(pictures) / seconds(lambda: captions(chat, pictures, options, 1), device))
+    first = {f"{n} chats": partial(fifth_turn, chat, images[0], options, n) for n in (4, 0)}
+    cached, full = hardware.interleaved(first, device, args.repeats, measure=lambda turn, _: turn()).values()
+    each = {f"batch of {n}": partial(captions, chat, images, options, n) for n in (16, 1)}
+    batched, single = hardware.interleaved(each, device, args.repeats).values()
     chat.prefixes.num_chats = 4
-    memory = hundred_chats(chat, pictures[0], device)
-    middle = statistics.median
+    memory = hundred_chats(chat, images[0], device)
     result = {
-        "first token of turn 5, kept, ms": round(1000 * middle(kept), 2),
-        "first token of turn 5, anew, ms": round(1000 * middle(anew), 2),
-        "first token, kept / anew": round(middle(kept) / middle(anew), 3),
-        "pictures/s in a batch of 16": round(middle(batched), 2),
-        "pictures/s one at a time": round(middle(single), 2),
-        "batch / one at a time": round(middle(batched) / middle(single), 2),
+        "first token of turn 5, cached prefix, ms": round(1000 * cached, 2),
+        "first token of turn 5, full prefill, ms": round(1000 * full, 2),
+        "first token, cached / full": round(cached / full, 3),
+        "images/s in a batch of 16": round(len(images) / batched, 2),
+        "images/s one at a time": round(len(images) / single, 2),
+        "batch / one at a time": round(single / batched, 2),
         "memory after chat 10, MiB": round(memory[9], 1),
         "memory after chat 100, MiB": round(memory[99], 1),
         "memory, chat 100 / chat 10": round(memory[99] / memory[9], 3),
     }
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {device}"
-    print(f"{machine}; {NUM_TOKENS} tokens an answer, medians of {args.repeats}\n\n| | |\n|---|---|")
-    for name, value in result.items():
-        print(f"| {name} | {value} |")
-    print(json.dumps({"machine": machine} | result))
+    rows = [{"measurement": name, "value": value} for name, value in result.items()]
+    hardware.report(rows, hardware.describe(device) | {"tokens": NUM_TOKENS, "repeats": args.repeats}, args.json)
+
+
+def configured_chat(args: argparse.Namespace) -> Chat:
+    """The chat that demo.py builds from a configuration file."""
+    import demo
+
+    return demo.build_chat(argparse.Namespace(cfg_path=args.cfg_path, options=args.options, gpu_id=0, seed=0))
 
 
 if __name__ == "__main__":

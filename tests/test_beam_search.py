@@ -107,11 +107,19 @@ def test_sampled_beams_always_answer(num_beams, scale):
         llm = chain(12, seed, scale)
         temperature, top_p = (0.1, 0.7, 1.0, 2.0)[seed % 4], (0.05, 0.9, 1.0)[seed % 3]
         options = GenerationOptions(8, num_beams, temperature=temperature, top_p=top_p, seed=seed, min_length=seed % 5)
-        found = search(llm, options, [11])
+        ends = {11} if seed % 2 else {7, 8, 9, 10, 11}
+        found = search(llm, options, ends)
         assert found.ids == found.beams[0] and 1 <= len(found.beams) <= num_beams
-        assert all(1 <= len(ids) <= 8 and 11 not in ids[:-1] for ids in found.beams)
+        assert all(1 <= len(ids) <= 8 and not ends & set(ids[:-1]) for ids in found.beams)
         assert all(map(math.isfinite, found.beam_scores)) and found.beam_scores == sorted(found.beam_scores)[::-1]
-        assert search(llm, options, [11]).beams == found.beams
+        assert search(llm, options, ends).beams == found.beams
+
+
+def test_an_end_token_below_the_best_beams_ends_nothing():
+    llm = chain(5, 0)
+    llm.logits[BOS] = torch.tensor([-5.0, 3.0, 2.9, -5.0, 2.8])  # 4 ends; a negative length penalty prefers short beams
+    found = search(llm, GenerationOptions(1, num_beams=2, do_sample=False, length_penalty=-1.0), [4])
+    assert found.beams == [[1], [2]]
 
 
 def sampled_by_hand(logits, rng, num_beams, length, temperature, top_p, eos):

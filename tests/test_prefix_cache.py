@@ -93,6 +93,14 @@ def test_another_image_is_another_context(new_chat):
     assert len(chat.prefixes) == 2
 
 
+def test_the_same_question_again_prefills_its_last_token_only(new_chat):
+    chat, conv, images = new_chat(4), CONV_VISION.copy(), []
+    upload(chat, 1, conv, images)
+    chat.ask(QUESTIONS[0], conv)
+    first, again = (list(chat.stream(conv.copy(), images, GREEDY))[-1] for _ in range(2))
+    assert again.ids == first.ids and again.cached_tokens == again.prompt_tokens - 1
+
+
 def test_no_more_chats_are_kept_than_allowed(new_chat):
     chat = new_chat(2)
     for number in range(5):
