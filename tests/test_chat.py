@@ -278,6 +278,15 @@ def test_the_first_stop_ends_a_row(chat, generated):
     assert len(ids) < len(script["answers"][0]["output_ids"]) and text == script["answers"][0]["output_text"]
 
 
+def test_only_the_conversations_own_stop_string_ends_its_answer(chat):
+    """The same prompt with another end of turns: the answer goes on as the original's, which does not know "###"."""
+    script = next(script for script in PLAIN if script["name"] == "three_turns_beam3")
+    conv, images = asked(chat, script["ops"][1][1], script["ops"][0][1])
+    conv.sep_style, conv.sep2 = SeparatorStyle.TWO, "</s>"
+    _, ids = chat.answer(conv, images, do_sample=False, num_beams=3, max_new_tokens=20)
+    assert ids.tolist() == script["answers"][0]["output_ids"]
+
+
 @pytest.mark.parametrize("kind", ["path", "pil", "tensor", "batch of one"])
 def test_kinds_of_images(chat, kind):
     file = TINY / "images" / "model_1.png"

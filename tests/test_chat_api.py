@@ -121,6 +121,15 @@ def test_pieces_of_text_add_up_to_the_answer(chat):
         assert len(pieces) > 2 and not any("#" in piece for piece in pieces)
 
 
+def test_text_that_was_sent_is_not_sent_again_in_other_words(chat, monkeypatch):
+    """What precedes "Assistant:" is no part of an answer, but it has been sent when that is seen."""
+    ids = chat.model.llama_tokenizer("It is a dog. Assistant: yes###", add_special_tokens=False).input_ids
+    monkeypatch.setattr(conversation, "stream", lambda *_: ((0, i, n == len(ids)) for n, i in enumerate(ids, 1)))
+    conv, images = asked(chat, "What is it?")
+    assert "".join(chat.stream_answer(conv, images)) == "It is a dog. Assistant"
+    assert conv.messages[-1] == ["Assistant", "yes"]
+
+
 def test_an_empty_question_is_accepted_as_in_the_reference(chat):
     conv, images = asked(chat, "")
     assert conv.messages == [["Human", "<Img><ImageHere></Img> "]]
