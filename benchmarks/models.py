@@ -64,9 +64,7 @@ def build_language_model(preset: Preset, device: torch.device, dtype: torch.dtyp
         (path / "model.safetensors").touch()  # a folder without weights is refused
         llm = lm.build_language_model(path, dtype)
     tensors = {name: random_weight(value.shape, device, dtype) for name, value in llm.state_dict().items()}
-    if is_int8:
-        to_int8(llm)
-    lm.fill_weights(llm, tensors, dtype, device, path)
+    lm.fill_weights(llm, tensors, dtype, device, path, to_int8 if is_int8 else None)
     return llm
 
 

@@ -60,7 +60,7 @@ FOLDERS = {
     "an architecture of pictures": (configured(model_type="vit", architectures=["ViTModel"]), "cannot be loaded"),
     "code of its own": (configured(model_type="evil", auto_map=REMOTE), "cannot be loaded"),
     "a kernel of its own": (configured(attn_implementation="evil/kernel", model_type="evil"), "cannot be loaded"),
-    "a billion layers": (configured(num_hidden_layers=10**9), "1,000,000,000 layers"),
+    "a billion layers": (configured(num_hidden_layers=10**9), "num_hidden_layers 1000000000"),
     "layers below zero": (configured(num_hidden_layers=-1), "num_hidden_layers -1"),
     "no layers": (configured(num_hidden_layers=0), "num_hidden_layers 0"),
     "layers as a text": (configured(num_hidden_layers="two"), "cannot be loaded"),
@@ -69,7 +69,7 @@ FOLDERS = {
     "a vocabulary of 2^70": (configured(vocab_size=2**70), "cannot be loaded"),
     "one layer more": (configured(num_hidden_layers=9), "missing", "model.layers."),
     "one layer less": (configured(num_hidden_layers=1), "unknown", "model.layers.1"),
-    "another width": (configured(hidden_size=32), "other shapes"),
+    "another width": (configured(hidden_size=32), "in the model"),
     "an index of no bytes": (indexed(""), "index.json", "JSON"),
     "an index as a list": (indexed([]), "index.json", "weight_map"),
     "an index without a map": (indexed({}), "weight_map"),
@@ -89,9 +89,9 @@ FOLDERS = {
     "an index with a name of 5000 letters": (indexed({"weight_map": {"a": "a" * 5000}}), "1 of 1 files"),
     "an index with a zero byte": (indexed({"weight_map": {"a": "a\0b"}}), "1 of 1 files"),
     "NaN": (spoiled("lm_head.weight", lambda value: value * torch.nan), "lm_head.weight", "NaN"),
-    "whole numbers": (spoiled("lm_head.weight", lambda value: value.to(torch.int64)), "lm_head.weight", "other shapes"),
+    "whole numbers": (spoiled("lm_head.weight", lambda value: value.to(torch.int64)), "lm_head.weight", "in the model"),
     "eighths": (spoiled("lm_head.weight", lambda value: value.to(torch.float8_e4m3fn)), "lm_head.weight"),
-    "a flat matrix": (spoiled("lm_head.weight", lambda value: value.flatten()), "lm_head.weight", "other shapes"),
+    "a flat matrix": (spoiled("lm_head.weight", lambda value: value.flatten()), "lm_head.weight", "in the model"),
     "weights cut short": (
         lambda folder: os.truncate(folder / "model.safetensors", 900_000),
         "cannot be read as weights",
@@ -115,7 +115,7 @@ def test_language_model(llama, case, monkeypatch):
 def test_a_number_as_a_name_in_the_language_model(llama):
     (llama / "model.safetensors").unlink()
     torch.save(LLAMA | {5: torch.ones(1)}, llama / "pytorch_model.bin")
-    told(lambda: load_language_model(llama, torch.float32), "unknown ['5']")
+    told(lambda: load_language_model(llama, torch.float32), "'5'", "no tensor")
 
 
 def test_a_kernel_that_a_config_names_is_not_asked_for(llama):

@@ -9,7 +9,7 @@ from golden_data import TINY
 from hostile_weights import replaced
 from sentencepiece import SentencePieceTrainer
 
-from minigpt4.models.language_model import check_vocabulary
+from minigpt4.models import language_model as lm
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import read_prompts
 
@@ -135,8 +135,7 @@ def test_tokenizer(tokenizer_folder, case, monkeypatch):
 
 def test_added_token_beyond_the_embeddings(tokenizer_folder, model):
     (tokenizer_folder / "added_tokens.json").write_text('{"[PAD]": 1000000}')
-    tokenizer = load_tokenizer(tokenizer_folder)
-    told(lambda: check_vocabulary(model.llama_model, tokenizer, tokenizer_folder), "1000001 tokens", "600 embeddings")
+    told(lambda: lm.load_tokenizer(model.llama_model, tokenizer_folder), "1000001 tokens", "600 embeddings")
 
 
 # prompts

@@ -123,14 +123,15 @@ def match_state_dict(
     pattern of ``droppable`` may be in the file and not in the module. Raises UserError if a name is missing or unknown,
     or if a shape or the kind of numbers differs.
     """
-    patterns, expected = list(droppable), module.state_dict()
+    patterns, expected = list(droppable), module.state_dict(keep_vars=True)  # tied parameters are one object
     actual = {n: v for n, v in state.items() if n in expected or not any(fnmatch.fnmatch(n, p) for p in patterns)}
     problems = [
         f"'{name}' is {list(given.shape)} {given.dtype} in the file and {list(own.shape)} {own.dtype} in the model"
         for name, own in expected.items()
         if (given := actual.get(name, own)).shape != own.shape or given.is_floating_point() != own.is_floating_point()
     ]
-    if missing := [name for name in expected if name not in actual]:
+    stored = {id(expected[name]) for name in actual if name in expected}  # of tied ones, one is enough
+    if missing := [name for name, own in expected.items() if id(own) not in stored]:
         problems.append(f"{len(missing)} of {len(expected)} expected keys are missing ({', '.join(missing[:3])})")
     if unknown := [name for name in actual if name not in expected]:
         problems.append(f"{len(unknown)} keys are unknown to the model ({', '.join(unknown[:3])})")

@@ -18,15 +18,10 @@ from minigpt4.common.schema import QFormerSettings
 
 @dataclass(frozen=True)
 class QFormerConfig(QFormerSettings):
-    """The Q-Former's architecture with the values that are no configuration keys.
-
-    Args:
-        encoder_width: W.
-        dropout: active only while the Q-Former is trained.
-    """
+    """The Q-Former's architecture with the values that are no configuration keys; ``encoder_width`` is W."""
 
     encoder_width: int = 1408
-    dropout: float = 0.1
+    dropout: float = 0.1  # active only while the Q-Former is trained
     layer_norm_eps: float = 1e-12
 
 
@@ -37,7 +32,7 @@ class QFormerOutput(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without its output layer."""
+    """Multi-head attention without its output layer: [B, Q, H] attends to ``context`` and gives [B, Q, H]."""
 
     def __init__(self, config: QFormerConfig, context_width: int) -> None:
         super().__init__()
@@ -48,7 +43,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(context_width, config.hidden_size)
 
     def forward(self, hidden: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, Q, H] attends to ``context`` [B, N, W] where ``mask`` [B, 1, 1, N] (bool) is true; gives [B, Q, H]."""
+        """``context`` is [B, N, W]; ``mask`` [B, 1, 1, N] (bool) is true where it is visible."""
         parts = self.query(hidden), self.key(context), self.value(context)
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts]  # [B, heads, tokens, H / heads]
         dropout = self.dropout if self.training else 0.0
@@ -65,7 +60,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, update: Tensor, residual: Tensor) -> Tensor:
-        """``update`` [B, Q, width_in] and ``residual`` [B, Q, H] -> [B, Q, H]."""
+        """[B, Q, width_in] and [B, Q, H] to [B, Q, H]."""
         return self.LayerNorm(self.dropout(self.dense(update)) + residual)
 
 
@@ -89,43 +84,27 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = AttentionBlock(config, config.hidden_size)
         self.crossattention = AttentionBlock(config, config.encoder_width) if has_cross_attention else None
-        self.intermediate_query = nn.Sequential(
-            OrderedDict(dense=nn.Linear(config.hidden_size, config.intermediate_size), gelu=nn.GELU())
-        )
+        dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_query = nn.Sequential(OrderedDict(dense=dense, gelu=nn.GELU()))
         self.output_query = AddNorm(config, config.intermediate_size)
 
     def forward(self, hidden: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None) -> Tensor:
-        """Hidden states [B, Q, H] and image tokens [B, N, W] -> [B, Q, H]; ``image_mask`` [B, 1, 1, N] (bool)."""
+        """As ``Attention``."""
         hidden = self.attention(hidden, hidden)
         if self.crossattention is not None:
             hidden = self.crossattention(hidden, image_tokens, image_mask)
         return self.output_query(self.intermediate_query(hidden), hidden)
 
 
-class Encoder(nn.Module):
-    """The stack of layers."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        has_cross_attention = [i % config.cross_attention_freq == 0 for i in range(config.num_hidden_layers)]
-        self.layer = nn.ModuleList(Layer(config, has_it) for has_it in has_cross_attention)
-
-    def forward(self, hidden: Tensor, image_tokens: Tensor, image_mask: Tensor | None = None) -> Tensor:
-        """As ``Layer``."""
-        for layer in self.layer:
-            hidden = layer(hidden, image_tokens, image_mask)
-        return hidden
-
-
 class Bert(nn.Module):
-    """Embeddings and encoder; ``Qformer.bert`` in the published file."""
+    """Embeddings and layers; the text branch with its word and position embeddings is absent."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
-        # Word and position embeddings belong to the text branch, which is absent.
         norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.embeddings = nn.Sequential(OrderedDict(LayerNorm=norm, dropout=nn.Dropout(config.dropout)))
-        self.encoder = Encoder(config)
+        layers = (Layer(config, i % config.cross_attention_freq == 0) for i in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
 
     def forward(
         self,
@@ -135,24 +114,20 @@ class Bert(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> QFormerOutput:
-        """Encodes queries given image tokens.
+        """Encodes queries [B, Q, H] given image tokens [B, N, W], by the reference's names.
 
-        Args:
-            query_embeds: [B, Q, H].
-            encoder_hidden_states: image tokens [B, N, W].
-            encoder_attention_mask: [B, N], 0 hides an image token; each row needs at least one visible token. All
-                tokens are visible by default.
-            return_dict: has no effect, as the named tuple that is returned has both forms.
+        ``encoder_attention_mask`` [B, N] hides image tokens where it is 0; each row needs at least one visible token.
+        ``return_dict`` has no effect, as the named tuple that is returned has both forms.
         """
         mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
-        return QFormerOutput(self.encoder(self.embeddings(query_embeds), encoder_hidden_states, mask))
+        hidden = self.embeddings(query_embeds)
+        for layer in self.encoder["layer"]:
+            hidden = layer(hidden, encoder_hidden_states, mask)
+        return QFormerOutput(hidden)
 
 
 class QFormer(nn.Module):
-    """Queries [B, Q, H] and image tokens [B, N, W] to query outputs [B, Q, H].
-
-    Initialised as BERT (normal with std 0.02, LayerNorm as identity); reads no file.
-    """
+    """Queries [B, Q, H] and image tokens [B, N, W] to query outputs [B, Q, H]; initialised as BERT."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()

@@ -23,16 +23,13 @@ def build_eva_vit(
     use_grad_checkpoint: bool = False,
     vit_config: VitConfig | Mapping[str, Any] | None = None,
 ) -> Eva:
-    """Builds an EVA vision transformer with random weights; reads no file.
+    """Builds an EVA-ViT from images [B, 3, S, S] to tokens [B, N, E]: class token first, no pooling, no final norm.
 
     Args:
         image_size: side S of the square input in pixels, a multiple of the patch size.
         drop_path_rate: stochastic depth (Huang et al., 2016) of the last block; active in training mode only.
         use_grad_checkpoint: recompute activations in the backward pass.
         vit_config: another size than EVA-ViT-g/14.
-
-    Returns:
-        A module from images [B, 3, S, S] to tokens [B, N, E]: class token first, no pooling, no final norm.
     """
     vit = Eva(
         img_size=image_size,
@@ -50,10 +47,8 @@ def build_eva_vit(
 def round_vit_weights(vit: nn.Module, dtype: torch.dtype, keep_float32: bool = False) -> None:
     """Rounds the weights and biases of Linear and Conv layers to ``dtype`` in place, as ``vit_precision`` asks.
 
-    Norms, positions, the class token and the separate q and v biases become float32, as in the reference.
-
-    Args:
-        keep_float32: store the rounded values as float32, for devices that compute in float32.
+    Norms, positions, the class token and the separate q and v biases become float32, as in the reference; with
+    ``keep_float32`` so do the rounded values, for devices that compute in float32.
     """
     for module in vit.modules():
         is_rounded = isinstance(module, nn.Linear | nn.Conv2d)
@@ -63,7 +58,7 @@ def round_vit_weights(vit: nn.Module, dtype: torch.dtype, keep_float32: bool = F
 
 
 def interpolate_pos_embed(pos_embed: Tensor, num_tokens: int) -> Tensor:
-    """Resizes learned positions [1, 1 + a*a, E] bicubically to [1, num_tokens, E]; the class token is kept.
+    """Resizes learned positions [1, 1 + a*a, E] bicubically to [1, num_tokens, E], and keeps the class token.
 
     Tensors of any other shape are returned unchanged, so that loading reports the mismatch.
     """

@@ -9,10 +9,9 @@ MAX_KERNEL_ROWS = 12  # above this, dequantising once and multiplying costs less
 
 
 class Int8Linear(nn.Module):
-    """A frozen linear layer with int8 weight [out, in] and scale [out, 1] (float32); gradients reach its input only.
+    """A frozen linear layer with int8 weight [out, in] and scale [out, 1] (float32), the largest value of each row.
 
-    Symmetric quantisation by the largest absolute value of each row. Decoding on a CPU in bfloat16 runs PyTorch's
-    kernel for int8 weights; otherwise one layer at a time is dequantised to the input's dtype.
+    Decoding on a CPU in bfloat16 runs PyTorch's kernel; otherwise the layer is dequantised to the input's dtype.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -40,8 +39,7 @@ class _Int8Matmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        scale = scale.squeeze(1).to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
+        scale, rows = scale.squeeze(1).to(x.dtype), x.reshape(-1, x.shape[-1])
         # No public function runs this kernel: torchao's layers dequantise too unless compiled. It reads out of bounds
         # where the width is no multiple of 16, and its float32 version is slower than dequantising.
         fits = len(rows) <= MAX_KERNEL_ROWS and weight.shape[1] % 32 == 0

@@ -21,12 +21,7 @@ _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 class LlamaTokenizer(SentencePieceBackend):
-    """The slow Llama tokenizer of transformers 4.28: its ids and its decoded text, added tokens included.
-
-    Args:
-        folder: a Hugging Face model folder with ``tokenizer.model`` and, optionally, ``tokenizer_config.json``,
-            ``special_tokens_map.json`` and ``added_tokens.json``.
-    """
+    """The slow Llama tokenizer of transformers 4.28: its ids and its decoded text, added tokens included."""
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -82,16 +77,13 @@ class LlamaTokenizer(SentencePieceBackend):
 def load_tokenizer(folder: str | Path) -> Any:
     """Loads the tokenizer of a model folder and sets its pad token to the end token, as the reference does.
 
-    Raises:
-        UserError: the folder has no tokenizer files, they are damaged, or there is no end token.
+    Raises UserError if the folder has no tokenizer files, they are damaged, or there is no end token.
     """
     folder = Path(folder)
     is_sentencepiece = (folder / "tokenizer.model").is_file()
     if not is_sentencepiece and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(
-            f"{KEY}: {folder} holds neither tokenizer.model nor tokenizer.json; "
-            "copy the tokenizer files of the same model there."
-        )
+        problem = f"{folder} holds neither tokenizer.model nor tokenizer.json"
+        raise UserError(f"{KEY}: {problem}; copy the tokenizer files of the same model there.")
     try:
         if is_sentencepiece:
             tokenizer: Any = LlamaTokenizer(folder)
@@ -106,13 +98,10 @@ def load_tokenizer(folder: str | Path) -> Any:
         token, token_id = getattr(tokenizer, role), getattr(tokenizer, f"{role}_id")
         is_missing = token is None if role == "bos_token" else token_id is None
         # A token that has no piece of its own is encoded as the unknown one.
-        if (role == "eos_token" and is_missing) or (
-            not is_missing and token_id == tokenizer.unk_token_id and token != tokenizer.unk_token
-        ):
-            raise UserError(
-                f"{KEY}: the tokenizer in {folder} has no {role}_id (its {role} is '{token}'); MiniGPT-4 needs one. "
-                "Take the tokenizer files that came with the model."
-            )
+        is_unknown = not is_missing and token_id == tokenizer.unk_token_id and token != tokenizer.unk_token
+        if is_unknown or (is_missing and role == "eos_token"):
+            problem = f"the tokenizer in {folder} has no {role}_id (its {role} is '{token}')"
+            raise UserError(f"{KEY}: {problem}; MiniGPT-4 needs it. Take the tokenizer files of the same model.")
     tokenizer.pad_token = tokenizer.eos_token  # padding is recognised by the attention mask
     return tokenizer
 

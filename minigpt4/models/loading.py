@@ -1,7 +1,6 @@
-"""Files of a ``model`` section into a built model: located, compared by names and shapes, then loaded.
+"""Files of a ``model`` section into a built ``MiniGPT4``, whose vision side and LM may be on the meta device.
 
-Shapes and names of every file are compared before the first value is read. A model here is a built ``MiniGPT4``, whose
-vision side and LM may be on the meta device.
+Shapes and names of every file are compared before the first value is read.
 """
 
 import fnmatch
@@ -24,7 +23,7 @@ from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models import language_model as lm
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.parallel import shard_language_model
-from minigpt4.models.vision import load_vision, locate_vision, q_former_state, vit_state
+from minigpt4.models.vision import Q_FORMER, VIT, States, load_vision, locate_vision, q_former_state, vit_state
 
 CKPT, PROMPTS = "model.ckpt", "model.prompt_path"
 
@@ -41,44 +40,32 @@ class ModelFiles(NamedTuple):
 def locate_files(cfg: ModelConfig, has_vision: bool = True) -> ModelFiles:
     """Finds or downloads all files of the section; UserError where one is missing."""
     llama_model = locate(cfg.llama_model, lm.KEY, lm.HUB_FILES)
-    lm.check_folder(llama_model)
     vision_files = locate_vision(cfg) if has_vision else (None, None)
     return ModelFiles(llama_model, *vision_files, locate(cfg.ckpt, CKPT) if cfg.ckpt else None)
 
 
 def state_readers(model: nn.Module, files: ModelFiles) -> dict[str, Callable[[], Mapping[str, Tensor]]]:
-    """For each YAML key a function that returns the file's memory-mapped tensors under the model's names.
+    """For the YAML key of each file a function that returns its memory-mapped tensors under the model's names.
 
     Each function compares all names and shapes with the model and raises UserError where they differ.
     """
-    readers: dict[str, Callable[[], Mapping[str, Tensor]]] = {
-        lm.KEY: partial(lm.read_weights, model.llama_model, files.llama_model)
+    functions = {lm.KEY: lm.read_weights, VIT: vit_state, Q_FORMER: q_former_state, CKPT: trained_state}
+    parts = (model.llama_model if files.llama_model else None, model, model, model)
+    return {
+        key: partial(read, part, file)
+        for (key, read), part, file in zip(functions.items(), parts, files, strict=True)
+        if file is not None
     }
-    if files.vit_weights is not None:
-        readers["model.vit_weights"] = partial(vit_state, model, files.vit_weights)
-        readers["model.q_former_model"] = partial(q_former_state, model, files.q_former_model)
-    if files.ckpt is not None:
-        readers[CKPT] = partial(trained_state, model, files.ckpt)
-    return readers
 
 
 def load_weights(
-    model: nn.Module,
-    states: Mapping[str, Mapping[str, Tensor]],
-    cfg: ModelConfig,
-    files: ModelFiles,
-    device: torch.device,
-    is_sharded: bool,
+    model: nn.Module, states: States, cfg: ModelConfig, files: ModelFiles, device: torch.device, is_sharded: bool
 ) -> None:
     """Loads what ``state_readers`` returned, in the precisions of a run on ``device``."""
-    lm.move_buffers(model.llama_model, device)
-    if prepare := _preparation(cfg, device, is_sharded):
-        prepare(model.llama_model)
-    dtype = language_model_dtype(cfg, device)
-    lm.fill_weights(model.llama_model, dict(states[lm.KEY]), dtype, device, files.llama_model)
+    dtype, prepare = language_model_dtype(cfg, device), _preparation(cfg, device, is_sharded)
+    lm.fill_weights(model.llama_model, dict(states[lm.KEY]), dtype, device, files.llama_model, prepare)
     if files.vit_weights is not None:
-        vision_states = states["model.vit_weights"], states["model.q_former_model"]
-        load_vision(model, (files.vit_weights, files.q_former_model), *vision_states, cfg, device)
+        load_vision(model, states, (files.vit_weights, files.q_former_model), cfg, device)
     if files.ckpt is not None:
         copy_trained_state(model, states[CKPT], files.ckpt)
 
@@ -93,35 +80,27 @@ def is_int8(cfg: ModelConfig, device: torch.device) -> bool:
     return (cfg.low_resource or cfg.llm_precision == "int8") and devices.has_int8(device)
 
 
-def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> Callable[[nn.Module], None] | None:
+def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> lm.Prepare | None:
     """What happens to the LM before its weights arrive: shards over ranks, 8-bit layers, or nothing."""
-    is_wanted = cfg.low_resource or cfg.llm_precision == "int8"
-    key = "model.low_resource" if cfg.low_resource else "model.llm_precision: int8"
-    if is_wanted and is_sharded:
-        raise UserError(f"{key} and run.parallel: fsdp exclude each other; choose one of the two.")
-    if is_sharded:
+    if is_sharded:  # which config_checks accepts for other weights than 8-bit ones only
         return partial(shard_language_model, device=device)
-    if is_wanted and not is_int8(cfg, device):
-        logging.warning("%s: 8-bit weights are not supported on %s; using half precision.", key, device.type)
-    return to_int8 if is_int8(cfg, device) else None
+    if is_int8(cfg, device):
+        return to_int8
+    if cfg.low_resource or cfg.llm_precision == "int8":
+        logging.warning("8-bit weights are not supported on %s; using half precision.", device.type)
+    return None
 
 
-def load_trained_part(model: nn.Module, path: Path) -> None:
-    """Loads the trained part from a checkpoint of this project or of the reference."""
-    copy_trained_state(model, trained_state(model, path), path)
-
-
+@torch.no_grad()
 def copy_trained_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Copies the tensors of ``trained_state`` into the model; UserError where one is not finite."""
+    own = model.state_dict()
     for name, value in state.items():
         if value.is_floating_point() and not weights.is_finite(value):
-            raise UserError(
-                f"{CKPT}: '{name}' in {path} holds NaN or infinity; the run that wrote it had diverged." + see("nan")
-            )
-    own = model.state_dict()
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
+            cause = "holds NaN or infinity; the run that wrote it had diverged." + see("nan")
+            raise UserError(f"{CKPT}: '{name}' in {path} {cause}")
+    for name, value in state.items():
+        own[name].copy_(value)
     logging.info("Loaded the projection from %s.", path)
 
 
@@ -133,9 +112,8 @@ def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     weight = state.get("llama_proj.weight")
     if weight is None:
         raise UserError(
-            f"{CKPT}: {path} holds no llama_proj.weight (it looks like {weights.describe_weights(state)}); "
-            "expected a checkpoint of MiniGPT-4, such as checkpoint_3.pth of a stage-1 run."
-            + see("weights-that-do-not-fit")
+            f"{CKPT}: {path} holds no llama_proj.weight (it looks like {weights.describe_weights(state)}); expected a "
+            "checkpoint of MiniGPT-4, such as checkpoint_3.pth of a stage-1 run." + see("weights-that-do-not-fit")
         )
     if weight.shape != model.llama_proj.weight.shape:
         raise UserError(_explain_projection(model, weight, path))
@@ -143,36 +121,31 @@ def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         is_known = name in own and value.shape == own[name].shape
         if not is_known or value.is_floating_point() != own[name].is_floating_point():
-            raise UserError(
-                f"{CKPT}: '{name}' {list(value.shape)} {value.dtype} in {path} is no part of this model; "
-                "expected llama_proj and whatever parts were trained with it."
-            )
+            unknown = f"'{name}' {list(value.shape)} {value.dtype} in {path} is no part of this model"
+            raise UserError(f"{CKPT}: {unknown}; expected llama_proj and whatever parts were trained with it.")
     if "llama_proj.bias" not in state:
         raise UserError(f"{CKPT}: {path} holds llama_proj.weight but no llama_proj.bias; the file is incomplete.")
     return state
 
 
 def _explain_projection(model: nn.Module, weight: Tensor, path: Path) -> str:
-    q_width, lm_width = model.llama_proj.in_features, model.llama_proj.out_features
+    lm_width, q_width = model.llama_proj.weight.shape
     rows, columns = weight.shape if weight.ndim == 2 else (weight.numel(), 0)
     if columns == 5632:
         cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
     elif rows != lm_width:
-        made_for, given = weights.LM_SIZES.get(rows, f"{rows} wide"), weights.LM_SIZES.get(lm_width, f"{lm_width} wide")
+        made_for, given = (weights.LM_SIZES.get(width, f"{width} wide") for width in (rows, lm_width))
         cause = f"The projection was made for a {made_for} LM, model.llama_model is {given}: take the matching one."
     else:
         cause = "model.qformer_config describes another Q-Former than the one it was trained with."
-    return (
-        f"{CKPT}: llama_proj.weight in {path} is {list(weight.shape)}, expected [{lm_width}, {q_width}]. {cause}"
-        + see("a-projection-for-another-language-model")
-    )
+    shapes = f"llama_proj.weight in {path} is {list(weight.shape)}, expected [{lm_width}, {q_width}]"
+    return f"{CKPT}: {shapes}. {cause}" + see("a-projection-for-another-language-model")
 
 
 def read_prompts(path: str | None, template: str) -> list[str]:
-    """Reads the prompt file: its lines with ``<ImageHere>``, each put into the template (stage 2); none without a path.
+    """The lines with ``<ImageHere>`` of a prompt file, each put into the template (stage 2); none without a path.
 
-    Raises:
-        UserError: the file is missing, no line has the placeholder, or the template has no ``{}``.
+    Raises UserError if the file is missing, no line has the placeholder, or the template has no ``{}``.
     """
     if (path or template) and not is_prompt_template(template):
         raise UserError(f"model.prompt_template is '{template}'; expected one {{}} where the prompt goes.")

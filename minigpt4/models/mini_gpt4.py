@@ -24,10 +24,11 @@ from minigpt4.models import loading
 from minigpt4.models.loading import ModelFiles
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer, QFormerConfig
-from minigpt4.models.vision import VisionEncoder, build_vision, q_former_config, vision_settings
+from minigpt4.models.vision import VisionEncoder, build_vision, vision_settings
 
 IMAGE_TOKEN_INDEX = -1  # in a list of token ids: one image embedding goes here
 IGNORE_INDEX = -100  # label of a position that is no target
+Section = Mapping[str, Any] | ModelConfig
 
 
 class TextRow(NamedTuple):
@@ -43,9 +44,8 @@ class MiniGPT4(VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
 
     Args:
-        visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype: see ``VisionEncoder``.
-        llama_model: a causal LM of transformers, built by ``language_model``.
-        llama_tokenizer: its tokenizer, with a pad token.
+        visual_encoder, Qformer, **vision: the arguments of ``VisionEncoder``.
+        llama_model, llama_tokenizer: a causal LM and its tokenizer with a pad token, of ``language_model``.
         prompts: texts with ``<ImageHere>`` of which one is drawn for each batch; none in stage 1.
         prompt_template: the text into which a sample's own instruction is formatted.
         max_txt_len: tokens of caption and end symbol together; the rest is cut.
@@ -62,24 +62,18 @@ class MiniGPT4(VisionEncoder):
         Qformer: QFormer | QFormerConfig,
         llama_model: nn.Module,
         llama_tokenizer: Any,
-        num_query_token: int = 32,
         prompts: Sequence[str] = (),
         prompt_template: str = "",
         max_txt_len: int = 32,
         end_sym: str = "\n",
-        freeze_vit: bool = True,
-        freeze_qformer: bool = True,
-        vit_dtype: torch.dtype = torch.float32,
+        **vision: Any,
     ) -> None:
-        super().__init__(visual_encoder, Qformer, num_query_token, freeze_vit, freeze_qformer, vit_dtype)
+        super().__init__(visual_encoder, Qformer, **vision)
         q_former_width = (Qformer if visual_encoder is None else Qformer.config).hidden_size
-        self.llama_model = llama_model
-        self.llama_tokenizer = llama_tokenizer
+        self.llama_model, self.llama_tokenizer = llama_model, llama_tokenizer
         self.llama_proj = nn.Linear(q_former_width, llama_model.config.hidden_size)
-        self.prompt_list = list(prompts)
-        self.prompt_template = prompt_template
-        self.max_txt_len = max_txt_len
-        self.end_sym = end_sym
+        self.prompt_list, self.prompt_template = list(prompts), prompt_template
+        self.max_txt_len, self.end_sym = max_txt_len, end_sym
         self.packs_rows = True  # False for architectures whose attention cannot compute packed rows
         self._prefix_kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
         self.frozen_parts.append(llama_model.requires_grad_(False))
@@ -95,25 +89,17 @@ class MiniGPT4(VisionEncoder):
 
     @classmethod
     def from_config(
-        cls,
-        cfg: Mapping[str, Any] | ModelConfig,
-        device: torch.device | str | None = None,
-        is_sharded: bool = False,
-        has_vision: bool = True,
+        cls, cfg: Section, device: torch.device | str | None = None, is_sharded: bool = False, has_vision: bool = True
     ) -> "MiniGPT4":
-        """Builds the model of a ``model`` section and loads its weights.
+        """Builds the model of a ``model`` section, compares all its files by names and shapes, and loads them.
 
-        Names and shapes of every file are compared with the model before the first weight is read. On the meta device
-        that check is all that happens.
+        On the meta device nothing is loaded. Raises UserError if a file is missing or does not match the model.
 
         Args:
             cfg: the section; docs/CONFIGURATION.md describes its keys.
             device: where the model goes, which decides the default precision; by default the best available one.
             is_sharded: every rank holds a shard of the LM (``run.parallel: fsdp``).
             has_vision: False where batches bring features from a cache in place of images.
-
-        Raises:
-            UserError: a file is missing or does not match the model.
         """
         cfg = read_section(ModelConfig, cfg, "model")
         device = devices.pick() if device is None else torch.device(device)
@@ -131,27 +117,19 @@ class MiniGPT4(VisionEncoder):
         llm = lm.build_language_model(files.llama_model, loading.language_model_dtype(cfg, device))
         if cfg.llm_grad_checkpoint:
             recompute_layers(lm.decoder_layers(llm))
-        return cls(
-            *(build_vision(cfg) if has_vision else (None, q_former_config(cfg))),
-            llm,
-            lm.load_tokenizer(llm, files.llama_model),
-            prompts=loading.read_prompts(cfg.prompt_path, cfg.prompt_template),
-            prompt_template=cfg.prompt_template,
-            max_txt_len=cfg.max_txt_len,
-            end_sym=cfg.end_sym,
-            **vision_settings(cfg, device),
-        )
+        vision = build_vision(cfg, has_vision)
+        settings = {name: getattr(cfg, name) for name in ("prompt_template", "max_txt_len", "end_sym")}
+        settings["prompts"] = loading.read_prompts(cfg.prompt_path, cfg.prompt_template)
+        tokenizer = lm.load_tokenizer(llm, files.llama_model)
+        return cls(*vision, llm, tokenizer, **settings, **vision_settings(cfg, device))
 
     def load_checkpoint(self, path: Path) -> None:
         """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not match."""
-        loading.load_trained_part(self, path)
+        loading.copy_trained_state(self, loading.trained_state(self, path), path)
 
     def compile_parts(self) -> None:
-        """Compiles the decoder layers, for any number of tokens, and the vision side, whose shapes never change.
-
-        Prefixes are computed before: a growing cache would compile each layer anew, and PyTorch stops after eight.
-        """
-        self.compute_prefixes()
+        """Compiles the decoder layers, for any number of tokens, and the vision side, whose shapes never change."""
+        self.compute_prefixes()  # before, as a growing cache would compile each layer anew
         exclude_from_compilation()
         for layer in lm.decoder_layers(self.llama_model):
             layer.compile(dynamic=True)
@@ -197,10 +175,9 @@ class MiniGPT4(VisionEncoder):
 
     def tokenize_prompt(self, text: str) -> list[int]:
         """Ids of a prompt: each ``<ImageHere>`` is Q times IMAGE_TOKEN_INDEX, the text around it is encoded apart."""
-        first, *rest = text.split(IMAGE_PLACEHOLDER)
-        ids = self.tokenize(first) if first else []
-        for segment in rest:
-            ids += [IMAGE_TOKEN_INDEX] * self.num_query_token
+        ids: list[int] = []
+        for i, segment in enumerate(text.split(IMAGE_PLACEHOLDER)):
+            ids += [IMAGE_TOKEN_INDEX] * self.num_query_token * (i > 0)
             ids += self.tokenize(segment) if segment else []
         return ids
 
@@ -216,10 +193,9 @@ class MiniGPT4(VisionEncoder):
         return embeds.masked_scatter((ids == IMAGE_TOKEN_INDEX).unsqueeze(-1), image_embeds.to(embeds.dtype))
 
     def get_context_emb(self, prompt: str, img_list: Sequence[Tensor]) -> Tensor:
-        """LM inputs [1, T, L] of a prompt whose placeholders stand for the images [1, Q, L] of ``img_list``, in order.
+        """LM inputs [1, T, L] of a prompt whose placeholders are replaced by images [1, Q, L], in their order.
 
-        Raises:
-            UserError: there are more or fewer placeholders than images.
+        Raises UserError if there are more or fewer placeholders than images.
         """
         if (count := prompt.count(IMAGE_PLACEHOLDER)) != len(img_list):
             raise UserError(f"The prompt has {count} image placeholders, but {len(img_list)} images were given.")
@@ -231,16 +207,15 @@ class MiniGPT4(VisionEncoder):
     ) -> tuple[Tensor, Tensor]:
         """Puts image embeddings [B, Q, L] into a prompt, or into one prompt each; without prompt they are unchanged.
 
-        Returns:
-            LM inputs [B, T, L] without begin token, shorter rows padded on the right, and their mask int64 [B, T].
+        Returns LM inputs [B, T, L] without begin token, shorter rows padded on the right, and their mask int64 [B, T].
         """
         if not prompt:
             return img_embeds, atts_img
         prompts = [prompt] * len(img_embeds) if isinstance(prompt, str) else prompt
-        ids = [torch.tensor(self.tokenize_prompt(text), device=img_embeds.device) for text in prompts]
-        rows = [self.embed_inputs(row[None], image[None])[0] for row, image in zip(ids, img_embeds, strict=True)]
-        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        return pad_sequence(rows, batch_first=True), mask
+        ids = [torch.tensor([self.tokenize_prompt(text)], device=img_embeds.device) for text in prompts]
+        rows = [self.embed_inputs(row, image[None])[0] for row, image in zip(ids, img_embeds, strict=True)]
+        masks = [torch.ones_like(row[0]) for row in ids]
+        return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)
 
     def tokenize_rows(self, captions: Sequence[str], prompts: Sequence[str]) -> list[TextRow]:
         """Training rows: begin token, prompt with image positions, caption with end symbol.
@@ -270,9 +245,8 @@ class MiniGPT4(VisionEncoder):
         """The loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, S, S] or in its place ``features`` [B, Q, H] from a cache, ``text_input`` or
-                ``answer`` (B captions), optionally ``instruction`` (B texts or None) or ``instruction_input``
-                (B whole prompts).
+            samples: ``image`` [B, 3, S, S] or ``features`` [B, Q, H] from a cache, ``text_input`` or ``answer`` (B
+                captions), optionally ``instruction`` (B texts or None) or ``instruction_input`` (B whole prompts).
 
         Returns:
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without
@@ -314,10 +288,8 @@ class MiniGPT4(VisionEncoder):
         return prefix if is_shared and self.packs_rows else ()
 
     def compute_prefixes(self) -> None:
-        """Computes keys and values of everything that may precede the images of a batch.
-
-        All at once, as a forward of a sharded LM involves all ranks, which draw different prompts.
-        """
+        """Computes keys and values of everything that may precede the images of a batch."""
+        # All at once, as a forward of a sharded LM involves all ranks, which draw different prompts.
         prompts = self.prompt_list or [IMAGE_PLACEHOLDER]
         prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}")] * ("{}" in self.prompt_template)
         ids = [self.bos_ids + self.tokenize_prompt(prompt) for prompt in prompts]
@@ -326,15 +298,9 @@ class MiniGPT4(VisionEncoder):
 
     @torch.inference_mode()
     def generate(self, images: Tensor, texts: Sequence[str], **settings: Any) -> list[str]:
-        """Answers whole prompts about images [B, 3, S, S] in one batch, as evaluation scripts of the reference call it.
+        """Answers B prompts with one ``<ImageHere>`` each about images [B, 3, S, S]; answers end at the end symbol.
 
-        Args:
-            images: one for each text.
-            texts: prompts with one ``<ImageHere>`` each.
-            **settings: of transformers' ``generate``, such as ``max_new_tokens`` and ``do_sample``.
-
-        Returns:
-            B answers, cut at the end symbol.
+        ``settings`` are those of transformers' ``generate``. Evaluation scripts of the reference call this method.
         """
         embeds, _ = self.encode_img(images)
         rows = [self.get_context_emb(text, [embed[None]])[0] for text, embed in zip(texts, embeds, strict=True)]

@@ -9,8 +9,7 @@ Shapes: B rows, T tokens of the longest row, N tokens of all rows, P tokens of t
 value heads, D width of a head, L width of the LM, V vocabulary.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,28 +22,27 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "minigpt4"
+Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value
 
 
-@dataclass
 class PackedBatch:
     """Positions of B rows of different lengths in one sequence of N tokens.
 
     Args:
         lengths: number of tokens of each row, without the prefix.
-        prefix: keys and values [1, G, P, D] of each layer, computed once for what all rows begin with.
+        prefix: keys and values [1, G, P, D] of each layer for what all rows begin with.
         device: of the tokens.
     """
 
-    lengths: list[int]
-    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    device: torch.device | str = "cpu"
-
-    def __post_init__(self) -> None:
-        self.longest = max(self.lengths)
-        self.prefix_length = self.prefix[0][0].shape[2] if self.prefix else 0
-        indices = [row * self.longest + torch.arange(length) for row, length in enumerate(self.lengths)]
-        self.indices = torch.cat(indices).to(self.device, non_blocking=True)  # [N], into the flattened grid [B * T]
-        self._masks: dict[int | None, Tensor | None] = {}
+    def __init__(
+        self, lengths: list[int], prefix: Sequence[tuple[Tensor, Tensor]] = (), device: torch.device | str = "cpu"
+    ) -> None:
+        self.lengths, self.prefix, self.device = lengths, prefix, device
+        self.longest = max(lengths)
+        self.prefix_length = prefix[0][0].shape[2] if prefix else 0
+        indices = [row * self.longest + torch.arange(length) for row, length in enumerate(lengths)]
+        self.indices = torch.cat(indices).to(device, non_blocking=True)  # [N], into the flattened grid [B * T]
+        self._masks: dict[int, Tensor | None] = {}
 
     @property
     def position_ids(self) -> Tensor:
@@ -63,38 +61,27 @@ class PackedBatch:
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """Which keys a query sees, bool [T, P + T]; None where plain causal attention is the same."""
-        total = self.prefix_length + self.longest
-        window = None if window is None or window >= total else window
+        before, total = self.prefix_length, self.prefix_length + self.longest
+        window = min(window or total, total)
         if window not in self._masks:
-            mask = None
-            if self.prefix_length or window:
-                mask = torch.ones(self.longest, total, dtype=torch.bool, device=self.device).tril(self.prefix_length)
-            self._masks[window] = mask if window is None else mask.triu(self.prefix_length - window + 1)
+            visible = torch.ones(self.longest, total, dtype=torch.bool, device=self.device)
+            is_plain = not before and window == total
+            self._masks[window] = None if is_plain else visible.tril(before).triu(before - window + 1)
         return self._masks[window]
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    def attend(self, layer_idx: int, heads: Heads, window: int | None, **settings: Any) -> Tensor:
         """Queries [1, H, N, D], keys and values [1, G, N, D] of a layer to [1, N, H, D]."""
-        query, key, value = (self.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in (query, key, value))
+        query, key, value = (self.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in heads)
         if self.prefix:
-            before = (part.expand(len(self.lengths), -1, -1, -1) for part in self.prefix[module.layer_idx])
+            before = (part.expand(len(self.lengths), -1, -1, -1) for part in self.prefix[layer_idx])
             key, value = (torch.cat(parts, 2) for parts in zip(before, (key, value), strict=True))
-        mask = self.mask(settings.pop("sliding_window"))
-        mixed, _ = _attention(query, key, value, mask, is_causal=mask is None, **settings)
+        mask = self.mask(window)
+        mixed, _ = _attention((query, key, value), mask, is_causal=mask is None, **settings)
         return self.pack(mixed.transpose(1, 2))[None]
 
 
 def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    packed: PackedBatch | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that transformers' decoder layers call.
 
@@ -103,47 +90,39 @@ def attention_forward(
         query: [B, H, T, D], rotary positions applied; with ``packed`` [1, H, N, D].
         key, value: [B, G, S, D], those of a cache included; with ``packed`` [1, G, N, D].
         attention_mask: bool [B or 1, 1, T, S] or None; not used with ``packed``.
-        dropout, scaling: as transformers passes them; a frozen LM has no dropout.
-        packed: the training rows.
-        softcap: logits are bounded by softcap * tanh(logits / softcap), as in Gemma 2.
-        sliding_window: number of latest tokens that a query sees.
-        **kwargs: what transformers passes for other attention functions.
+        **settings: what transformers passes: ``scaling``, ``softcap`` (Gemma 2), ``sliding_window`` and others, and
+            ``packed``, the PackedBatch of a training step.
 
     Returns:
-        [B, T, H, D], and the attention weights [B, H, T, S] where ``output_attentions`` asks for them.
-
-    Raises:
-        NotImplementedError: the architecture's attention has terms that packed rows do not support.
+        [B, T, H, D], and the attention weights [B, H, T, S] where ``output_attentions`` asks for them. Raises
+        NotImplementedError if the architecture's attention has terms that packed rows do not support.
     """
+    heads, packed = (query, key, value), settings.pop("packed", None)
+    formula = {name: settings.get(name) for name in ("scaling", "softcap")}
     if packed is not None:
-        if unsupported := [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]:
+        if unsupported := [name for name in ("s_aux", "position_bias") if settings.get(name) is not None]:
             raise NotImplementedError(f"attention with {unsupported[0]} is not supported for packed rows")
-        mixed = packed.attend(
-            module, query, key, value, scaling=scaling, softcap=softcap, sliding_window=sliding_window
-        )
-        return mixed, None
-    if softcap is None and not kwargs.get("output_attentions"):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return packed.attend(module.layer_idx, heads, settings.get("sliding_window"), **formula), None
+    if formula["softcap"] is None and not settings.get("output_attentions"):
+        return sdpa_attention_forward(module, *heads, attention_mask, **settings)
     is_causal = attention_mask is None and query.shape[2] > 1
-    mixed, weights = _attention(query, key, value, attention_mask, is_causal, scaling, softcap, needs_weights=True)
+    mixed, weights = _attention(heads, attention_mask, is_causal, **formula, needs_weights=True)
     return mixed.transpose(1, 2), weights
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    heads: Heads,
     mask: Tensor | None,
     is_causal: bool,
-    scaling: float | None = None,
-    softcap: float | None = None,
+    scaling: float | None,
+    softcap: float | None,
     needs_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """[B, H, T, D] and [B, G, S, D] to [B, H, T, D]; by the formula where PyTorch's kernels do not compute it."""
+    query, key, value = heads
     if softcap is None and not needs_weights:
-        settings = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-        mixed = scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, **settings)
-        return mixed, None
+        is_grouped = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(*heads, mask, 0.0, is_causal, scale=scaling, enable_gqa=is_grouped), None
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
@@ -166,15 +145,10 @@ def exclude_from_compilation() -> None:
 
 
 def next_token_loss(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, chunk: int = 64) -> Tensor:
-    """Mean cross-entropy in float32 (scalar) of hidden states [n, L] through a frozen output layer.
+    """Mean cross-entropy (float32, scalar) of hidden states [n, L] and targets int64 [n] through a frozen output layer.
 
-    The gradient of the hidden states is computed along with the loss, so that the logits of one chunk exist at a time.
-
-    Args:
-        hidden: last hidden states at the positions that predict a target.
-        head: hidden states [n, L] to logits [n, V].
-        targets: int64 [n].
-        chunk: number of positions whose logits are computed together.
+    The gradient of the hidden states is computed along with the loss, so that only the logits of ``chunk`` positions
+    exist at a time; ``head`` maps hidden states [n, L] to logits [n, V].
     """
     return _ChunkedLoss.apply(hidden, head, targets, chunk)
 

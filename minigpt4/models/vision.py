@@ -20,6 +20,9 @@ from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
+VIT, Q_FORMER = "model.vit_weights", "model.q_former_model"
+States = Mapping[str, Mapping[str, Tensor]]  # tensors by the YAML key of their file
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed in float32; returns the dtype of its input."""
@@ -51,9 +54,8 @@ class VisionEncoder(nn.Module):
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.num_query_token = num_query_token
+        self.num_query_token, self.vit_dtype = num_query_token, vit_dtype
         self.frozen_parts: list[nn.Module] = []
-        self.vit_dtype = vit_dtype
         if visual_encoder is None:
             return
         self.visual_encoder = visual_encoder
@@ -76,7 +78,8 @@ class VisionEncoder(nn.Module):
         cfg = read_section(ModelConfig, cfg, "model")
         files = locate_vision(cfg)
         vision = cls(*build_vision(cfg), **vision_settings(cfg, device))
-        load_vision(vision, files, vit_state(vision, files[0]), q_former_state(vision, files[1]), cfg, device)
+        states = {VIT: vit_state(vision, files[0]), Q_FORMER: q_former_state(vision, files[1])}
+        load_vision(vision, states, files, cfg, device)
         return vision.to(device).train()
 
     def train(self, mode: bool = True) -> "VisionEncoder":
@@ -87,13 +90,10 @@ class VisionEncoder(nn.Module):
         return self
 
     def encode_images(self, image: Tensor) -> Tensor:
-        """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H].
+        """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H]; ValueError for another size.
 
         Gradients reach the pixels if ``image`` requires them. Otherwise a frozen encoder builds no graph, as none of
         its parameters requires gradients.
-
-        Raises:
-            ValueError: the images are of another size than the encoder was built for.
         """
         if tuple(image.shape[-2:]) != self.visual_encoder.patch_embed.img_size:
             expected = list(self.visual_encoder.patch_embed.img_size)
@@ -106,21 +106,12 @@ class VisionEncoder(nn.Module):
 def locate_vision(cfg: ModelConfig) -> tuple[Path, Path]:
     """Finds or downloads the files of the vision transformer and of the Q-Former; reads no weights."""
     index = "*.index.json"
-    vit = locate(cfg.vit_weights, "model.vit_weights", (index, "vision_model.*"))
     q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
-    return vit, locate(cfg.q_former_model, "model.q_former_model", q_former_parts)
-
-
-def q_former_config(cfg: ModelConfig) -> QFormerConfig:
-    """The Q-Former of a ``model`` section."""
-    return QFormerConfig(**asdict(cfg.qformer_config), encoder_width=cfg.vit_config.embed_dim)
+    return locate(cfg.vit_weights, VIT, (index, "vision_model.*")), locate(cfg.q_former_model, Q_FORMER, q_former_parts)
 
 
 def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype that the vision encoder computes in: ``vit_precision``, on a CPU its fastest precision.
-
-    float32 means that the autocast of the caller applies, if any.
-    """
+    """Autocast dtype of the vision encoder: ``vit_precision``, on a CPU its fastest; float32 means the caller's."""
     if not cfg.freeze_vit or cfg.vit_precision == "fp32":
         return torch.float32
     return devices.default_dtype(device) if device.type == "cpu" else devices.DTYPES[cfg.vit_precision]
@@ -132,33 +123,33 @@ def vision_settings(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in names} | {"vit_dtype": vision_dtype(cfg, device)}
 
 
-def build_vision(cfg: ModelConfig) -> tuple[Eva, QFormer]:
-    """Builds the vision transformer and Q-Former of a ``model`` section, parameters on the meta device."""
+def build_vision(cfg: ModelConfig, has_vision: bool = True) -> tuple[Eva | None, QFormer | QFormerConfig]:
+    """Builds vision transformer and Q-Former on the meta device; without vision, the latter's configuration."""
+    q_former_config = QFormerConfig(**asdict(cfg.qformer_config), encoder_width=cfg.vit_config.embed_dim)
+    if not has_vision:
+        return None, q_former_config
     with init_empty_weights():
         is_checkpointed = cfg.use_grad_checkpoint and not cfg.freeze_vit
         vit = build_eva_vit(cfg.image_size, cfg.drop_path_rate, is_checkpointed, cfg.vit_config)
-        return vit, QFormer(q_former_config(cfg))
+        return vit, QFormer(q_former_config)
 
 
 def vit_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
     """The vision transformer's tensors in a published file or its Hugging Face twin, matched with the built module."""
-    key = "model.vit_weights"
-    state = weights.read_state_dict(file, key)
+    state = weights.read_state_dict(file, VIT)
     state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
     state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
     if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], vision.visual_encoder.pos_embed.shape[1])
-    depth = len(vision.visual_encoder.blocks)
-    droppable = [f"blocks.{depth}.*", "norm.*", "fc_norm.*", "head.*"]  # the published file has one block more
-    droppable += ["ln_vision.*", "Qformer.*", "query_tokens", "language_*"]  # a twin's file holds all parts
+    last = f"blocks.{len(vision.visual_encoder.blocks)}.*"  # the published file has one block more
+    droppable = [last, "norm.*", "fc_norm.*", "head.*", "ln_vision.*", "Qformer.*", "query_tokens", "language_*"]
     hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
-    return weights.match_state_dict(vision.visual_encoder, state, file, key, droppable, hint)
+    return weights.match_state_dict(vision.visual_encoder, state, file, VIT, droppable, hint)
 
 
 def q_former_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
     """The same for ln_vision, queries and Q-Former."""
-    key = "model.q_former_model"
-    state = weights.published_names(weights.read_state_dict(file, key))
+    state = weights.published_names(weights.read_state_dict(file, Q_FORMER))
     droppable = [  # the text branch, heads of BLIP-2, and the rest of a twin
         *("Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_*", "Qformer.cls.*"),
         *("Qformer.bert.encoder.layer.*.intermediate.dense.*", "Qformer.bert.encoder.layer.*.output.*"),
@@ -166,7 +157,7 @@ def q_former_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
         *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*", "language_*"),
     ]
     hint = "Is it blip2_pretrained_flant5xxl.pth, and do model.qformer_config and num_query_token describe it?"
-    return weights.match_state_dict(_query_side(vision), state, file, key, droppable, hint)
+    return weights.match_state_dict(_query_side(vision), state, file, Q_FORMER, droppable, hint)
 
 
 def _query_side(vision: VisionEncoder) -> nn.ModuleDict:
@@ -177,27 +168,24 @@ def _query_side(vision: VisionEncoder) -> nn.ModuleDict:
 
 
 def load_vision(
-    vision: VisionEncoder,
-    files: tuple[Path, Path],
-    vit: Mapping[str, Tensor],
-    q_former: Mapping[str, Tensor],
-    cfg: ModelConfig,
-    device: torch.device,
+    vision: VisionEncoder, states: States, files: tuple[Path, Path], cfg: ModelConfig, device: torch.device
 ) -> None:
-    """Loads what ``vit_state`` and ``q_former_state`` read from ``files``, in the precisions of a run on ``device``.
-
-    The vision transformer's weights are rounded as ``vit_precision`` asks; the rest becomes float32.
-    """
-    weights.assign(vision.visual_encoder, vit, files[0], "model.vit_weights")
+    """Loads what ``vit_state`` and ``q_former_state`` read from ``files``, in the precisions of a run on ``device``."""
     query_side = _query_side(vision)
-    weights.assign(query_side, q_former, files[1], "model.q_former_model")
+    weights.assign(vision.visual_encoder, states[VIT], files[0], VIT)
+    weights.assign(query_side, states[Q_FORMER], files[1], Q_FORMER)
     query_side.float()
     vision.query_tokens = query_side.query_tokens
+    round_vision(vision, cfg, device)
+    vision._freeze()  # assigned tensors come with their own requires_grad
+
+
+def round_vision(vision: VisionEncoder, cfg: ModelConfig, device: torch.device) -> None:
+    """Rounds weights as ``vit_precision`` asks, and stores those that autocast would cast in its dtype."""
     precision = devices.DTYPES[cfg.vit_precision] if cfg.freeze_vit else torch.float32
     computed = vision_dtype(cfg, device)
     round_vit_weights(vision.visual_encoder, precision, keep_float32=computed == torch.float32)
     if computed not in (torch.float32, precision):
         round_vit_weights(vision.visual_encoder, computed)
-    if cfg.freeze_qformer and computed != torch.float32:  # what autocast would do in every step
+    if cfg.freeze_qformer and computed != torch.float32:
         round_vit_weights(vision.Qformer, computed)
-    vision._freeze()  # assigned tensors come with their own requires_grad
