@@ -1,8 +1,6 @@
 """All checks of the doctor, in the order in which a run meets what they check."""
 
-import importlib.metadata
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from minigpt4.common import device as devices
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.schema import RunConfig, read_section
-from minigpt4.common.torch_setup import PACKAGES, npu_mismatch
+from minigpt4.common.torch_setup import PACKAGES, npu_mismatch, package_version
 from minigpt4.doctor import resources, samples
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect, refused, size
@@ -42,12 +40,14 @@ def run_checks(args: Any) -> list[Finding]:
     files = ModelFiles(cfg.model_cfg, device)
     findings += files.check()
     drawn, more = samples.draw(cfg, args.samples)
-    findings += _language_model(files, args.deep, [caption for part in drawn for caption in part.captions])
+    captions = [caption for part in drawn for caption in part.captions]
+    findings += collect(CHECK, _language_model, files, args.deep, captions)
     findings += collect("precision", _precision, run_cfg, files)
     findings += more
     for part in drawn:
         findings += collect(f"datasets.{part.name}", samples.check_samples, part, files)
-    findings += collect("contact sheet", _sheet, args, drawn)
+    path = args.sheet or Path("output") / "doctor" / f"{Path(args.cfg_path).stem}.png"
+    findings += collect("contact sheet", samples.sheet, drawn, path)
     is_training = "init_lr" in given or "max_epoch" in given
     if is_training and files.model is not None:
         findings += collect("disk", resources.disk, run_cfg, files, drawn)
@@ -57,35 +57,16 @@ def run_checks(args: Any) -> list[Finding]:
             findings += collect("memory, training", resources.training_memory, run_cfg, files, texts)
         findings += collect("memory, chat", resources.chat_memory, files, is_training)
     if is_training and args.steps:
-        findings += collect("time", resources.timed_steps, args, cfg, files)
+        findings += collect("time", resources.timed_steps, run_cfg, cfg, files, args.steps)
     return findings
 
 
 def _versions() -> Finding:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    versions = {name: version for name in PACKAGES if (version := package_version(name))}
     message = ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {found}" for name, found in versions.items())])
     if mismatch := npu_mismatch():
         return Finding("versions", ERROR, f"{message}: {mismatch}", "Install the two together.")
-    if wrong := list(_unmet_requirements()):
-        return Finding("versions", WARNING, f"{message}; {', '.join(wrong)}", "pip install -r requirements.txt")
     return Finding("versions", OK, message, numbers=versions)
-
-
-def _unmet_requirements() -> Iterator[str]:
-    from packaging.requirements import Requirement  # comes with transformers
-
-    file = Path(__file__).parents[2] / "requirements.txt"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else ()
-    for requirement in (Requirement(line) for line in lines if line.startswith(PACKAGES)):
-        if requirement.name in PACKAGES:
-            found = importlib.metadata.version(requirement.name)
-            if not requirement.specifier.contains(found, prereleases=True):
-                yield f"{requirement.name} {found} is not {requirement.specifier}"
 
 
 def _device(run_cfg: RunConfig, device: torch.device) -> Finding:
@@ -112,28 +93,17 @@ def _precision(run_cfg: RunConfig, files: ModelFiles) -> Finding:
     return Finding("precision", OK, f"steps in {amp}, language model in {llm}")
 
 
-def _language_model(files: ModelFiles, is_deep: bool, captions: list[str]) -> list[Finding]:
+def _language_model(files: ModelFiles, is_deep: bool, captions: list[str]) -> Finding | list[Finding]:
     if not files.tensors:
         return []
     if not (is_deep or files.num_bytes <= SMALL_LM):
-        return collect(CHECK, sampled_weights_check, files.tensors, files.dtype)
-
-    def look() -> Finding:
-        is_large = files.num_bytes > SMALL_LM and files.device.type == "cpu"  # mapped weights take no memory there
-        dtype = next(iter(files.tensors.values())).dtype if is_large else files.dtype
-        llm = load_language_model(files.paths["llama_model"], dtype, files.device)
-        return lm_loss_check(llm, files.model.llama_tokenizer, captions, files.tensors)
-
+        return sampled_weights_check(files.tensors, files.dtype)
+    is_large = files.num_bytes > SMALL_LM and files.device.type == "cpu"  # mapped weights take no memory there
+    dtype = next(iter(files.tensors.values())).dtype if is_large else files.dtype
     num_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if files.num_bytes < TINY_LM else num_threads)
-        return collect(CHECK, look)
+        llm = load_language_model(files.paths["llama_model"], dtype, files.device)
+        return lm_loss_check(llm, files.model.llama_tokenizer, captions, files.tensors)
     finally:
         torch.set_num_threads(num_threads)
-
-
-def _sheet(args: Any, drawn: list[samples.SampleStats]) -> list[Finding]:
-    path = args.sheet or Path("output") / "doctor" / f"{Path(args.cfg_path).stem}.png"
-    written = samples.sheet(drawn, path)
-    message = f"{written}: {sum(len(part.images) for part in drawn)} samples as the model receives them"
-    return [Finding("contact sheet", OK, message)] if written else []

@@ -1,12 +1,11 @@
 """The files of a ``model`` section, read by the functions that load a run's model."""
 
+import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import resolve_local_path
@@ -16,19 +15,11 @@ from minigpt4.doctor.findings import OK, WARNING, Finding, collect, refused, siz
 from minigpt4.doctor.language import tokenizer_check, version_check
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
-from minigpt4.models.eva_vit import round_vit_weights
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.mini_gpt4 import MiniGPT4
-from minigpt4.models.vision import (
-    VisionEncoder,
-    build_vision,
-    q_former_state,
-    vision_dtype,
-    vision_settings,
-    vit_state,
-)
+from minigpt4.models.vision import VisionEncoder, build_vision, round_vision, vision_settings
 
-FILES = ("llama_model", "vit_weights", "q_former_model", "ckpt")
+FILES = loading.ModelFiles._fields
 
 
 class ModelFiles:
@@ -40,10 +31,9 @@ class ModelFiles:
     """
 
     def __init__(self, cfg: Mapping[str, Any] | ModelConfig, device: torch.device) -> None:
-        self.cfg = read_section(ModelConfig, cfg, "model")
-        self.device = device
+        self.cfg, self.device = read_section(ModelConfig, cfg, "model"), device
         self.dtype = loading.language_model_dtype(self.cfg, device)
-        self.paths: dict[str, Path | None] = {}
+        self.paths: dict[str, Path | None] = dict.fromkeys(FILES)
         self.tensors: dict[str, torch.Tensor] = {}  # of the language model
         self.model: Any = None
 
@@ -51,25 +41,27 @@ class ModelFiles:
         """Every file of the section, in the order in which a run reads them."""
         findings = []
         for name in FILES:
-            if getattr(self.cfg, name) is not None:
-                findings += collect(f"model.{name}", self._locate, name)
-        if self.paths.get("llama_model") is not None:
+            findings += collect(f"model.{name}", self._locate, name) if getattr(self.cfg, name) is not None else []
+        if self.paths["llama_model"] is not None:
             try:
                 self.model = self.build()
             except UserError as error:
-                word = str(error).split(":")[0].split()[0]
-                findings.append(refused(word if word.startswith("model.") else lm.KEY, error))
-        if self.model is None:
-            return findings + self._check_without_language_model()
-        located = [f"model.{name}" for name in FILES if self.paths.get(name) is not None]
-        for key, read in loading.state_readers(self.model, self._files()).items():
-            findings += collect(key, self._read, key, read) if key in located else []
-        config = self.model.llama_model.config
-        arguments = self.paths["llama_model"], self.model.llama_tokenizer, config.vocab_size
-        findings += collect("tokenizer", tokenizer_check, *arguments)
-        findings += collect("Vicuna version", version_check, self.cfg, config.model_type, config.vocab_size)
-        if prompts := self.model.prompt_list:
-            findings.append(Finding("model.prompt_path", OK, f"{len(prompts)} prompts, as '{prompts[0].strip()[:80]}'"))
+                key = re.match(r"model\.\w+", str(error))
+                findings.append(refused(key.group() if key else lm.KEY, error))
+        model, files = self.model, loading.ModelFiles(**self.paths)
+        if model is None:  # the vision side can be compared; of the checkpoint only its kind
+            model = VisionEncoder(*build_vision(self.cfg), **vision_settings(self.cfg, self.device))
+            if files.ckpt is not None:
+                message = f"{identify_file(files.ckpt)}; whether it matches is checked once {lm.KEY} is right"
+                findings.append(Finding(loading.CKPT, WARNING, message, f"First correct {lm.KEY}."))
+            files = files._replace(llama_model=None, ckpt=None)
+        for key, read in loading.state_readers(model, files).items():
+            findings += collect(key, self._read, key, read)
+        if self.model is not None:
+            config = self.model.llama_model.config
+            arguments = files.llama_model, self.model.llama_tokenizer, config.vocab_size
+            findings += collect("tokenizer", tokenizer_check, *arguments)
+            findings += collect("Vicuna version", version_check, self.cfg, config.model_type, config.vocab_size)
         return findings
 
     @property
@@ -77,20 +69,14 @@ class ModelFiles:
         """Bytes of the LM's weights in their files."""
         return sum(value.nbytes for value in self.tensors.values())
 
-    def build(self, has_vision: bool = True) -> nn.Module:
+    def build(self, has_vision: bool = True) -> MiniGPT4:
         """A new model without weights, in the precisions of the run; without vision as a feature cache allows."""
-        lm.check_folder(self.paths["llama_model"])
-        model = MiniGPT4.build(self.cfg, self._files(), self.device, has_vision)
+        model = MiniGPT4.build(self.cfg, loading.ModelFiles(**self.paths), self.device, has_vision)
         if loading.is_int8(self.cfg, self.device):
             to_int8(model.llama_model)
-        if has_vision and (dtype := vision_dtype(self.cfg, self.device)) != torch.float32:
-            round_vit_weights(model.visual_encoder, dtype)
-            if self.cfg.freeze_qformer:
-                round_vit_weights(model.Qformer, dtype)
+        if has_vision:
+            round_vision(model, self.cfg, self.device)
         return model
-
-    def _files(self) -> loading.ModelFiles:
-        return loading.ModelFiles(*(self.paths.get(name) for name in FILES))
 
     def _locate(self, name: str) -> list[Finding]:
         key, spec = f"model.{name}", getattr(self.cfg, name)
@@ -98,25 +84,12 @@ class ModelFiles:
         if self.paths[name] is not None:
             return []
         message = f"'{spec}' is not on this machine: it is downloaded when the run starts and cannot be checked before"
-        remedy = f"Where the run has no network, download it beforehand and set {key} to the local path."
-        return [Finding(key, WARNING, message, remedy)]
-
-    def _check_without_language_model(self) -> list[Finding]:
-        """The vision files compared with the vision side; of the checkpoint only what it is."""
-        findings, vision = [], VisionEncoder(*build_vision(self.cfg), **vision_settings(self.cfg, self.device))
-        for name, read in (("vit_weights", vit_state), ("q_former_model", q_former_state)):
-            if (path := self.paths.get(name)) is not None:
-                findings += collect(f"model.{name}", self._read, f"model.{name}", partial(read, vision, path))
-        if (path := self.paths.get("ckpt")) is not None:
-            message = f"{identify_file(path)}; whether it matches is checked once {lm.KEY} is right"
-            findings.append(Finding(loading.CKPT, WARNING, message, f"First correct {lm.KEY}."))
-        return findings
+        return [Finding(key, WARNING, message, f"Without network, download it beforehand and set {key} to its path.")]
 
     def _read(self, key: str, read: Callable[[], dict[str, torch.Tensor]]) -> Finding:
         state = read()
-        message = f"{describe_weights(state)}; {len(state)} tensors, all names and shapes match"
-        if key != lm.KEY:
-            return Finding(key, OK, message)
-        self.tensors = state
-        numbers = {"bytes": self.num_bytes, "tensors": len(state)}
-        return Finding(key, OK, f"{message}, {size(self.num_bytes)}", numbers=numbers)
+        if key == lm.KEY:
+            self.tensors = state
+        num_bytes = sum(value.nbytes for value in state.values())
+        message = f"{describe_weights(state)}; {len(state)} tensors, {size(num_bytes)}, all names and shapes match"
+        return Finding(key, OK, message, numbers={"bytes": num_bytes, "tensors": len(state)})

@@ -1,9 +1,6 @@
 """The result of a check: a verdict, the evidence, and the remedy; as a table or as JSON."""
 
 import json
-import shutil
-import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,15 +13,7 @@ _SEE = " See docs/"
 
 @dataclass
 class Finding:
-    """One line of the table.
-
-    Args:
-        check: what was checked, a YAML key where it is one.
-        verdict: ok, warning or error.
-        evidence: what was found.
-        remedy: what to do, empty where there is nothing to do.
-        numbers: for programs, in the JSON only.
-    """
+    """One line of the table; ``check`` is a YAML key where it is one, ``numbers`` are for programs (JSON only)."""
 
     check: str
     verdict: str
@@ -66,15 +55,10 @@ def as_json(findings: Sequence[Finding], **rest: Any) -> str:
     return json.dumps({"verdict": worst(findings), **rest, "findings": rows}, indent=2, ensure_ascii=False)
 
 
-def as_table(findings: Sequence[Finding], width: int | None = None) -> str:
-    """All findings as a table: on a terminal long cells are wrapped, elsewhere each finding is one line."""
-    width = width or (shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000)
-    indent, lines = max(len(f.check) for f in findings) + len(WARNING) + 4, []
-    for finding in findings:
-        head = f"{finding.verdict:<{len(WARNING)}}  {finding.check}"
-        text = f"{head:<{indent}}{finding.evidence}" + (f" -> {finding.remedy}" if finding.remedy else "")
-        settings = {"subsequent_indent": " " * indent, "break_long_words": False, "break_on_hyphens": False}
-        lines += textwrap.wrap(text, max(width, indent + 40), **settings)
+def as_table(findings: Sequence[Finding]) -> str:
+    """All findings as a table, one line each."""
+    width = max(len(f.check) for f in findings)
+    lines = (f"{f.verdict:<8} {f.check:<{width}}  {f.evidence}" + f" -> {f.remedy}" * bool(f.remedy) for f in findings)
     return "\n".join(lines)
 
 

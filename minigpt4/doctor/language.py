@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ SENTENCES = (
 )
 MAX_CAPTIONS = 8
 FP16_MAX = 65504.0
-_ANCHOR = "a-dead-language-model"
+_DEAD, _VERSION = see("a-dead-language-model"), see("the-wrong-vicuna-version")
 
 
 @torch.no_grad()
@@ -52,19 +51,20 @@ def check_language_model(model: nn.Module) -> None:
     """
     if not hasattr(model, "llama_model"):  # a model of another arch
         return
-    loss, entropy = next_token_loss(model.llama_model, model.llama_tokenizer, SENTENCES[:1])
-    chance = math.log(model.llama_model.config.vocab_size)
+    llm = model.llama_model
+    loss, entropy = next_token_loss(llm, model.llama_tokenizer, SENTENCES[:1])
+    chance = math.log(llm.config.vocab_size)
     if not math.isfinite(loss):
         message = "its loss on a plain sentence is not finite: it overflows in this precision, or is damaged."
         logging.warning("%s: %s", lm.KEY, message + see("nan"))
     elif min(loss, entropy) > 0.9 * chance:
-        message = "it predicts nothing (loss %.2f on a plain sentence, chance is %.2f): it is untrained, a raw delta, "
-        message += "or damaged. Training would stay at that loss." + see(_ANCHOR)
-        logging.warning("%s: " + message, lm.KEY, loss, chance)
-    elif not _packs_rows(model.llama_model):
+        message = f"it predicts nothing (loss {loss:.2f} on a plain sentence, chance is {chance:.2f}): it is "
+        message += "untrained, a raw delta, or damaged. Training would stay at that loss."
+        logging.warning("%s: %s", lm.KEY, message + _DEAD)
+    elif not _packs_rows(llm):
         model.packs_rows = False
-        message = "the attention of %s cannot compute packed rows; padded rows are used, which is slower."
-        logging.warning("%s: " + message, lm.KEY, model.llama_model.config.model_type)
+        message = "%s: the attention of %s cannot compute packed rows; padded rows are used, which is slower."
+        logging.warning(message, lm.KEY, llm.config.model_type)
 
 
 @torch.no_grad()
@@ -83,9 +83,7 @@ def _packs_rows(llm: Any) -> bool:
     return difference.item() < (1e-3 if embeds.dtype == torch.float32 else 0.1)
 
 
-def lm_loss_check(
-    llm: Any, tokenizer: Any, captions: Sequence[str] = (), tensors: Mapping[str, Tensor] | None = None
-) -> Finding:
+def lm_loss_check(llm: Any, tokenizer: Any, captions: Sequence[str], tensors: Mapping[str, Tensor]) -> Finding:
     """The loss on plain sentences and on the run's own captions, compared with chance, ln(vocabulary).
 
     ``tensors`` are the weights as stored, which explain a loss that is not finite.
@@ -95,68 +93,59 @@ def lm_loss_check(
     losses = {name: next_token_loss(llm, tokenizer, part) for name, part in texts.items() if part}
     listed = ", ".join(f"{loss:.2f} on {name}" for name, (loss, _) in losses.items())
     evidence = f"mean next-token loss {listed}; chance is ln({llm.config.vocab_size}) = {chance:.2f}"
-    numbers = {name: loss for name, (loss, _) in losses.items()} | {"ln vocabulary": chance}
-    if not all(map(math.isfinite, numbers.values())):
-        numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return Finding(CHECK, ERROR, *_explain_nonfinite(llm, tokenizer, evidence, tensors or {}), numbers)
+    numbers = {name: loss if math.isfinite(loss) else None for name, (loss, _) in losses.items()}
+    numbers["ln vocabulary"] = chance
     best, entropy = min(losses.values())
-    if best < 0.9 * chance:
+    remedy = "Get the LM's folder anew, weights and tokenizer from one source (PrepareVicuna.md)." + _DEAD
+    if None in numbers.values():
+        verdict, (cause, remedy) = ERROR, _explain_nonfinite(llm, tokenizer, tensors)
+    elif best < 0.9 * chance:
         return Finding(CHECK, OK, evidence, numbers=numbers)
-    if entropy <= 0.9 * chance and not captions:
-        message = f"{evidence}: it is confident and wrong, but may know other texts; no captions could be drawn"
-        return Finding(CHECK, WARNING, message, "First correct the data sets.", numbers)
-    if entropy > 0.9 * chance:
-        cause = "it predicts nothing at all: a dead LM, untrained weights or a raw delta"
+    elif entropy > 0.9 * chance:
+        verdict, cause = ERROR, "it predicts nothing at all: a dead LM, untrained weights or a raw delta"
+    elif captions:
+        verdict, cause = ERROR, "it is confident and wrong: random or mixed-up weights, or another model's tokenizer"
     else:
-        cause = "it is confident and wrong: random or mixed-up weights, or the tokenizer of another model"
-    remedy = "Get the LM's folder anew, weights and tokenizer from one source (PrepareVicuna.md)."
-    return Finding(CHECK, ERROR, f"{evidence}: {cause}", remedy + see(_ANCHOR), numbers)
+        verdict, remedy = WARNING, "First correct the data sets."
+        cause = "it is confident and wrong, but may know other texts; no captions could be drawn"
+    return Finding(CHECK, verdict, f"{evidence}. {cause[0].upper()}{cause[1:]}", remedy, numbers)
 
 
-def _explain_nonfinite(llm: Any, tokenizer: Any, evidence: str, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-    if llm.dtype == torch.float16:
-        for name, value in tensors.items():
-            if value.is_floating_point() and FP16_MAX < value.abs().max().item() < math.inf:
-                message = f"{evidence}. '{name}' has weights above the {FP16_MAX:.0f} that fp16 holds"
-                return message, "Set model.llm_dtype: bf16 (or fp32)." + see("nan")
+def _explain_nonfinite(llm: Any, tokenizer: Any, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The cause of a loss that is not finite, and the remedy."""
+    for name, value in tensors.items() if llm.dtype == torch.float16 else ():
+        if FP16_MAX < value.abs().max().item() < math.inf:
+            cause = f"'{name}' has weights above the {FP16_MAX:.0f} that fp16 holds"
+            return cause, "Set model.llm_dtype: bf16 (or fp32)." + see("nan")
     dtype = str(llm.dtype).removeprefix("torch.")
     loss, _ = next_token_loss(llm.cpu().float(), tokenizer, SENTENCES)
     if math.isfinite(loss):
-        message = f"{evidence}. In {dtype} it overflows: in float32 the loss is {loss:.2f}"
-        return message, "Set model.llm_dtype: bf16 (or fp32), and run.amp_dtype: bf16." + see("nan")
-    return f"{evidence}, in float32 as well: the weights are damaged", "Copy the LM's files again." + see("nan")
+        cause = f"in {dtype} it overflows: in float32 the loss is {loss:.2f}"
+        return cause, "Set model.llm_dtype: bf16 (or fp32), and run.amp_dtype: bf16." + see("nan")
+    return "in float32 it is not finite either: the weights are damaged", "Copy the LM's files again." + see("nan")
 
 
-def sampled_weights_check(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows: int = 16) -> Finding:
-    """Norms, and a few rows of embeddings, output and three layers, of files too large to be read."""
-    layers = sorted({number for name in tensors if (number := _layer(name)) is not None})
-    few = {None, *layers[:1], *layers[-1:], *layers[len(layers) // 2 :][:1]}
-    norms = {name: value.float() for name, value in tensors.items() if value.ndim == 1 and "norm" in name}
-    rows = {
-        name: value[:: max(1, len(value) // num_rows)].float()
-        for name, value in tensors.items()
-        if value.ndim == 2 and _layer(name) in few
-    }
-    largest = max(value.abs().max().item() for value in (*norms.values(), *rows.values()))
-    evidence = f"{len(norms)} norms, largest of the sampled weights {largest:.3g}"
-    end = f" (some {num_rows} rows of {len(rows)} weights were read; --deep reads all and computes the loss)"
-    remedy = "Get the LM's folder anew (PrepareVicuna.md)."
+def sampled_weights_check(tensors: Mapping[str, Tensor], dtype: torch.dtype, num_rows: int = 4) -> Finding:
+    """The norms, and a few rows of each matrix, of files too large to be read."""
+    norms = [value.float() for name, value in tensors.items() if value.ndim == 1 and "norm" in name]
+    matrices = {name: value for name, value in tensors.items() if value.ndim == 2}
+    rows = {name: value[:: max(1, len(value) // num_rows)].float() for name, value in matrices.items()}
+    largest = max(value.abs().max().item() for value in (*norms, *rows.values()))
+    dead = [name for name, value in rows.items() if not value.any()]
+    verdict, remedy = ERROR, "Get the LM's folder anew (PrepareVicuna.md)." + _DEAD
     if not math.isfinite(largest):
-        return Finding(CHECK, ERROR, f"weights are NaN or infinite{end}", remedy + see("nan"))
-    if norms and all((norm == 1).all() for norm in norms.values()):
-        return Finding(CHECK, ERROR, f"every norm is exactly 1: the weights are untrained{end}", remedy + see(_ANCHOR))
-    if dead := [name for name, value in rows.items() if not value.any()]:
-        message = f"{len(dead)} of {len(rows)} weights are zero wherever they were sampled, as {dead[0]}{end}"
-        return Finding(CHECK, ERROR, message, remedy + see(_ANCHOR))
-    if dtype == torch.float16 and largest > FP16_MAX:
-        message = f"{evidence}: more than the {FP16_MAX:.0f} that fp16 holds{end}"
-        return Finding(CHECK, ERROR, message, "Set model.llm_dtype: bf16." + see("nan"))
-    return Finding(CHECK, OK, evidence + end)
-
-
-def _layer(name: str) -> int | None:
-    found = re.search(r"(?:layers|h)\.(\d+)\.", name)
-    return int(found.group(1)) if found else None
+        evidence, remedy = "weights are NaN or infinite", "Copy the LM's files again." + see("nan")
+    elif norms and all((norm == 1).all() for norm in norms):
+        evidence = "every norm is exactly 1: the weights are untrained"
+    elif dead:
+        evidence = f"{len(dead)} of {len(rows)} weights are zero wherever they were sampled, as {dead[0]}"
+    elif dtype == torch.float16 and largest > FP16_MAX:
+        evidence = f"a weight is {largest:.3g}, above the {FP16_MAX:.0f} that fp16 holds"
+        remedy = "Set model.llm_dtype: bf16." + see("nan")
+    else:
+        verdict, remedy, evidence = OK, "", f"{len(norms)} norms, largest of the sampled weights {largest:.3g}"
+    end = f" (some {num_rows} rows of {len(rows)} weights were read; --deep reads all and computes the loss)"
+    return Finding(CHECK, verdict, evidence + end, remedy)
 
 
 def tokenizer_check(folder: Path, tokenizer: Any, vocab_size: int) -> Finding:
@@ -164,13 +153,13 @@ def tokenizer_check(folder: Path, tokenizer: Any, vocab_size: int) -> Finding:
     own = {role: getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos")}
     evidence = f"{len(tokenizer)} tokens for {vocab_size} embeddings, begin {own['bos']}, end {own['eos']}"
     file = folder / "generation_config.json"
-    given = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if different := {r: given.get(f"{r}_token_id") for r in own if given.get(f"{r}_token_id") not in (None, own[r])}:
-        other = ", ".join(f"{role} {value}" for role, value in different.items())
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    given = {role: config.get(f"{role}_token_id") for role in own}
+    if other := ", ".join(f"{role} {value}" for role, value in given.items() if value not in (None, own[role])):
         evidence += f"; generation_config.json has {other}, as published: the tokenizer's are used"
     if len(tokenizer) < 0.9 * vocab_size:  # a little less is usual: vocabularies are padded to round numbers
-        message, remedy = f"{evidence}: far fewer than the LM has", "Is it the tokenizer of the same model?"
-        return Finding("tokenizer", WARNING, message, remedy + see("the-wrong-vicuna-version"))
+        remedy = "Is it the tokenizer of the same model?" + _VERSION
+        return Finding("tokenizer", WARNING, f"{evidence}: far fewer than the LM has", remedy)
     return Finding("tokenizer", OK, evidence)
 
 
@@ -179,15 +168,12 @@ def version_check(cfg: ModelConfig, model_type: str, vocab_size: int) -> Finding
     choose_template(cfg, None)  # raises where model.conversation has no such name
     is_v0_prompt = "###" in cfg.prompt_template or cfg.conversation == "vicuna_v0"
     kind = VOCABULARIES.get(vocab_size, "no Vicuna") if model_type == "llama" else model_type
-    evidence = f"{vocab_size} tokens ({kind})"
-    is_later_vicuna = model_type == "llama" and vocab_size == 32000
-    if not (is_later_vicuna and is_v0_prompt):
-        prompts = cfg.prompt_template.strip() or cfg.conversation or "of the tokenizer"
-        return Finding("Vicuna version", OK, f"{evidence}, prompts {prompts}")
+    prompts = cfg.conversation or cfg.prompt_template.strip() or "of the tokenizer"
+    evidence = f"{vocab_size} tokens ({kind}), prompts {prompts}"
+    if not (model_type == "llama" and vocab_size == 32000 and is_v0_prompt):
+        return Finding("Vicuna version", OK, evidence)
+    evidence += ", which are those of Vicuna v0 (32001)"
     if cfg.conversation is not None:
-        message = f"{evidence}, but model.conversation is {cfg.conversation}, which Vicuna v0 (32001) was trained with"
-        return Finding("Vicuna version", WARNING, message, "Right if intended." + see("the-wrong-vicuna-version"))
-    message = f"{evidence}, but the prompt '{cfg.prompt_template.strip()}' is that of Vicuna v0 (32001): "
-    message += "answers would be garbage"
+        return Finding("Vicuna version", WARNING, evidence, "Right if intended." + _VERSION)
     remedy = "Use Vicuna v0 (PrepareVicuna.md), or set model.conversation and model.prompt_template as intended."
-    return Finding("Vicuna version", ERROR, message, remedy + see("the-wrong-vicuna-version"))
+    return Finding("Vicuna version", ERROR, f"{evidence}: answers would be garbage", remedy + _VERSION)

@@ -1,8 +1,7 @@
 """How much memory a device needs: a step of the model itself on fake tensors, with every tensor of the device counted.
 
-A fake step computes shapes only, so a model of 7 billion weights takes seconds and no memory. Not counted is what a
-device keeps besides tensors: its context and the work space of its libraries, some hundred MB on a card, and what the
-allocator reserves and does not use.
+A fake step computes shapes only, so a model of 7 billion weights takes seconds and no memory. Not counted are the
+device's context, the work space of its libraries, and what the allocator reserves and does not use.
 """
 
 import weakref
@@ -21,11 +20,7 @@ from torch.utils._pytree import tree_leaves
 from minigpt4.common import device as devices
 from minigpt4.models.language_model import new_cache, next_token_logits
 
-PARTS = {
-    "vision": ("visual_encoder", "ln_vision", "Qformer", "query_tokens"),
-    "language model": ("llama_model",),
-    "projection": ("llama_proj",),
-}
+PARTS = {"llama_model": "language model", "llama_proj": "projection"}  # by attribute; the others are vision
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -41,14 +36,12 @@ class MemoryTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.device.type == self.device_type:
-                self.add(value)
+                self._add(value.untyped_storage())
                 if func is torch.ops.aten._safe_softmax.default:  # it marks fully masked rows inside itself
                     self.peak = max(self.peak, self.current + value.numel())
         return result
 
-    def add(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage until it is freed."""
-        storage = tensor.untyped_storage()
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
         if key not in self._living:
             self._living[key] = weakref.ref(storage, lambda _: self._remove(key, size))
@@ -62,13 +55,9 @@ class MemoryTracker(TorchDispatchMode):
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights by part."""
-    sizes = {}
-    for name, attributes in PARTS.items():
-        tensors = {}
-        for part in (getattr(model, attribute) for attribute in attributes if hasattr(model, attribute)):
-            own = [part] if isinstance(part, Tensor) else [*part.parameters(), *part.buffers()]
-            tensors |= {id(tensor): tensor.numel() * tensor.element_size() for tensor in own}
-        sizes[name] = sum(tensors.values())
+    sizes = {"vision": 0, "language model": 0, "projection": 0}
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        sizes[PARTS.get(name.split(".")[0], "vision")] += value.numel() * value.element_size()
     return sizes
 
 
@@ -79,8 +68,7 @@ def training(
 
     Args:
         model: without weights, in the precisions of the run; afterwards its parameters are fake.
-        device: of the run.
-        amp: precision of autocast.
+        device, amp: of the run; ``amp`` is the precision of autocast.
         image_size: S.
         samples: ``text_input`` and perhaps ``instruction`` of a batch.
     """
@@ -98,10 +86,8 @@ def training(
         with devices.autocast(device, amp):
             loss = model({**inputs, **samples})["loss"]
         loss.backward()
-    parts["gradients"] = trained
-    parts["optimizer"] = 2 * trained  # AdamW's two moments
-    parts["activations"] = tracker.peak - before - trained + sum(value.nbytes for value in inputs.values())
-    return parts
+    activations = tracker.peak - before - trained + sum(value.nbytes for value in inputs.values())
+    return parts | {"gradients": trained, "optimizer": 2 * trained, "activations": activations}  # AdamW's two moments
 
 
 def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: int) -> dict[str, int]:
@@ -117,6 +103,5 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
             mask = torch.ones(1, cache.get_seq_length() + length, dtype=torch.long)
             logits = next_token_logits(model.llama_model, embeds, mask, cache)
         del images, logits, embeds
-        parts["keys and values"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    parts["activations"] = max(0, tracker.peak - before - parts["keys and values"])
-    return parts
+        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return parts | {"keys and values": stored, "activations": max(0, tracker.peak - before - stored)}

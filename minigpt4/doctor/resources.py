@@ -16,7 +16,7 @@ from torch import nn
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import see
-from minigpt4.common.schema import RunConfig, read_section
+from minigpt4.common.schema import RunConfig
 from minigpt4.doctor import memory
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, size
@@ -47,51 +47,45 @@ def disk(run_cfg: RunConfig, files: ModelFiles, drawn: list[SampleStats]) -> lis
 
 
 def _space(check: str, folder: str, needed: float, message: str) -> Finding:
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    path = Path(folder).absolute()
+    free = shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+    verdict = ERROR if needed > free else WARNING if needed > 0.8 * free else OK
+    remedy = "Free space, or set run.keep_last." + see("disk-full")
     evidence = f"{size(needed)} ({message}) below {folder}, {size(free)} free"
-    numbers = {"needed": needed, "free": free}
-    if needed > free:
-        return Finding(check, ERROR, evidence, "Free space, or set run.keep_last." + see("disk-full"), numbers)
-    return Finding(check, WARNING if needed > 0.8 * free else OK, evidence, numbers=numbers)
+    return Finding(check, verdict, evidence, remedy * (verdict != OK), {"needed": needed, "free": free})
 
 
-def _listed(parts: Mapping[str, int], capacity: int) -> tuple[str, int]:
-    total = sum(parts.values())
+def _listed(parts: Mapping[str, int], capacity: int) -> str:
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
-    return f"{size(total)} predicted of {size(capacity)}: {listed}", total
+    return f"{size(sum(parts.values()))} predicted of {size(capacity)}: {listed}"
 
 
 def training_memory(run_cfg: RunConfig, files: ModelFiles, captions: list[str]) -> Finding:
     """Memory of a step with the longest texts, compared with the device's."""
-    rows = run_cfg.batch_size_train
-    words = " ".join(captions) or "a picture of something"
+    rows, words = run_cfg.batch_size_train, " ".join(captions) or "a picture of something"
     longest = (words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)
     model = files.build(has_vision=not run_cfg.feature_cache)
     layers = decoder_layers(model.llama_model)
     sharded = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
     parts = predict(run_cfg, files, model, {"text_input": [longest] * rows})
     capacity, _ = devices.memory_left(files.device)
-    evidence, total = _listed(parts, capacity)
-    evidence += f" ({rows} rows of the longest texts)"
+    total, verdict, remedy = sum(parts.values()), OK, ""
+    evidence = f"{_listed(parts, capacity)} ({rows} rows of the longest texts)"
     # A layer is whole while it computes, and the next one while it is gathered.
     space = capacity - (total - sharded) - 2 * sharded // len(layers)
     if run_cfg.parallel == "fsdp" and space > 0:
         evidence += f"; sharded by run.parallel: fsdp it fits on {math.ceil(sharded / space)} cards or more"
-        return Finding("memory, training", OK, evidence, numbers=parts)
-    if total > capacity:
-        fixed = total - parts["activations"]
-        fits = int((capacity - fixed) / (parts["activations"] / rows))
-        remedy = f"run.batch_size_train: {fits} would fit, with run.accum_grad_iters for the rest."
+    elif total > capacity:
+        row = parts["activations"] / rows
+        fits = int((capacity - total + parts["activations"]) / row)
+        verdict, remedy = ERROR, f"run.batch_size_train: {fits} would fit, with run.accum_grad_iters for the rest."
         if fits < 1:
             remedy = "Not one row fits: use half precision, model.low_resource, run.parallel: fsdp or a larger card."
         elif not files.cfg.llm_grad_checkpoint:
             remedy = f"{remedy[:-1]}; or model.llm_grad_checkpoint: True."
-        return Finding("memory, training", ERROR, evidence, remedy + _OUT_OF_MEMORY, parts)
-    verdict = WARNING if total > 0.9 * capacity else OK
-    return Finding("memory, training", verdict, evidence, _OUT_OF_MEMORY.strip() * (verdict != OK), parts)
+    elif total > 0.9 * capacity:
+        verdict = WARNING
+    return Finding("memory, training", verdict, evidence, (remedy + _OUT_OF_MEMORY * (verdict != OK)).strip(), parts)
 
 
 def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, int]:
@@ -104,15 +98,15 @@ def chat_memory(files: ModelFiles, is_training: bool) -> Finding:
     """Memory of a full chat, compared with the device's."""
     parts = memory.chat(files.build(), files.device, files.cfg.image_size, CHAT_TOKENS)
     capacity, _ = devices.memory_left(files.device)
-    evidence, total = _listed(parts, capacity)
-    evidence += f" (a chat of {CHAT_TOKENS} tokens; each further one that is kept {size(parts['keys and values'])})"
-    if total <= capacity:
+    stored = size(parts["keys and values"])
+    evidence = f"{_listed(parts, capacity)} (a chat of {CHAT_TOKENS} tokens; each further one that is kept {stored})"
+    if sum(parts.values()) <= capacity:
         return Finding("memory, chat", OK, evidence, numbers=parts)
     remedy = "model.low_resource: True, model.llm_dtype in a half precision, or a larger card." + _OUT_OF_MEMORY
     return Finding("memory, chat", WARNING if is_training else ERROR, evidence, remedy, parts)
 
 
-def timed_steps(args: Any, cfg: Any, files: ModelFiles) -> list[Finding]:
+def timed_steps(run_cfg: RunConfig, cfg: Any, files: ModelFiles, num_steps: int) -> list[Finding]:
     """Real training steps in a temporary folder: their time, and the memory they took beside the prediction."""
     from minigpt4.runners import RunnerBase
     from minigpt4.tasks import setup_task
@@ -127,7 +121,7 @@ def timed_steps(args: Any, cfg: Any, files: ModelFiles) -> list[Finding]:
         runner.wrapped_model.train()
         seconds, waits, batches = [], [], []
         loader = runner.build_train_loader().iter_epoch(0)
-        for _ in range(min(args.steps, runner.iters_per_epoch)):
+        for _ in range(min(num_steps, runner.iters_per_epoch)):
             start = time.perf_counter()
             batch = next(loader)
             waits.append(time.perf_counter() - start)
@@ -135,26 +129,15 @@ def timed_steps(args: Any, cfg: Any, files: ModelFiles) -> list[Finding]:
             devices.synchronize(files.device)
             seconds.append(time.perf_counter() - start)
             batches.append({"text_input": batch["text_input"], "instruction": batch["instruction"]})
-    return _step_findings(runner, files, seconds, waits, batches, loss.item())
-
-
-def _step_findings(
-    runner: Any, files: ModelFiles, seconds: list[float], waits: list[float], batches: list[dict], loss: float
-) -> list[Finding]:
-    run_cfg, device = read_section(RunConfig, runner.run_cfg, "run"), files.device
     step, wait = statistics.median(seconds[1:] or seconds), statistics.median(waits[1:] or waits)
-    left = runner.max_epoch * runner.iters_per_epoch
-    cached = "; run.feature_cache would save the vision part of it" * bool(run_cfg.feature_cache)
-    message = (
-        f"{step:.3g} s a step ({wait:.2g} s of it waiting for data), the first {seconds[0]:.3g} s: {left:,} steps "
-        f"take {timedelta(seconds=round(step * left))}{cached}"
-    )
-    numbers = {"step": step, "data": wait, "steps": left, "loss": loss}
-    findings = [Finding("time", OK, message, numbers=numbers)]
+    left, loss = runner.max_epoch * runner.iters_per_epoch, loss.item()
+    duration = timedelta(seconds=round(step * left))
+    message = f"{step:.3g} s a step ({wait:.2g} s of it waiting for data): {left:,} steps take {duration}"
+    findings = [Finding("time", OK, message, numbers={"step": step, "data": wait, "steps": left, "loss": loss})]
     if not math.isfinite(loss):
         findings.append(Finding("loss", ERROR, f"after {len(seconds)} steps it is not finite", see("nan").strip()))
-    if device.type != "cpu":  # there it is the process's memory, its code and the mapped files included
-        measured = devices.max_memory_mib(device) * 2**20
+    if files.device.type != "cpu":  # there it is the process's memory, its code and the mapped files included
+        measured = devices.max_memory_mib(files.device) * 2**20
         total = max(sum(predict(run_cfg, files, files.build(), batch).values()) for batch in batches)
         message = f"{size(measured)} at most, {size(total)} predicted for these batches ({total / measured - 1:+.1%})"
         findings.append(Finding("memory, measured", OK, message, numbers={"measured": measured, "predicted": total}))
