@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.datasets import feature_cache
 from minigpt4.datasets.datasets.sample import WorkerInfo
+from minigpt4.datasets.feature_cache import fingerprint
 from minigpt4.models import MiniGPT4
 from minigpt4.models.vision import VisionEncoder
 from minigpt4.tasks import setup_task
@@ -90,7 +93,7 @@ def test_a_model_without_vision_has_the_loss_of_one_with_it(config):
     assert blind.llama_proj.weight.grad.abs().max() > 0
 
 
-def test_what_is_there_is_kept_and_what_lacks_is_made(config, tmp_path, monkeypatch):
+def test_only_missing_parts_are_computed(config, tmp_path, monkeypatch):
     cfg = config()
     datasets_of(cfg)
     folder = tmp_path / "cache" / "cc_sbu-train"
@@ -102,7 +105,8 @@ def test_what_is_there_is_kept_and_what_lacks_is_made(config, tmp_path, monkeypa
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     changed = [file.name for file in folder.iterdir() if file.stat().st_mtime_ns != times[file.name]]
     assert changed == ["part-00001.safetensors"]
-    monkeypatch.setattr(feature_cache, "_vision", lambda *_: pytest.fail("nothing lacks, vision is not needed"))
+    failing = classmethod(lambda *_: pytest.fail("no part is missing, so the vision side is not needed"))
+    monkeypatch.setattr(VisionEncoder, "from_config", failing)
     datasets_of(cfg)
 
 
@@ -127,22 +131,22 @@ def test_crops_are_several_and_drawn(config):
 )
 def test_a_stale_cache_is_refused_with_what_differs(config, options, what):
     datasets_of(config())
-    with pytest.raises(UserError, match=rf"run\.feature_cache: .*cc_sbu-train holds features of other .*{what}"):
+    with pytest.raises(UserError, match=rf"run\.feature_cache: .*cc_sbu-train holds features with other .*{what}"):
         datasets_of(config(*options))
 
 
-def test_other_weights_data_or_code_make_a_cache_stale(config, world, tmp_path, monkeypatch):
+def test_other_weights_data_or_versions_are_refused(config, world, tmp_path, monkeypatch):
     datasets_of(config())
     weights = load_file("quickstart/weights/qformer.safetensors")
     from safetensors.torch import save_file
 
     save_file({name: value + 1e-3 for name, value in weights.items()}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="features of other weights than"):
+    with pytest.raises(UserError, match="features with other weights than"):
         datasets_of(config(f"model.q_former_model={tmp_path}/other.safetensors"))
-    with pytest.raises(UserError, match="features of other data than"):
+    with pytest.raises(UserError, match="features with other data than"):
         datasets_of(config(f"datasets.cc_sbu.build_info.storage={world}/shards/00000.tar"))
-    monkeypatch.setattr(feature_cache, "_CODE", feature_cache._CODE[:2])
-    with pytest.raises(UserError, match="features of other code than"):
+    monkeypatch.setattr(feature_cache, "VERSION", feature_cache.VERSION + 1)
+    with pytest.raises(UserError, match="features with other version than"):
         datasets_of(config())
 
 
@@ -158,7 +162,7 @@ def test_bad_folders_and_damaged_parts(config, tmp_path):
     (tmp_path / "cache" / "cc_sbu-train" / "letter.txt").unlink()
     part = datasets_of(config())["cc_sbu"]["train"].files[1]
     part.write_bytes(part.read_bytes()[:50])
-    with pytest.raises(UserError, match=r"part-00001\.safetensors is damaged .*; remove it, and it is made again"):
+    with pytest.raises(UserError, match=r"part-00001\.safetensors is damaged .*; remove it, and it is computed again"):
         datasets_of(config())
 
 
@@ -196,3 +200,73 @@ def test_the_command_fills_a_cache_ahead(world, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: run.feature_cache is not set")
     assert dist_utils.get_world_size() == 1
+
+
+# fingerprints
+
+
+def changed_copy(folder):
+    """A copy of the package with a comment added to every file, as an editor would leave it."""
+    shutil.copytree("minigpt4", folder / "minigpt4", ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (folder / "minigpt4").rglob("*.py"):
+        file.write_text(f"{file.read_text(encoding='utf-8')}\n# edited\n", encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_another_process_with_edited_comments_uses_the_cache(config, world, tmp_path, stage):
+    (dataset,) = (splits["train"] for splits in datasets_of(config(stage=stage)).values())
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in dataset.files[0].parent.iterdir()}
+    data = {1: f"cc_sbu.build_info.storage={world}/shards/*.tar", 2: f"cc_sbu_align.build_info.storage={world}/align"}
+    command = [sys.executable, "-P", "-m", "minigpt4.tools.cache_features"]
+    command += ["--cfg-path", f"train_configs/quickstart_stage{stage}.yaml", "--options", f"datasets.{data[stage]}"]
+    command += ["run.device=cpu", f"run.feature_cache={tmp_path}/cache", "model.ckpt=null"]
+    env = os.environ | {"PYTHONPATH": str(changed_copy(tmp_path / "copy")), "PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 0 and "features of" in done.stderr, done.stderr
+    assert "Computing features" not in done.stderr
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in dataset.files[0].parent.iterdir()} == before
+
+
+def test_settings_that_equal_the_defaults_are_the_same_fingerprint(config):
+    datasets_of(config())
+    same = ["datasets.cc_sbu.text_processor.train.max_words=50", "datasets.cc_sbu.vis_processor.train.draft=False"]
+    datasets_of(config(*same, "model.freeze_vit=True", "run.init_lr=1e-5", "run.batch_size_eval=3"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["model.qformer_config.num_attention_heads=2"],
+        ["model.vit_config.num_heads=2"],
+        ["datasets.cc_sbu.vis_processor.train.mean=[0.5,0.5,0.5]"],
+        ["datasets.cc_sbu.text_processor.train.prompt=a"],
+    ],
+    ids=lambda options: options[0].partition("=")[0],
+)
+def test_other_settings_are_other_fingerprints(config, options):
+    def digests(*options):
+        cfg = config(*options)
+        cfg.config.run.feature_cache = None
+        (dataset,) = (splits["train"] for splits in setup_task(cfg).build_datasets(cfg).values())
+        return fingerprint(cfg, "cc_sbu", "train", dataset, 1)
+
+    first, second = digests(), digests(*options)
+    assert sum(first[part] != second[part] for part in first) == 1 and digests() == first
+
+
+def test_pairs_follow_from_files_and_texts(config, world, tmp_path):
+    shutil.copytree(world / "align", tmp_path / "align")
+    options = f"datasets.cc_sbu_align.build_info.storage={tmp_path}/align"
+    datasets_of(config(options, stage=2))
+    datasets_of(config(options, "datasets.cc_sbu_align.text_processor.train.max_words=3", stage=2))  # is not applied
+    content = (tmp_path / "align" / "filter_cap.json").read_text()
+    (tmp_path / "align" / "filter_cap.json").write_text(content.replace("The picture", "A picture"))
+    with pytest.raises(UserError, match="features with other data than"):
+        datasets_of(config(options, stage=2))
+
+
+def test_own_data_sets_are_refused_with_what_they_need(config):
+    cfg = config()
+    with pytest.raises(UserError, match=r"datasets\.mine cannot be cached, as its list has no num_parts, .*null"):
+        feature_cache.with_features(cfg, {"mine": {"train": [1]}}, CPU)

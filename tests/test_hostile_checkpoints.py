@@ -8,7 +8,7 @@ from confined import told
 from hostile_weights import PROJECTION, written
 from safetensors.torch import save_file
 
-from minigpt4.datasets.feature_cache import FeatureDataset, _claim
+from minigpt4.datasets.feature_cache import FeatureDataset, check_fingerprint
 
 pytestmark = pytest.mark.usefixtures("confined")
 
@@ -64,7 +64,7 @@ def text_of(data):
 
 
 PARTS = {
-    "no sample": ({"features": torch.ones(0, 1, 3, 2), "text_ends": torch.zeros(0, dtype=torch.int64)}, "no sample"),
+    "no sample": ({"features": torch.ones(0, 1, 3, 2), "text_ends": torch.zeros(0).long()}, "no usable sample"),
     "no crop": ({"features": torch.ones(1, 0, 3, 2)}, "damaged"),
     "flat features": ({"features": torch.ones(6)}, "damaged"),
     "fewer texts": ({"text_ends": torch.zeros(0, dtype=torch.int64)}, "damaged"),
@@ -97,4 +97,4 @@ def test_a_good_part_of_a_cache(tmp_path):
 )
 def test_fingerprint(tmp_path, content):
     (tmp_path / "fingerprint.json").write_bytes(content)
-    told(lambda: _claim(tmp_path, {"weights": "a"}), "run.feature_cache", str(tmp_path))
+    told(lambda: check_fingerprint(tmp_path, {"weights": "a"}), "run.feature_cache", str(tmp_path))

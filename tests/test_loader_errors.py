@@ -110,7 +110,6 @@ def run_program(dataset, num_workers=2, inside="pass"):
     ("dataset", "words"),
     [
         ("test_loader_errors.Broken(KeyError)", "error: Data set mine failed with KeyError: 'seven'"),
-        ("test_loader_errors.Broken('a signal')", "error: The loader of data set mine failed"),
         ("test_loader_errors.Unsendable(4)", "error: Data set mine failed with "),
         ("test_loader_errors.BrokenStream()", "error: Data set mine failed with OSError"),
     ],
@@ -118,6 +117,13 @@ def run_program(dataset, num_workers=2, inside="pass"):
 def test_a_failure_in_a_worker_ends_the_process(dataset, words):
     done = run_program(dataset)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(words), done.stderr
+
+
+def test_a_killed_worker_ends_the_process():
+    """Where torch notices it differs: in the loader, or by a signal anywhere in the main thread."""
+    done = run_program("test_loader_errors.Broken('a signal')")
+    assert done.returncode == 1
+    assert any(words in done.stderr for words in ("The loader of data set mine failed", "is killed by signal"))
 
 
 def test_an_exception_ends_the_process_and_its_workers():

@@ -1,7 +1,8 @@
-"""What the frozen vision side says of each picture, computed once: later epochs and runs need no vision in memory.
+"""Outputs of the frozen vision side, computed once per image: later epochs and runs need no vision model in memory.
 
 A cache is a folder of files, one for each part of a data set (a shard, or some listed pairs): ``features`` bfloat16
-[n, K, Q, H] of n samples in K crops each, and their texts. Beside them, fingerprint.json says what they were made from.
+[N, K, Q, H] of N samples in K crops each, and their texts. fingerprint.json has a digest of everything that they depend
+on. A run whose fingerprint differs is refused.
 """
 
 import bisect
@@ -12,6 +13,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,26 +28,25 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
-from minigpt4.common.schema import ModelConfig, read_section
+from minigpt4.common.schema import ImageProcessorConfig, ModelConfig, RunConfig, TextProcessorConfig, read_section
 from minigpt4.common.utils import parse_json
 from minigpt4.datasets.datasets.sample import Sample, SkipSample, WorkerInfo, collate, derive_seed
 from minigpt4.datasets.loader import eval_batches
+from minigpt4.processors import Blip2ImageEvalProcessor
 
+# Of the numbers in a cache and of its file format: to be increased with every change of code that changes them, so that
+# old caches are refused. test_feature_version.py fails if the numbers differ from those recorded for this version.
+VERSION = 1
 KEY = "run.feature_cache"
-_CODE = (
-    "models/vision.py",
-    "models/eva_vit.py",
-    "models/Qformer.py",
-    "processors/blip_processors.py",
-)
-_CODE_ROOT = Path(__file__).parents[1]
+_PROTOCOL = ("num_parts", "iter_part", "identity", "vis_processor", "text_processor")  # as PairDataset has it
+_MODEL_KEYS = ("image_size", "vit_precision", "vit_config", "qformer_config", "num_query_token")
 
 
 class FeatureDataset(Dataset):
-    """Samples whose ``image`` is replaced by ``features``, bfloat16 [Q, H] of one of the K crops.
+    """Samples with ``features``, bfloat16 [Q, H] of one of the K crops, in place of ``image``.
 
     Args:
-        name: of the data set, for seeds and messages.
+        name: of the data set, for messages.
         files: of all parts, complete.
     """
 
@@ -55,229 +56,210 @@ class FeatureDataset(Dataset):
     def __init__(self, name: str, files: list[Path]) -> None:
         self.name = name
         self.files = files
-        sizes = [_shape(file)[0] for file in files]
-        self.ends = list(itertools.accumulate(sizes))
+        self.ends = list(itertools.accumulate(_num_samples(file) for file in files))
         if not self.ends or not self.ends[-1]:
-            raise UserError(
-                f"{KEY}: no sample of {name} could be used; see what was skipped, and remove {files[0].parent}."
-            )
+            raise UserError(f"{KEY}: {name} has no usable sample, see the warnings; then remove {files[0].parent}.")
 
     def __len__(self) -> int:
         return self.ends[-1]
-
-    @property
-    def first_file(self) -> str:
-        """The first part, for messages."""
-        return str(self.files[0])
 
     def __getitem__(self, index: int) -> Sample:
         """Reads one sample in one of its crops, drawn by torch's random state."""
         part = bisect.bisect_right(self.ends, index)
         row = index - (self.ends[part - 1] if part else 0)
-        opened = _opened(self.files[part])
+        opened = _open(self.files[part])
         features, ends = opened.get_slice("features"), opened.get_slice("text_ends")
         crop = int(torch.randint(features.get_shape()[1], ()))
         begin, end = ([0] if row == 0 else []) + ends[max(row - 1, 0) : row + 1].tolist()
         try:
             text, instruction = json.loads(bytes(opened.get_slice("texts")[begin:end].numpy()))
         except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{KEY}: {self.files[part]} is damaged ({error}); remove it, and it is made again."
-            ) from error
-        return {
-            "features": features[row : row + 1, crop][0],
-            "text_input": text,
-            "instruction": instruction,
-        }
+            raise _damaged(self.files[part], error) from error
+        return {"features": features[row : row + 1, crop][0], "text_input": text, "instruction": instruction}
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     return safe_open(file, "pt")
 
 
-def _shape(file: Path) -> list[int]:
+def _num_samples(file: Path) -> int:
     try:
         with safe_open(file, "pt") as opened:
             shape, ends = opened.get_slice("features").get_shape(), opened.get_tensor("text_ends").tolist()
-            num_bytes = opened.get_slice("texts").get_shape()[0]
-        if (
-            len(shape) != 4
-            or min(shape[1:]) < 1
-            or len(ends) != shape[0]
-            or [0, *ends, num_bytes] != sorted([0, *ends, num_bytes])
-        ):
+            bounds = [0, *ends, opened.get_slice("texts").get_shape()[0]]
+        if len(shape) != 4 or min(shape[1:]) < 1 or len(ends) != shape[0] or bounds != sorted(bounds):
             raise ValueError("its features and texts do not belong together")
-        return shape
-    except Exception as error:  # the reader has exceptions of its own
-        raise UserError(f"{KEY}: {file} is damaged ({str(error)[:120]}); remove it, and it is made again.") from error
+        return shape[0]
+    except Exception as error:  # safetensors has its own exceptions
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(f"{KEY}: {file} is damaged ({str(error)[:120]}); remove it, and it is computed again.")
 
 
 def with_features(cfg: Any, datasets: Mapping[str, Mapping[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Replaces the data sets of a run by ones of features; what the cache lacks is computed first.
+    """Replaces the data sets of a run by ``FeatureDataset``; computes the parts that are missing from the cache.
 
-    Ranks share the parts, so all of them have to see the same folder. A part that is there is kept: what was begun is
-    gone on with.
+    The ranks divide the missing parts among them, so all of them must see the same folder.
 
     Args:
-        cfg: the merged configuration; ``run.feature_cache`` is the folder, ``run.feature_crops`` is K for training.
+        cfg: the merged configuration; ``run.feature_cache`` is the folder, ``run.feature_crops`` is K in training.
         datasets: {name: {split: data set}}.
-        device: where vision computes.
+        device: where the vision side computes.
 
     Raises:
-        UserError: the folder holds features of other weights, processors, data or code, or vision is to be trained.
+        UserError: the vision side is trained, a data set cannot be cached, or the folder holds features of other
+            weights, settings or data.
     """
-    if not (cfg.model_cfg.get("freeze_vit", True) and cfg.model_cfg.get("freeze_qformer", True)):
-        raise UserError(f"{KEY} needs a frozen vision side; set model.freeze_vit and model.freeze_qformer to True.")
-    root, vision, replaced = Path(cfg.run_cfg.feature_cache), None, {}
-    for name, splits in datasets.items():
-        replaced[name] = {}
-        for split, dataset in splits.items():
-            crops = int(cfg.run_cfg.get("feature_crops", 1)) if split == "train" else 1
-            folder = root / f"{name}-{split}"
-            dist_utils.run_on_main(functools.partial(_claim, folder, _fingerprint(cfg, dataset, crops)))
-            files = [folder / f"part-{i:05}.safetensors" for i in range(dataset.num_parts)]
-            lacking = [i for i, file in enumerate(files) if not file.is_file()]
-            lacking = dist_utils.broadcast_object(lacking)
-            if lacking:
-                vision = vision or _vision(cfg, device)
-                _fill(dataset, files, lacking, crops, vision, cfg.run_cfg, device)
-            replaced[name][split] = FeatureDataset(name, files)
-            logging.info("%s/%s: features of %d samples.", name, split, len(replaced[name][split]))
+    from minigpt4.models.vision import VisionEncoder  # slow to import, and without a cache not needed here
+
+    run_cfg, model_cfg = read_section(RunConfig, cfg.run_cfg, "run"), read_section(ModelConfig, cfg.model_cfg, "model")
+    if not (model_cfg.freeze_vit and model_cfg.freeze_qformer):
+        raise UserError(f"{KEY} requires a frozen vision side; set model.freeze_vit and model.freeze_qformer to True.")
+    vision, replaced = None, {}
+    for name, split, dataset in [(n, split, d) for n, splits in datasets.items() for split, d in splits.items()]:
+        if missing := [attribute for attribute in _PROTOCOL if not hasattr(dataset, attribute)]:
+            raise UserError(
+                f"{KEY}: features of datasets.{name} cannot be cached, as its {type(dataset).__name__} has no "
+                f"{', '.join(missing)}; set run.feature_cache to null, or write them as PairDataset has them."
+            )
+        crops = run_cfg.feature_crops if split == "train" else 1
+        folder = Path(run_cfg.feature_cache) / f"{name}-{split}"
+        check = functools.partial(check_fingerprint, folder)
+        dist_utils.run_on_main(lambda: check(fingerprint(cfg, name, split, dataset, crops)))  # noqa: B023
+        files = [folder / f"part-{i:05}.safetensors" for i in range(dataset.num_parts)]
+        parts = dist_utils.broadcast_object([i for i, file in enumerate(files) if not file.is_file()])
+        if parts:
+            vision = vision or VisionEncoder.from_config(cfg.model_cfg, device)
+            logging.info("Computing features of %d of %d parts of %s.", len(parts), len(files), name)
+            own = {part: files[part] for part in parts[dist_utils.get_rank() :: dist_utils.get_world_size()]}
+            _compute(name, dataset, own, crops, vision, run_cfg)
+            dist_utils.gather_objects(None)  # the other ranks' parts are needed as well
+        replaced.setdefault(name, {})[split] = FeatureDataset(name, files)
+        logging.info("%s/%s: features of %d samples.", name, split, len(replaced[name][split]))
     return replaced
 
 
-def _vision(cfg: Any, device: torch.device) -> Any:
-    from minigpt4.models.vision import VisionEncoder
-
-    return VisionEncoder.from_config(cfg.model_cfg, device)
-
-
-def _fill(
-    dataset: Any, files: list[Path], lacking: list[int], crops: int, vision: Any, run_cfg: Any, device: torch.device
-) -> None:
-    rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
-    logging.info("Computing features of %d of %d parts of %s.", len(lacking), len(files), dataset.name)
-    seed, skipped = int(run_cfg.get("seed", 42)), Counter()
-    for part in tqdm(lacking[rank::world], desc=f"{dataset.name} features", unit="part", disable=rank > 0):
-        view = _Part(dataset, part, crops)
-        batches = eval_batches(
-            dataset.name,
-            view,
-            int(run_cfg.get("batch_size_eval") or run_cfg.get("batch_size_train", 1)),
-            int(run_cfg.get("num_workers", 0)),
-            seed,
-            pin_memory=devices.pins_memory(device),
-            is_whole=True,
-        )
-        rows: dict[int, tuple[Tensor, str]] = {}
+def _compute(name: str, dataset: Any, parts: dict[int, Path], crops: int, vision: Any, run_cfg: RunConfig) -> None:
+    queries, skipped = vision.query_tokens, Counter()
+    batch_size = max(1, max(run_cfg.batch_size_eval, run_cfg.batch_size_train or 1) // crops)
+    loading = run_cfg.num_workers, run_cfg.seed, devices.pins_memory(queries.device)
+    progress = tqdm(parts.items(), f"{name} features", unit="part", disable=not dist_utils.is_main_process())
+    for part, file in progress:
+        batches = eval_batches(name, _Part(name, dataset, part, crops), batch_size, *loading, is_whole=True)
+        rows: dict[int, tuple[Tensor, bytes]] = {}
         for batch in batches:
             with torch.no_grad():
-                features = vision.encode_images(batch["image"].to(device)).bfloat16().cpu()
-            texts = zip(batch["text_input"], batch["instruction"], strict=True)
-            rows |= dict(zip(batch["number"], zip(features, map(json.dumps, texts), strict=True), strict=True))
+                features = vision.encode_images(batch["image"].flatten(0, 1).to(queries.device)).bfloat16().cpu()
+            values = zip(features.unflatten(0, (-1, crops)), map(str.encode, batch["text"]), strict=True)
+            rows |= dict(zip(batch["number"].tolist(), values, strict=True))
         skipped.update(batches.skipped)
-        _write(files[part], rows, crops, (vision.query_tokens.shape[1], vision.query_tokens.shape[2]))
-    log_skipped(skipped, dataset.name)
-    dist_utils.gather_objects(None)  # whoever goes on needs the others' parts
-
-
-def _write(file: Path, rows: dict[int, tuple[Tensor, str]], crops: int, shape: tuple[int, int]) -> None:
-    numbers = sorted(rows)
-    features = torch.stack([rows[number][0] for number in numbers]) if rows else torch.zeros(0, *shape)
-    texts = [rows[number][1].encode() for number in numbers[::crops]]
-    content = {
-        "features": features.bfloat16().unflatten(0, (-1, crops)) if rows else features.new_zeros(0, crops, *shape),
-        "texts": torch.frombuffer(bytearray(b"".join(texts) or b" "), dtype=torch.uint8),
-        "text_ends": torch.tensor(list(itertools.accumulate(map(len, texts))), dtype=torch.int64),
-    }
-    unfinished = file.with_suffix(f".{dist_utils.get_rank()}.tmp")
-    try:
-        save_file(content, unfinished)
-        unfinished.replace(file)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{KEY}: {file} cannot be written ({error}); what is there is kept, make room.") from error
+        _write(file, [rows[number] for number in sorted(rows)], (crops, *queries.shape[1:]))
+    log_skipped(skipped, name)
 
 
 class _Part:
-    """One part of a data set as the loader reads it: each sample in K crops, each with its number."""
+    """One part of a data set, as a stream for the loader: ``image`` [K, 3, S, S], ``text`` and ``number``."""
 
-    collater = staticmethod(collate)
-
-    def __init__(self, dataset: Any, part: int, crops: int) -> None:
-        self.dataset, self.part, self.crops = dataset, part, crops
+    def __init__(self, name: str, dataset: Any, part: int, crops: int) -> None:
+        self.name, self.dataset, self.part, self.crops = name, dataset, part, crops
 
     def iter_eval(self, worker: WorkerInfo, skipped: Counter) -> Iterator[Sample]:
-        """This worker's share; an unusable sample is counted and has no number."""
-        for i, process in enumerate(self.dataset.iter_part(self.part, skipped)):
-            if i % worker.count == worker.index:
-                try:
-                    for crop in range(self.crops):
-                        seed = derive_seed(worker.seed, self.dataset.name, "crop", self.part, i, crop)
-                        with devices.local_seed(seed):
-                            yield {**process(), "number": i * self.crops + crop}
-                except SkipSample as skip:
-                    skipped[str(skip)] += 1
+        """This worker's share of the usable samples."""
+        for number, process in enumerate(self.dataset.iter_part(self.part, skipped)):
+            if number % worker.count != worker.index:
+                continue
+            crops = []
+            try:
+                for crop in range(self.crops):
+                    with devices.local_seed(derive_seed(worker.seed, self.name, "crop", self.part, number, crop)):
+                        crops.append(process())
+            except SkipSample as skip:
+                skipped[str(skip)] += 1
+                continue
+            text = json.dumps([crops[0]["text_input"], crops[0]["instruction"]])
+            yield {"image": torch.stack([sample["image"] for sample in crops]), "text": text, "number": number}
 
 
-def _claim(folder: Path, made_of: dict[str, str]) -> None:
-    """Leaves the fingerprint in a new folder; refuses one whose features were made from something else."""
+def _write(file: Path, rows: list[tuple[Tensor, bytes]], shape: tuple[int, ...]) -> None:
+    texts = [text for _, text in rows]
+    content = {
+        "features": torch.stack([f for f, _ in rows]) if rows else torch.zeros(0, *shape, dtype=torch.bfloat16),
+        "texts": torch.frombuffer(bytearray(b"".join(texts) or b" "), dtype=torch.uint8),
+        "text_ends": torch.tensor(list(itertools.accumulate(map(len, texts))), dtype=torch.int64),
+    }
+    partial = file.with_suffix(f".{dist_utils.get_rank()}.tmp")
+    try:
+        save_file(content, partial)
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{KEY}: cannot write {file} ({error}); make room, then start again to continue.") from error
+
+
+def check_fingerprint(folder: Path, digests: Mapping[str, Any]) -> None:
+    """Writes the fingerprint into a new folder; raises UserError if the folder has another one, or other files."""
     file = folder / "fingerprint.json"
     try:
         if file.is_file():
-            found = parse_json(file.read_bytes(), f"{KEY}: {file}")
-            if other := [name for name in made_of if not isinstance(found, dict) or found.get(name) != made_of[name]]:
+            saved = parse_json(file.read_bytes(), f"{KEY}: {file}")
+            if other := [part for part in digests if not isinstance(saved, dict) or saved.get(part) != digests[part]]:
                 raise UserError(
-                    f"{KEY}: {folder} holds features of other {', '.join(other)} than this run has; give another "
+                    f"{KEY}: {folder} holds features with other {', '.join(other)} than this run's; set another "
                     "folder, or remove this one."
                 )
-            for unfinished in folder.glob("*.tmp"):
-                unfinished.unlink()
+            for partial in folder.glob("*.tmp"):
+                partial.unlink()
             return
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{KEY}: {folder} holds files but no fingerprint.json; give another folder.")
+            raise UserError(f"{KEY}: {folder} holds files but no fingerprint.json; set another folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(made_of, indent=1), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{KEY}: {folder} cannot be used ({error}); give another folder.") from error
+        file.write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{KEY}: {folder} cannot be used ({error}); set another folder.") from error
 
 
-def _fingerprint(cfg: Any, dataset: Any, crops: int) -> dict[str, str]:
-    """Short digests of all that features follow from, each under the name that a message gives it."""
+def fingerprint(cfg: Any, name: str, split: str, dataset: Any, crops: int) -> dict[str, Any]:
+    """Digests of everything that features and texts depend on, under the names that messages give them.
+
+    They follow from files and settings alone, so that every process computes the same ones.
+    """
     from minigpt4.models.vision import locate_vision
 
-    keys = ("image_size", "vit_precision", "vit_config", "qformer_config", "num_query_token")
-    model, processor = cfg.to_dict()["model"], dataset.vis_processor
-    files = locate_vision(read_section(ModelConfig, model, "model"))
-    processors = [
-        [type(part).__name__, {k: v for k, v in vars(part).items() if isinstance(v, int | float | str | tuple | bool)}]
-        for part in (processor, dataset.text_processor)
-    ]
+    model_cfg, section = read_section(ModelConfig, cfg.model_cfg, "model"), cfg.to_dict()["datasets"][name]
+    settings, paths = asdict(model_cfg), locate_vision(model_cfg)
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.iterdir()))]
+    is_random = crops > 1 or not isinstance(dataset.vis_processor, Blip2ImageEvalProcessor)
     parts = {
-        "weights": [_of_file(file) for path in files for file in _files_of(path)],
-        "model settings": {key: model.get(key) for key in keys},
-        "processors": processors,
+        "weights": [_digest(file) for file in files if file.suffix in (".safetensors", ".bin", ".pth", ".pt")],
+        "model settings": {key: settings[key] for key in _MODEL_KEYS},
+        "processors": [
+            _describe(dataset.vis_processor, section.get("vis_processor"), split, ImageProcessorConfig()),
+            _describe(dataset.text_processor, section.get("text_processor"), split, TextProcessorConfig()),
+        ],
         "number of crops": crops,
-        "seed": cfg.run_cfg.get("seed", 42) if crops > 1 or type(processor).__name__.endswith("TrainProcessor") else 0,
+        "seed": read_section(RunConfig, cfg.run_cfg, "run").seed if is_random else None,
         "data": dataset.identity(),
-        "code": [hashlib.sha256((_CODE_ROOT / name).read_bytes()).hexdigest() for name in _CODE],
-    }  # fmt: skip
-    return {
-        name: hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16] for name, value in parts.items()
     }
+    digests = {part: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16] for part, value in parts.items()}
+    return {"version": VERSION, **digests}
 
 
-def _files_of(path: Path) -> list[Path]:
-    return sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+def _describe(processor: Any, sections: Mapping[str, Any] | None, split: str, defaults: Any) -> list[Any]:
+    """A processor's class and settings, where those of evaluation may follow from those of training."""
+    if hasattr(processor, "__qualname__"):  # a function or a class, such as str, without settings
+        return [processor.__module__, processor.__qualname__]
+    used = ["train"] if split == "train" else ["train", "eval"]
+    settings = [asdict(defaults) | ((sections or {}).get(key) or {}) for key in used]
+    return [type(processor).__module__, type(processor).__qualname__, settings]
 
 
-def _of_file(file: Path) -> str:
+def _digest(file: Path) -> str:
     """A digest of a file's size and of 64 of its blocks: two sets of weights differ in nearly every one."""
-    size, digest = file.stat().st_size, hashlib.sha256()
-    digest.update(str(size).encode())
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
         for i in range(64):
             stream.seek(size * i // 64)

@@ -8,34 +8,34 @@ import atexit
 import copy
 import ctypes
 import logging
-import multiprocessing
+import mmap
 import multiprocessing.util
 import os
 import random
 import shutil
 import signal
 import sys
-import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
 from minigpt4.datasets.batches import (
-    EvalSampler,
     LoadedBatch,
     MapBatches,
-    PassSampler,
+    Place,
     StreamBatches,
     check_kind,
     is_map_style,
     repeat_iterable,
+    training_places,
 )
 from minigpt4.datasets.datasets.sample import StreamPosition, WorkerInfo, derive_seed
 
@@ -43,62 +43,44 @@ from minigpt4.datasets.datasets.sample import StreamPosition, WorkerInfo, derive
 # bfloat16 [B, Q, H] instead, text_input and instruction, lists of length B.
 Batch = dict[str, Any]
 LOADER_KEY = "loader"  # in a training batch: {"source": name of the data set, "skipped": counts by kind}
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
+_is_exiting = mmap.mmap(-1, 1)  # shared with forked workers
+atexit.register(_is_exiting.write, b"\1")  # before multiprocessing terminates them, and waits for them
 
 
-def _init_worker(rank_pid: int, is_closed: Any, _: int) -> None:
-    """Ties a worker's life to its rank's, and to nothing else."""
+def _init_worker(rank_pid: int, _: int) -> None:
+    """Ties a worker's life to its rank's (on Linux)."""
     folder = multiprocessing.util.get_temp_dir()  # created now: an ending worker could not remove a later one
 
     def on_sigterm(*_: Any) -> None:
-        # Without this condition, a scheduler that sends SIGTERM to all processes would end the workers while the rank
-        # finishes its step and saves a checkpoint.
-        if is_closed.value or os.getppid() != rank_pid:
+        # A scheduler sends SIGTERM to all processes, but the rank still finishes its step and saves a checkpoint.
+        if _is_exiting[0] or os.getppid() != rank_pid:
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_sigterm)
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, on_sigterm)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    on_sigterm()  # if the rank died before that call
-
-
-_running: weakref.WeakSet[Iterator[LoadedBatch]] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_loaders() -> None:
-    """Ends the workers of loaders that an exception keeps alive; Python would wait for them for ever."""
-    for batches in list(_running):
-        batches.close()
+        on_sigterm()  # if the rank died before that call
 
 
 def _load(
-    name: str, batches: Dataset, sampler: Sampler | None, num_workers: int, pin_memory: bool, seed: int
+    name: str, batches: Dataset, places: Iterable[list[Place]] | None, num_workers: int, pin_memory: bool, seed: int
 ) -> Iterator[LoadedBatch]:
-    running = _run_loader(name, batches, sampler, num_workers, pin_memory, seed)
-    _running.add(running)
-    return running
-
-
-def _run_loader(
-    name: str, batches: Dataset, sampler: Sampler | None, num_workers: int, pin_memory: bool, seed: int
-) -> Iterator[LoadedBatch]:
-    is_closed = multiprocessing.RawValue("b", 0)
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=sampler,
+        sampler=places,
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_init_worker, os.getpid(), is_closed),
+        worker_init_fn=partial(_init_worker, os.getpid()),
         # Workers have to be children of this process, and not of a fork server.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         generator=torch.Generator().manual_seed(seed),  # its own: a resumed loader must not advance the model's
     )
-    failure = ""
     try:
         for loaded in loader:
             if loaded.error is not None:
@@ -107,25 +89,26 @@ def _run_loader(
     except UserError:
         raise
     except Exception as error:  # batches carry the exceptions of data sets, so a worker has died
-        failure = " ".join(str(error).split())[:200]
-    finally:
-        is_closed.value = 1
-    if failure:  # raised here, where its traceback does not keep the loader and its other workers alive
         raise UserError(
-            f"The loader of data set {name} failed ({failure}). If a worker was killed for lack of memory, lower "
-            "run.num_workers or build_info.shuffle_buffer."
-        )
+            f"The loader of data set {name} failed ({str(error)[:200]}). If a worker was killed for lack of memory, "
+            "lower run.num_workers or build_info.shuffle_buffer."
+        ) from error
 
 
 def _unchanged(value: Any) -> Any:
     return value
 
 
+def _rank_info(seed: int) -> WorkerInfo:
+    return WorkerInfo(seed, dist_utils.get_rank(), dist_utils.get_world_size())
+
+
 class TrainLoader:
     """Training batches of several data sets: one data set per batch, drawn by ``sample_ratio``, alike on every rank.
 
     Args:
-        datasets: by name; each is map-style, a resumable stream or an iterable, see ``batches``.
+        datasets: by name, each of a kind that ``batches`` lists. An attribute ``drop_last`` is True by default, see
+            ``training_places``.
         ratios: their weights; 1 where a weight is None.
         batch_size: samples per rank and batch; a number for all data sets or one for each, by name.
         iters_per_epoch: batches per epoch.
@@ -160,9 +143,13 @@ class TrainLoader:
         self.num_workers = num_workers
         self.seed = seed
         self.pin_memory = pin_memory
-        self._shuffle_key: int | str = 0  # of the streams: the epoch, or the step of a resume
-        self._positions: dict[str, dict[int, Any]] = {}  # by data set and worker; missing ones follow from the step
+        self._num_samples: dict[str, int] = {}  # of map-style data sets: used by all ranks since the run began
+        self._positions: dict[str, dict[int, Any]] = {}  # of streams: by data set and worker
+        self._shuffle_key: int | str = 0  # of streams: the epoch, or the step of a resume
         self._iterables: dict[str, Iterator[LoadedBatch]] = {}  # they keep running from epoch to epoch
+
+    def _batch_size(self, name: str) -> int:
+        return self.batch_size[name] if isinstance(self.batch_size, Mapping) else self.batch_size
 
     def _source_of(self, step: int) -> str:
         # A str seed gives the same draws on every platform and in every process.
@@ -177,57 +164,52 @@ class TrainLoader:
         start = epoch * self.iters_per_epoch
         order = [self._source_of(step) for step in range(start, start + self.iters_per_epoch)]
         if first == 0:
-            self._shuffle_key = epoch
-            self._positions = {name: p for name, p in self._positions.items() if is_map_style(self.datasets[name])}
+            self._shuffle_key, self._positions = epoch, {}
         sources = {
             name: self._open(name, num_batches, start + first, order[:first].count(name))
             for name, num_batches in Counter(order[first:]).items()
         }
         for name in order[first:]:
             loaded = next(sources[name])
+            if name in self._num_samples:
+                self._num_samples[name] += self._batch_size(name) * dist_utils.get_world_size()
             if loaded.position is not None:
                 self._positions.setdefault(name, {})[loaded.worker_id] = loaded.position
             yield {**loaded.batch, LOADER_KEY: {"source": name, "skipped": loaded.skipped}}
 
     def _open(self, name: str, num_batches: int, step: int, num_done: int) -> Iterator[LoadedBatch]:
         """Starts the loader of a data set for ``num_batches`` batches at a step, ``num_done`` into the epoch."""
-        dataset, worker, sampler = self.datasets[name], _rank_info(self.seed), None
-        batch_size = self.batch_size[name] if isinstance(self.batch_size, Mapping) else self.batch_size
-        positions, shuffle_key = self._positions.get(name, {}), self._shuffle_key
-
-        def resume(worker: WorkerInfo, skipped: Counter) -> Iterator[Any]:
-            position = StreamPosition(**positions.get(worker.worker_id, {}))
-            return dataset.iter_train(worker, shuffle_key, position, skipped)
-
+        dataset, worker, batch_size = self.datasets[name], _rank_info(self.seed), self._batch_size(name)
+        settings = self.num_workers, self.pin_memory, derive_seed(self.seed, name, "workers", worker.rank)
         if is_map_style(dataset):
-            drop_last = getattr(dataset, "drop_last", True)
-            sampler = PassSampler(name, len(dataset), worker, batch_size, num_batches, drop_last)
-            earlier = sum(self._source_of(before) == name for before in range(0 if positions else step))
-            sampler.position = positions.get(0) or sampler.position_after(earlier)
-            batches: Any = MapBatches(name, dataset, self.seed, is_train=True)
-        elif hasattr(dataset, "iter_train"):
+            if name not in self._num_samples:  # a fresh loader, perhaps at a later epoch
+                num_before = sum(self._source_of(before) == name for before in range(step))
+                self._num_samples[name] = num_before * batch_size * worker.world_size
+            start, drop_last = self._num_samples[name], getattr(dataset, "drop_last", True)
+            places = training_places(name, len(dataset), worker, batch_size, start, num_batches, drop_last)
+            return _load(name, MapBatches(name, dataset, self.seed, is_train=True), places, *settings)
+        if hasattr(dataset, "iter_train"):
+            positions, shuffle_key = self._positions.get(name, {}), self._shuffle_key
+
+            def resume(worker: WorkerInfo, skipped: Counter) -> Iterator[Any]:
+                position = StreamPosition(**positions.get(worker.worker_id, {}))
+                return dataset.iter_train(worker, shuffle_key, position, skipped)
+
             first_worker = num_done % max(1, self.num_workers)
             batches = StreamBatches(name, dataset, resume, worker, batch_size, num_batches, first_worker)
-        elif name in self._iterables:
-            return self._iterables[name]
-        else:
+            return _load(name, batches, None, *settings)
+        if name not in self._iterables:
             worker = WorkerInfo(derive_seed(self.seed, "step", step), worker.rank, worker.world_size)
             batches = StreamBatches(
                 name, dataset, lambda worker, _: repeat_iterable(name, dataset, worker), worker, batch_size
             )
-        seed = derive_seed(worker.seed, name, "workers", worker.rank)
-        loaded = _load(name, batches, sampler, self.num_workers, self.pin_memory, seed)
-        if sampler is None and not hasattr(dataset, "iter_train"):
-            self._iterables[name] = loaded
-        return loaded
+            self._iterables[name] = _load(name, batches, None, *settings)
+        return self._iterables[name]
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's positions behind the last batch, as plain containers."""
-        return {
-            "shuffle_key": self._shuffle_key,
-            "positions": copy.deepcopy(self._positions),
-            "layout": self._layout(),
-        }
+        state = {"num_samples": self._num_samples, "positions": self._positions, "shuffle_key": self._shuffle_key}
+        return copy.deepcopy(state | {"layout": self._layout()})
 
     def _layout(self) -> list[Any]:
         batch_size = dict(self.batch_size) if isinstance(self.batch_size, Mapping) else self.batch_size
@@ -241,13 +223,10 @@ class TrainLoader:
         """
         is_same = ranks[0]["layout"] == self._layout()
         state = ranks[dist_utils.get_rank() if is_same else 0]
+        self._num_samples = dict(state["num_samples"])
+        self._positions = dict(state["positions"]) if is_same else {}
         self._shuffle_key = state["shuffle_key"] if is_same else f"{epoch}, from {first} on"
-        self._positions = {}
         for name, dataset in self.datasets.items():
-            # A data set may be of another kind now, as with a feature cache: its position then follows from the step.
-            key = "offset" if is_map_style(dataset) else "num_samples"
-            saved = state["positions"].get(name, {}) if is_same or is_map_style(dataset) else {}
-            self._positions[name] = {worker_id: position for worker_id, position in saved.items() if key in position}
             if not is_map_style(dataset) and not hasattr(dataset, "iter_train"):
                 logging.warning("Data set %s is an iterable, whose position is unknown: it begins anew.", name)
         if not is_same:
@@ -258,41 +237,42 @@ class TrainLoader:
             )
 
 
-def _rank_info(seed: int) -> WorkerInfo:
-    return WorkerInfo(seed, dist_utils.get_rank(), dist_utils.get_world_size())
-
-
+@dataclass(eq=False)
 class EvalLoader:
     """The batches of a data set, every sample once; see ``eval_batches``. Can be iterated several times.
 
     ``skipped`` counts the unusable samples of an iteration by kind. The length is known for map-style data sets.
     """
 
-    def __init__(
-        self, name: str, dataset: Any, batch_size: int, num_workers: int, worker: WorkerInfo, pin_memory: bool
-    ) -> None:
-        check_kind(name, dataset)
-        self.name = name
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
-        self.skipped: Counter = Counter()
-        self._seed = worker.seed
-        if is_map_style(dataset):
-            self._sampler: EvalSampler | None = EvalSampler(len(dataset), worker, batch_size)
-            self._batches: Any = MapBatches(name, dataset, worker.seed, is_train=False)
-        else:
-            open_stream = getattr(dataset, "iter_eval", lambda *_: iter(dataset))
-            self._sampler = None
-            self._batches = StreamBatches(name, dataset, open_stream, worker, batch_size)
+    name: str
+    dataset: Any
+    batch_size: int
+    num_workers: int
+    worker: WorkerInfo
+    pin_memory: bool = False
+    skipped: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        check_kind(self.name, self.dataset)
+
+    def _places(self) -> list[list[Place]]:
+        places = [("eval", i, i) for i in range(self.worker.rank, len(self.dataset), self.worker.world_size)]
+        return [places[i : i + self.batch_size] for i in range(0, len(places), self.batch_size)]
 
     def __len__(self) -> int:
-        if self._sampler is None:
+        if not is_map_style(self.dataset):
             raise TypeError(f"{self.name} is a stream: its number of batches is unknown")
-        return len(self._sampler)
+        return len(self._places())
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = Counter()
-        for loaded in _load(self.name, self._batches, self._sampler, self.num_workers, self.pin_memory, self._seed):
+        if is_map_style(self.dataset):
+            batches: Dataset = MapBatches(self.name, self.dataset, self.worker.seed, is_train=False)
+            places: list[list[Place]] | None = self._places()
+        else:
+            open_stream = getattr(self.dataset, "iter_eval", lambda *_: iter(self.dataset))
+            batches, places = StreamBatches(self.name, self.dataset, open_stream, self.worker, self.batch_size), None
+        for loaded in _load(self.name, batches, places, self.num_workers, self.pin_memory, self.worker.seed):
             self.skipped.update(loaded.skipped)
             if loaded.batch is not None:
                 yield loaded.batch
