@@ -78,6 +78,24 @@ def test_several_end_tokens_leave_enough_beams():
     assert all(not {5, 6, 7} & set(ids[:-1]) for ids in found.beams)
 
 
+def test_beams_go_on_beside_several_end_tokens():
+    """The three best tokens end; of the two that go on, the worse one leads to the best sequence."""
+    llm = chain(6, 0)
+    llm.logits[BOS] = torch.tensor([-9.0, 1.0, 0.9, 3.0, 2.9, 2.8])
+    llm.logits[1], llm.logits[2] = torch.zeros(6), torch.tensor([9.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    found = search(llm, GenerationOptions(2, num_beams=2, do_sample=False, length_penalty=5.0), [3, 4, 5])
+    assert found.ids == [2, 0]
+
+
+def test_temperature_zero_is_beam_search():
+    llm = chain(8, 2)
+    beams = [
+        search(llm, GenerationOptions(5, num_beams=3, do_sample=do_sample, temperature=0.0), [7]).beams
+        for do_sample in (True, False)
+    ]
+    assert beams[0] == beams[1]
+
+
 def test_stop_ends_a_beam_and_keeps_its_last_token():
     llm = chain(8, 3)
     options = GenerationOptions(6, num_beams=4, do_sample=False, stop=lambda ids: ids[-1] in (1, 2, 3, 4, 5))

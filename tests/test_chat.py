@@ -184,6 +184,17 @@ def test_long_chats_lose_their_oldest_turns(chat, generated, model):
     assert generated[1].shape[1] == shortest < len(ids)
 
 
+def test_a_chat_that_just_fits_is_not_shortened(chat, generated, model):
+    conv, images = CONV_VISION.copy(), []
+    long_chat(chat, conv, images)
+    whole = conv.copy()
+    whole.append_message(whole.roles[1], None)
+    length = len([BOS, *model.tokenize_prompt(whole.get_prompt())])
+    for room, is_whole in ((length, True), (length - 1, False)):
+        chat.answer(conv.copy(), images, do_sample=False, max_new_tokens=5, max_length=room + 5)
+        assert (generated[-1].shape[1] == length) == is_whole
+
+
 def test_question_that_cannot_fit(chat):
     conv, images = CONV_VISION.copy(), []
     long_chat(chat, conv, images)

@@ -60,6 +60,7 @@ def test_the_form_of_training_is_vicuna_v0(caplog):
     assert choose(**V0) is CONV_VISION
     assert choose(**V0, conversation="vicuna_v0") is CONV_VISION
     assert choose(prompt_template="###Human: {}###Assistant:", end_sym="###") is CONV_VISION
+    assert choose(prompt_template=V0["prompt_template"], end_sym="\n").stop_string == "\n"
     assert not caplog.records
 
 
@@ -152,7 +153,7 @@ def chat_tokenizer(name):
     tokenizer = load_tokenizer(TINY / "llama")
     tokenizer.chat_template, stop_string, _ = CHAT_TEMPLATES[name]
     if stop_string.startswith("<") and stop_string != tokenizer.eos_token:
-        tokenizer.add_special_tokens({"additional_special_tokens": [stop_string]})
+        tokenizer.add_special_tokens({"additional_special_tokens": [stop_string, stop_string[:-1]]})
     return tokenizer
 
 
