@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.processing_utils import save_pil_to_cache
@@ -55,41 +55,37 @@ FONT, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # 
 UPDATE_SECONDS = 0.08  # each update of the page delays the answer
 MAX_SHOWN_SIDE = 1024
 EMPTY_BOX = {"text": "", "files": []}
-Job = tuple[list[Image.Image], str]  # images and question
+
+
+class Job(NamedTuple):
+    """Images and a question to answer, or neither to repeat the last answer; ``view`` has the messages to show."""
+
+    images: list[Image.Image]
+    question: str
+    view: list[dict[str, Any]]
 
 
 @dataclass
 class Session:
-    """One browser's chat."""
+    """One browser's chat, which changes when its job, waiting or being answered, is done."""
 
     conv: Conversation
     images: list[Tensor] = field(default_factory=list)
     view: list[dict[str, Any]] = field(default_factory=list)  # messages as the page shows them
-    job: Job | None = None  # waiting for the model, or being answered
-    before: tuple[Conversation, list[Tensor], list[dict[str, Any]]] | None = None  # the chat before the job
+    job: Job | None = None
     is_stopped: bool = False
-
-    def begin(self, job: Job) -> None:
-        """Saves the chat and sets the next job."""
-        self.before, self.job, self.is_stopped = (self.conv.copy(), list(self.images), list(self.view)), job, False
-
-    def restore(self) -> None:
-        """Goes back to the chat before the job."""
-        if self.before:
-            self.conv, self.images, self.view = self.before
 
 
 class _Page:
-    """Layout and event handlers; the handlers change the session in place."""
+    """Layout and event handlers, which change the session in place."""
 
     def __init__(self, chat: Chat, description: str, examples: Sequence[str | Path]) -> None:
-        self.chat = chat
-        self.description = description
+        self.chat, self.description = chat, description
         self.examples = [_cache_for_display(read_image(path)) for path in examples]
 
     def build(self, options: GenerationOptions) -> gr.Blocks:
         """Lays out the page and connects its events; ``options`` are the initial settings."""
-        text = gr.I18n()
+        text, quiet = gr.I18n(), {"show_progress": "hidden"}
         with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, fill_width=True) as blocks:
             session = gr.State(Session(self.chat.template.copy()))
             gr.Markdown("# MiniGPT-4", elem_id="head")
@@ -104,30 +100,26 @@ class _Page:
                 placeholder=text("placeholder"), autofocus=True,
             )  # fmt: skip
             with gr.Row():
-                stop, retry, clear = (
-                    gr.Button(text(name), size="sm", elem_id=name) for name in ("stop", "retry", "clear")
-                )
+                names = ("stop", "retry", "clear")
+                stop, retry, clear = (gr.Button(text(name), size="sm", elem_id=name) for name in names)
             if self.examples:
-                self._build_examples(box, text)
-            settings = _build_settings(text, options)
+                gr.Markdown(text("examples"), elem_id="caption")
+                gallery = gr.Gallery(
+                    self.examples, show_label=False, columns=10, fit_columns=False, height=108, allow_preview=False,
+                    buttons=[], object_fit="contain", interactive=False, container=False, elem_id="examples",
+                )  # fmt: skip
+                gallery.select(self.add_example, box, box, queue=False, **quiet)
+            self.settings = _build_settings(text, options)
             answer = {
-                "fn": self.answer, "inputs": [session, *settings], "outputs": [chatbot, status],
+                "fn": self.answer, "inputs": [session, *self.settings.values()], "outputs": [chatbot, status],
                 "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal",
             }  # fmt: skip
-            everything, quiet = [session, box, chatbot, status], {"show_progress": "hidden"}
+            everything, seed = [session, box, chatbot, status], self.settings["seed"]
             box.submit(self.submit, [session, box], everything, **quiet).success(**answer)
-            retry.click(self.retry, [session, settings[-1]], [chatbot, settings[-1]], **quiet).success(**answer)
+            retry.click(self.retry, [session, seed], [chatbot, seed], **quiet).success(**answer)
             stop.click(self.stop, session, None, queue=False, **quiet)
             gr.on([clear.click, chatbot.clear], self.clear, session, everything, queue=False, **quiet)
         return blocks
-
-    def _build_examples(self, box: gr.MultimodalTextbox, text: gr.I18n) -> None:
-        gr.Markdown(text("examples"), elem_id="caption")
-        gallery = gr.Gallery(
-            self.examples, show_label=False, columns=10, fit_columns=False, height=108, allow_preview=False,
-            buttons=[], object_fit="contain", interactive=False, container=False, elem_id="examples",
-        )  # fmt: skip
-        gallery.select(self.add_example, box, box, queue=False, show_progress="hidden")
 
     def status(self, *notes: str) -> str:
         return " · ".join((self.description, *notes))
@@ -140,80 +132,69 @@ class _Page:
                 raise UserError(_text(request, "busy"))
             if not question and not message["files"]:
                 raise UserError(_text(request, "nothing"))
-            images = [_read_upload(path) for path in message["files"]]
+            # By their bytes: no message may show the server's folders.
+            images = [read_image(Path(path).read_bytes(), f"'{Path(path).name}'") for path in message["files"]]
         except UserError as error:
             gr.Warning(str(error))
-            return session, EMPTY_BOX | {"text": question}, session.view, self.status(f"⚠ {error}")
-        session.begin((images, question))
+            return session, EMPTY_BOX | {"text": question}, gr.skip(), self.status(f"⚠ {error}")
         content = [{"path": _cache_for_display(image)} for image in images] + ([question] if question else [])
-        session.view = [*session.view, {"role": "user", "content": content}]
-        return session, EMPTY_BOX, session.view, self.status()
+        view = [*session.view, {"role": "user", "content": content}]
+        session.job, session.is_stopped = Job(images, question, view), False
+        return session, EMPTY_BOX, view, self.status()
 
     def retry(self, session: Session, seed: float, request: gr.Request) -> tuple[Any, float]:
         """Removes the last answer, to be generated again with the next seed: chat, seed."""
         if session.job or not session.view or session.view[-1]["role"] != "assistant":
             gr.Warning(_text(request, "busy" if session.job else "no_answer"))
-            return session.view, seed
-        session.begin(([], ""))
-        session.conv.messages.pop()
-        session.view = session.view[:-1]
-        return session.view, seed + 1
+            return gr.skip(), seed
+        session.job, session.is_stopped = Job([], "", session.view[:-1]), False
+        return session.job.view, (seed or 0) + 1
 
-    def answer(self, session: Session, request: gr.Request, *settings: Any) -> Iterator[tuple[Any, Any]]:
-        """Answers the session's job: chat and status, repeatedly."""
+    def answer(self, session: Session, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
+        """Answers the session's job with the values of the settings: chat and status, repeatedly."""
         if not (job := session.job):
             yield gr.skip(), gr.skip()
             return
-        do_sample, temperature, top_p, num_beams, max_new_tokens, seed = settings
-        options = GenerationOptions(
-            do_sample=do_sample, temperature=temperature, top_p=top_p, num_beams=int(num_beams),
-            max_new_tokens=int(max_new_tokens), seed=int(seed or 0),
-            stop=lambda ids: session.is_stopped or session.job is not job,
-        )  # fmt: skip
-        notes, is_done = [], False
+        notes = []
         try:
-            for notes in self._generate(session, job, options, request):
-                yield session.view, self.status(*notes)
-            is_done = True
+            stop = {"stop": lambda ids: session.is_stopped or session.job is not job}
+            options = GenerationOptions(**dict(zip(self.settings, values, strict=True)), **stop)
+            for view, notes in self._generate(session, job, options, request):
+                yield view, self.status(*notes)
         except UserError as error:
             gr.Warning(str(error))
             notes = [f"⚠ {error}"]
         finally:
             if session.job is job:
                 session.job = None
-                if not is_done:
-                    session.restore()
         yield session.view, self.status(*notes)
 
     def _generate(
         self, session: Session, job: Job, options: GenerationOptions, request: gr.Request
-    ) -> Iterator[list[str]]:
-        """Notes for the status line, while the answer grows in the session."""
-        conv, images, view, (new_images, question) = session.conv, session.images, session.view, job
+    ) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
+        """Messages and notes for the status line while the answer grows; the session changes at the end."""
         if session.is_stopped:  # while waiting
-            session.restore()
-            yield [_text(request, "stopped")]
+            yield session.view, [_text(request, "stopped")]
             return
-        for image in new_images:
+        conv, images, view, notes = session.conv.copy(), list(session.images), job.view, [_text(request, "received")]
+        for image in job.images:
             self.chat.upload_img(image, conv, images)
-        if question:
-            self.chat.ask(question, conv)
-        elif new_images:
-            yield [_text(request, "received")]
-            return
-        notes, updated = [], 0.0
-        with closing(self.chat.stream(conv, images, options)) as answers:
-            for answer in answers:
-                if session.job is not job:  # the chat was cleared
-                    return
-                session.view = [*view, {"role": "assistant", "content": answer.text}]
-                notes = [_numbers(request, answer)]
-                if time.monotonic() - updated > UPDATE_SECONDS:
-                    yield notes
-                    updated = time.monotonic()
-                if session.is_stopped:
-                    break
-        yield [*notes, _text(request, "stopped")] if session.is_stopped else notes
+        if job.question:
+            self.chat.ask(job.question, conv)
+        elif not job.images:
+            conv.messages.pop()  # the answer to repeat
+        if job.question or not job.images:
+            updated = 0.0
+            with closing(self.chat.stream(conv, images, options)) as answers:
+                for answer in answers:
+                    view = [*job.view, {"role": "assistant", "content": answer.text}]
+                    notes = [_numbers(request, answer)]
+                    if time.monotonic() - updated > UPDATE_SECONDS:
+                        yield view, notes
+                        updated = time.monotonic()
+        if session.job is job:  # not cleared
+            session.conv, session.images, session.view = conv, images, view
+            yield view, [*notes, _text(request, "stopped")] if session.is_stopped else notes
 
     def add_example(self, message: dict[str, Any], event: gr.SelectData) -> dict[str, Any]:
         """Adds the clicked example to the text box."""
@@ -225,24 +206,25 @@ class _Page:
 
     def clear(self, session: Session) -> tuple[Session, Any, Any, str]:
         """Starts a new chat, whatever is being answered: session, text box, chat, status."""
-        session.conv, session.images, session.view = self.chat.template.copy(), [], []
-        session.job = session.before = None
+        session.conv, session.images, session.view, session.job = self.chat.template.copy(), [], [], None
         return session, EMPTY_BOX, [], self.status()
 
 
-def _build_settings(text: gr.I18n, options: GenerationOptions) -> list[Any]:
-    """The panel of settings; returns its components in the order in which ``_Page.answer`` gets their values."""
+def _build_settings(text: gr.I18n, options: GenerationOptions) -> dict[str, Any]:
+    """The panel of settings: a component for each option that the page sets."""
+    sizes = {"step": 1, "precision": 0}
     with gr.Accordion(text("settings"), open=False, elem_id="settings"):
         with gr.Row():
             sample = gr.Checkbox(options.do_sample, label=text("sample"))
-            seed_box = gr.Number(options.seed, label=text("seed"), precision=0)
+            seed = gr.Number(options.seed, label=text("seed"), precision=0)
         with gr.Row():
-            heat = gr.Slider(0, 2, options.temperature, step=0.05, label=text("temperature"))
-            mass = gr.Slider(0.05, 1, options.top_p, step=0.05, label="Top-p")
+            temperature = gr.Slider(0, 2, options.temperature, step=0.05, label=text("temperature"))
+            top_p = gr.Slider(0.05, 1, options.top_p, step=0.05, label="Top-p")
         with gr.Row():
-            beams = gr.Slider(1, 8, options.num_beams, step=1, label=text("beams"))
-            length = gr.Slider(1, 1000, options.max_new_tokens, step=1, label=text("max_new_tokens"))
-    return [sample, heat, mass, beams, length, seed_box]
+            beams = gr.Slider(1, 8, options.num_beams, label=text("beams"), **sizes)
+            length = gr.Slider(1, 1000, options.max_new_tokens, label=text("max_new_tokens"), **sizes)
+    names = ("do_sample", "seed", "temperature", "top_p", "num_beams", "max_new_tokens")
+    return dict(zip(names, (sample, seed, temperature, top_p, beams, length), strict=True))
 
 
 def _text(request: gr.Request, key: str) -> str:
@@ -256,14 +238,6 @@ def _numbers(request: gr.Request, answer: Answer) -> str:
     speed = (count - 1) / (answer.seconds - first) if answer.seconds > first else count / answer.seconds
     numbers = {"count": count, "speed": speed, "first": first}
     return _text(request, "numbers").format(**numbers, cached=answer.cached_tokens, prompt=answer.prompt_tokens)
-
-
-def _read_upload(path: str) -> Image.Image:
-    name = Path(path).name
-    try:
-        return read_image(path, f"'{name}'")
-    except UserError as error:  # the message must not show the server's folders
-        raise UserError(str(error).replace(path, name)) from error
 
 
 def _cache_for_display(image: Image.Image) -> str:
@@ -285,16 +259,9 @@ def serve(
 ) -> gr.Blocks:
     """Serves the page until it is interrupted, or in the background until its ``close`` if not ``is_blocking``.
 
-    Args:
-        chat: answers, one request at a time; other clients see their place in the queue.
-        description: model, device and precision in one line.
-        options: initial settings.
-        host, port: address to listen on; host 0.0.0.0 for all interfaces.
-        share: also open a public tunnel.
-        examples: image files that a click adds.
-
-    Raises:
-        UserError: the port is in use, or an example cannot be read.
+    ``description`` is shown under the chat, ``options`` are the initial settings, ``share`` also opens a public tunnel,
+    and ``examples`` are image files that a click adds. Raises UserError if the port is in use, or an example cannot be
+    read.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     page = _Page(chat, description, examples).build(options).queue()
