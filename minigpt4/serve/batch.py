@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
@@ -14,8 +13,6 @@ from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat
 from minigpt4.conversation.generation import GenerationOptions
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-
-
 Row = dict[str, str]  # "image" (a path) and "question", later "answer" or "error"
 
 
@@ -31,11 +28,10 @@ def find_questions(source: str, question: str) -> list[Row]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
     else:
-        files = sorted(Path(file) for file in glob.glob(source, recursive=True))
+        files = sorted(map(Path, glob.glob(source, recursive=True)))
     if not files:
-        raise UserError(
-            f"--batch: '{source}' holds no images ({', '.join(sorted(EXTENSIONS))}); give a folder or a glob."
-        )
+        kinds = ", ".join(sorted(EXTENSIONS))
+        raise UserError(f"--batch: '{source}' holds no images ({kinds}); give a folder or a glob.")
     return [{"image": str(file), "question": question} for file in files]
 
 
@@ -62,25 +58,18 @@ def answer_questions(
     """
     try:
         rows = _read_finished(out, questions)
-        with out.open("a", encoding="utf-8") as file, tqdm(total=len(questions), initial=len(rows), unit="img") as bar:
+        bar = tqdm(total=len(questions), initial=len(rows), unit="img")
+        # A name or a question may hold half a surrogate pair, which becomes an escape of JSON.
+        with out.open("a", encoding="utf-8", errors="backslashreplace") as file, bar:
             for start in range(len(rows), len(questions), batch_size):
                 batch = _answer(chat, questions[start : start + batch_size], options)
-                file.write("".join(map(_to_line, batch)))
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
                 file.flush()
                 rows += batch
                 bar.update(len(batch))
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written ({error.strerror}); give another file.") from error
     return sum("error" in row for row in rows)
-
-
-def _to_line(row: Row) -> str:
-    line = json.dumps(row, ensure_ascii=False) + "\n"
-    try:
-        line.encode()
-    except UnicodeEncodeError:  # a file name that is not UTF-8, or half a surrogate pair in a question
-        return json.dumps(row) + "\n"
-    return line
 
 
 def _read_finished(out: Path, questions: list[Row]) -> list[Row]:
@@ -103,7 +92,7 @@ def _read_finished(out: Path, questions: list[Row]) -> list[Row]:
 
 
 def _answer(chat: Chat, questions: list[Row], options: GenerationOptions) -> list[Row]:
-    rows, valid, pixels = [dict(question) for question in questions], [], []
+    rows, valid, convs, images = [dict(question) for question in questions], [], [], []
     for row in rows:
         try:
             if not row["question"].strip():
@@ -112,17 +101,15 @@ def _answer(chat: Chat, questions: list[Row], options: GenerationOptions) -> lis
             conv = chat.template.copy()
             conv.append_message(conv.roles[0], IMAGE_MESSAGE)
             chat.ask(row["question"], conv)
-            chat.check_length(conv, [torch.empty(0)], options)
+            chat.check_length(conv, [image], options)
         except UserError as error:
             row["error"] = str(error)
         else:
             valid.append(row)
-            pixels.append(image)
+            convs.append(conv)
+            images.append(image)
     if valid:
-        convs, img_lists = [chat.template.copy() for _ in valid], [[] for _ in valid]
-        chat.upload_batch(pixels, convs, img_lists)
-        for row, conv in zip(valid, convs, strict=True):
-            chat.ask(row["question"], conv)
-        for row, (text, _) in zip(valid, chat.answer_batch(convs, img_lists, options), strict=True):
+        chat.encode_img(images)  # in one batch
+        for row, (text, _) in zip(valid, chat.answer_batch(convs, [[i] for i in images], options), strict=True):
             row["answer"] = text
     return rows

@@ -16,11 +16,10 @@ from minigpt4.conversation.generation import GenerationOptions
 
 @dataclass
 class Request:
-    """A conversation to answer.
+    """A conversation to answer: its messages are (role, parts), a part being a text or a processed image [3, S, S].
 
-    ``messages`` are (role, parts), a part being a text or a preprocessed image [3, S, S]. ``on_update`` is called on
-    the engine's thread with the growing Answer or, at the end, with an exception. Setting ``cancelled`` ends the answer
-    at its next token.
+    ``on_update`` is called on the engine's thread with the growing Answer or, at the end, with an exception. Setting
+    ``cancelled`` ends the answer at its next token.
     """
 
     system: str
@@ -45,9 +44,7 @@ class Engine:
     """
 
     def __init__(self, chat: Chat, max_batch: int = 16, max_queue: int = 64, max_length: int = 2000) -> None:
-        self.chat = chat
-        self.max_batch = max_batch
-        self.max_length = max_length
+        self.chat, self.max_batch, self.max_length = chat, max_batch, max_length
         self.waiting: queue.Queue[Request | None] = queue.Queue(max_queue)  # None ends the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -75,7 +72,7 @@ class Engine:
             try:
                 ready.append((request, *self._prepare(request)))
             except Exception as error:  # concerns this request only
-                _report(request, error)
+                _report([request], error)
         if not ready:
             return
         requests, *arguments = map(list, zip(*ready, strict=True))
@@ -83,8 +80,7 @@ class Engine:
             for row, answer in self.chat.stream_batch(*arguments, self.max_length):
                 requests[row].on_update(answer)
         except Exception as error:  # out of memory, for example; the server continues
-            for request in requests:
-                _report(request, error)
+            _report(requests, error)
 
     def _prepare(self, request: Request) -> tuple[Conversation, list[Tensor], GenerationOptions]:
         """Encodes a request's images and checks its length; raises whatever makes it unanswerable."""
@@ -107,7 +103,8 @@ class Engine:
         return conv, images, replace(request.options, stop=lambda ids: request.is_over or stop(ids))
 
 
-def _report(request: Request, error: Exception) -> None:
+def _report(requests: list[Request], error: Exception) -> None:
     if not isinstance(error, UserError | TimeoutError):
         logging.exception("A request failed.")
-    request.on_update(error)
+    for request in requests:
+        request.on_update(error)

@@ -19,19 +19,15 @@ def terminal_chat(
     read: Callable[[str], str] = input,
     is_interactive: bool = False,
 ) -> None:
-    """Reads questions and commands until the input ends; answers are streamed.
+    """Streams answers to questions and runs commands until the input ends.
 
-    Args:
-        chat: answers.
-        options: how.
-        image: a file to start with.
-        read: shows a prompt and returns the next line.
-        is_interactive: whether a person types, who gets a prompt, the help and a line history.
+    ``image`` is a file to start with; ``read`` shows a prompt and returns the next line. With ``is_interactive``, there
+    are a prompt, the help and a line history.
     """
     if is_interactive:
         import readline  # noqa: F401  input() then edits lines and has a history
 
-        sys.stdout.write(f"{HELP}\n")
+        print(HELP)
     conv, images = chat.template.copy(), []
     if image:
         chat.upload_img(image, conv, images)
@@ -46,25 +42,23 @@ def terminal_chat(
         before = conv.copy(), list(images)
         try:
             if command == "/image":
-                sys.stdout.write(chat.upload_img(argument.strip(), conv, images) + "\n")
+                print(chat.upload_img(argument.strip(), conv, images), flush=True)
             elif command == "/reset":
                 conv, images = chat.template.copy(), []
             elif command == "/help":
-                sys.stdout.write(f"{HELP}\n")
+                print(HELP, flush=True)
             else:
                 chat.ask(line, conv)
                 write_answer(chat, conv, images, options)
         except UserError as error:
             conv, images = before  # the chat continues without the refused question
-            sys.stderr.write(f"error: {error}\n")
+            print(f"error: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            sys.stdout.write("\n")  # ends the answer, not the chat
-        sys.stdout.flush()
+            print(flush=True)  # ends the answer, not the chat
 
 
 def write_answer(chat: Chat, conv: Conversation, images: list[Tensor], options: GenerationOptions) -> None:
     """Streams the answer to the last question to standard output."""
     for piece in chat.stream_answer(conv, images, options=options):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print(piece, end="", flush=True)
+    print(flush=True)
