@@ -7,12 +7,13 @@ import queue
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
@@ -20,7 +21,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.stopping import hold_back_partial_stop
 from minigpt4.serve import api_requests
-from minigpt4.serve.api_requests import ApiError, Body, Limits, read_body
+from minigpt4.serve.api_requests import ApiError, Body, Limits
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.engine import Request as EngineRequest
 
@@ -28,14 +29,7 @@ MAX_CONNECTIONS = 128  # each may hold a request's whole body in memory
 
 
 def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
-    """Builds the server's application.
-
-    Args:
-        engine: answers the requests.
-        name: of the model; requests have to give it.
-        limits: what a request may ask for.
-        api_key: the bearer token that clients have to send; None accepts all clients.
-    """
+    """Builds the server of the model ``name``; clients have to send ``api_key``, if there is one, as a bearer token."""
     app = FastAPI(title="MiniGPT-4", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(ApiError)
@@ -47,7 +41,7 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
         text = f"{request.method} {request.url.path}: {error.detail}; see /v1/chat/completions, /v1/models, /health."
         return JSONResponse(ApiError(text, code="not_found").body, error.status_code)
 
-    def check_key(request: Request) -> None:
+    async def check_key(request: Request) -> None:
         key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key is not None and not hmac.compare_digest(key.encode(), api_key.encode()):
             text = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
@@ -57,27 +51,28 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
     async def health() -> dict[str, Any]:
         return {"status": "ok", "model": name, "waiting": engine.waiting.qsize()}
 
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        check_key(request)
+    @app.get("/v1/models", dependencies=[Depends(check_key)])
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "minigpt4"}]}
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, dependencies=[Depends(check_key)])
     async def complete(request: Request) -> StreamingResponse | JSONResponse:
-        check_key(request)
-        body = await read_body(request, limits.max_body_bytes)
+        body = await api_requests.read_body(request, limits.max_body_bytes)
         if body.model != name:
             text = f"There is no model '{body.model}'; this server has '{name}'."
             raise ApiError(text, "model", status=404, code="no_model")
-        pending = await _submit(body, limits, engine)
+        answers = await _submit(body, limits, engine)
         if body.stream:
-            first = await anext(pending.answers)  # until here, an error still has its HTTP status
-            return StreamingResponse(_events(pending, first, body), media_type="text/event-stream")
-        last = asyncio.create_task(_last(pending.answers))
-        while not (await asyncio.wait({last}, timeout=0.5))[0]:
-            if await request.is_disconnected():
-                pending.request.cancelled.set()
-        return JSONResponse(_completion(last.result(), name))
+            first = await anext(answers)  # until here, an error still has its HTTP status
+            stop_strings = [engine.chat.template.stop_string, *body.stop]
+            return StreamingResponse(_events(answers, first, body, stop_strings), media_type="text/event-stream")
+        async with aclosing(answers):
+            async for answer in answers:
+                if answer.finish_reason or await request.is_disconnected():
+                    break
+        message = {"role": "assistant", "content": answer.text}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
+        return JSONResponse(_head("chat.completion", name) | {"choices": [choice], "usage": _usage(answer)})
 
     return app
 
@@ -92,24 +87,15 @@ def serve(app: FastAPI, host: str, port: int) -> None:
     uvicorn.Server(config).run([listener])
 
 
-class _Pending(NamedTuple):
-    """A submitted request: its growing answer, and the strings whose beginning is held back in a stream."""
-
-    request: EngineRequest
-    answers: AsyncIterator[Answer]
-    stop_strings: list[str]
-
-
-async def _submit(body: Body, limits: Limits, engine: Engine) -> _Pending:
-    """Checks a request, loads its images and puts it into the engine's queue."""
-    chat = engine.chat
+async def _submit(body: Body, limits: Limits, engine: Engine) -> AsyncIterator[Answer]:
+    """Checks a request, loads its images and puts it into the engine's queue; returns the growing answer."""
     api_requests.check_messages(body.messages, limits)
-    options, stop_strings = api_requests.read_options(body, limits, chat.model.llama_tokenizer.decode)
-    system, messages = await api_requests.load_messages(body.messages, limits, chat.preprocess_image)
+    options = api_requests.read_options(body, limits, engine.chat.model.llama_tokenizer.decode)
+    system, messages = await api_requests.load_messages(body.messages, limits, engine.chat.preprocess_image)
     loop, updates = asyncio.get_running_loop(), asyncio.Queue()
 
     def truncate(text: str) -> str:
-        return min((text.split(stop)[0] for stop in stop_strings), key=len, default=text)
+        return min((text.split(stop)[0] for stop in body.stop), key=len, default=text)
 
     def on_update(update: Answer | Exception) -> None:  # called on the engine's thread
         if isinstance(update, Answer):  # a snapshot, as the engine's own grows
@@ -122,36 +108,29 @@ async def _submit(body: Body, limits: Limits, engine: Engine) -> _Pending:
         engine.submit(request)
     except queue.Full:
         raise ApiError("Too many requests are waiting; try again later.", status=429, code="queue_full") from None
-    return _Pending(request, _receive(request, updates), [chat.template.stop_string, *stop_strings])
+    return _receive(request, updates)
 
 
 async def _receive(request: EngineRequest, updates: asyncio.Queue) -> AsyncIterator[Answer]:
     """The answer as it grows; closing the iterator cancels the request."""
     try:
-        while True:
+        is_over = False
+        while not is_over:
             remaining = request.arrival + request.timeout_seconds - time.monotonic()
-            try:
-                update = await asyncio.wait_for(updates.get(), max(remaining, 0))
-                if isinstance(update, TimeoutError):
-                    raise update
-            except TimeoutError as error:
-                text = f"The answer took longer than {request.timeout_seconds:g} s."
-                raise ApiError(text, status=503, code="timeout") from error
-            if isinstance(update, UserError):
-                raise ApiError(str(update), "messages")
+            update = await asyncio.wait_for(updates.get(), max(remaining, 0))
             if isinstance(update, Exception):
-                raise ApiError("The model failed; the server's log has the reason.", status=500, code="internal")
+                raise update
+            is_over = update.finish_reason is not None
             yield update
-            if update.finish_reason is not None:
-                return
+    except TimeoutError as error:
+        text = f"The answer took longer than {request.timeout_seconds:g} s."
+        raise ApiError(text, status=503, code="timeout") from error
+    except UserError as error:
+        raise ApiError(str(error), "messages") from error
+    except Exception as error:
+        raise ApiError("The model failed; the server's log has the reason.", status=500, code="internal") from error
     finally:
         request.cancelled.set()
-
-
-async def _last(answers: AsyncIterator[Answer]) -> Answer:
-    async for answer in answers:
-        last = answer
-    return last
 
 
 def _head(kind: str, name: str) -> dict[str, Any]:
@@ -159,21 +138,14 @@ def _head(kind: str, name: str) -> dict[str, Any]:
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": len(answer.ids),
-        "total_tokens": answer.prompt_tokens + len(answer.ids),
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-    }
+    prompt, completion = answer.prompt_tokens, len(answer.ids)
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return usage | {"prompt_tokens_details": {"cached_tokens": answer.cached_tokens}}
 
 
-def _completion(answer: Answer, name: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": answer.text}
-    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
-    return _head("chat.completion", name) | {"choices": [choice], "usage": _usage(answer)}
-
-
-async def _events(pending: _Pending, answer: Answer, body: Body) -> AsyncIterator[str]:
+async def _events(
+    answers: AsyncIterator[Answer], answer: Answer, body: Body, stop_strings: Sequence[str]
+) -> AsyncIterator[str]:
     """The server-sent events of a stream; ``answer`` is its first update."""
     head = _head("chat.completion.chunk", body.model)
 
@@ -185,14 +157,13 @@ async def _events(pending: _Pending, answer: Answer, body: Body) -> AsyncIterato
     yield event({"role": "assistant", "content": ""})
     try:
         while True:
-            is_final = answer.finish_reason is not None
-            text = answer.text if is_final else hold_back_partial_stop(answer.text, pending.stop_strings)
-            if text.startswith(sent) and len(text) > len(sent):
+            text = answer.text if answer.finish_reason else hold_back_partial_stop(answer.text, stop_strings)
+            if text.startswith(sent) and text != sent:
                 yield event({"content": text[len(sent) :]})
                 sent = text
-            if is_final:
+            if answer.finish_reason:
                 break
-            answer = await anext(pending.answers)
+            answer = await anext(answers)
         yield event({}, answer.finish_reason)
         if body.stream_options.get("include_usage"):
             yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(answer)})}\n\n"
@@ -200,5 +171,4 @@ async def _events(pending: _Pending, answer: Answer, body: Body) -> AsyncIterato
     except ApiError as error:
         yield f"data: {json.dumps(error.body)}\n\n"
     finally:
-        pending.request.cancelled.set()
-        await pending.answers.aclose()
+        await answers.aclose()

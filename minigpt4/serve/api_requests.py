@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 from fastapi import Request
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
@@ -33,8 +33,7 @@ class Limits:
     timeout_seconds: float = 300.0  # from the arrival to the last token
     allowed_hosts: list[str] = field(default_factory=list)  # of http(s) images
     allowed_folder: Path | None = None  # of file:// images
-    # Images decoded at a time: a large one takes a gigabyte.
-    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # images; each may take 1 GB
 
 
 class ImageUrl(BaseModel):
@@ -51,19 +50,20 @@ class ContentPart(BaseModel):
     image_url: ImageUrl | None = None
 
 
+# Plain text becomes a list of one.
+_TEXT_AS_PART = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value)
+_TEXT_AS_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else [] if value is None else value)
+_WITHOUT_EMPTY = AfterValidator(lambda texts: list(filter(None, texts)))
+
+
 class Message(BaseModel):
     """One turn of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[ContentPart], Field(max_length=MAX_ITEMS)]
-
-    @property
-    def parts(self) -> list[ContentPart]:
-        """The content as a list, also where it is plain text."""
-        return [ContentPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+    content: Annotated[list[ContentPart], Field(max_length=MAX_ITEMS), _TEXT_AS_PART]
 
 
-StopString = Annotated[str, Field(max_length=200)]
+_StopString = Annotated[str, Field(max_length=200)]
 
 
 class Body(BaseModel):
@@ -78,7 +78,7 @@ class Body(BaseModel):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(0.9, gt=0, le=1)
     seed: int | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: Annotated[list[_StopString], Field(max_length=16), _TEXT_AS_LIST, _WITHOUT_EMPTY] = []
     n: Literal[1] = 1
 
 
@@ -103,8 +103,7 @@ async def read_body(request: Request, max_bytes: int) -> Body:
         async for chunk in request.stream():
             data += chunk
             if len(data) > max_bytes:
-                text = f"The request is larger than {max_bytes} bytes; send smaller images."
-                raise ApiError(text, status=413, code="too_large")
+                raise ApiError(f"The request is larger than {max_bytes} bytes.", status=413, code="too_large")
     except ClientDisconnect as error:
         raise ApiError("The client disconnected during the request.") from error
     return parse_body(bytes(data))
@@ -116,53 +115,49 @@ def parse_body(data: bytes) -> Body:
         return Body.model_validate(json.loads(data))
     except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         details = getattr(error, "errors", lambda: [])()
-        param = ".".join(map(str, details[0]["loc"])) if details else None
-        raise ApiError(
-            f"{param}: {details[0]['msg']}." if details else f"The body is not JSON ({error}).", param
-        ) from error
+        if not details:
+            raise ApiError(f"The body is not JSON ({error}).") from error
+        param = ".".join(map(str, details[0]["loc"]))
+        raise ApiError(f"{param}: {details[0]['msg']}.", param) from error
 
 
 def check_messages(messages: Sequence[Message], limits: Limits) -> None:
     """Raises ApiError 400 if the messages are not a conversation that can be answered; loads no images."""
     if messages[-1].role != "user":
         raise ApiError("The last message must be the user's.", "messages")
-    num_images = num_characters = 0
+    num_images = 0
     for i, message in enumerate(messages):
-        for part in message.parts:
-            num_characters += len(part.text)
-            num_images += part.type == "image_url"
-            is_allowed = message.role == "user" and part.image_url is not None and num_images <= limits.max_images
-            if part.type == "image_url" and not is_allowed:
+        for part in (part for part in message.content if part.type == "image_url"):
+            num_images += 1
+            if message.role != "user" or part.image_url is None or num_images > limits.max_images:
                 text = f"Images are sent as image_url in the user's messages, at most {limits.max_images} in all."
                 raise ApiError(text, f"messages.{i}.content")
+    num_characters = sum(len(part.text) for message in messages for part in message.content)
     if num_characters > limits.max_characters:
         text = f"The messages have {num_characters} characters; at most {limits.max_characters} are accepted."
         raise ApiError(text, "messages", code="too_long")
-    if not any(part.text.strip() for part in messages[-1].parts if part.type == "text"):
+    if not any(part.text.strip() for part in messages[-1].content if part.type == "text"):
         raise ApiError("The question is empty; write what you want to know.", "messages")
 
 
 async def load_messages(
     messages: Sequence[Message], limits: Limits, preprocess: Callable[[bytes], Tensor]
 ) -> tuple[str, list[tuple[str, list[str | Tensor]]]]:
-    """Loads the images of checked messages; ``preprocess`` turns an image file into float32 [3, S, S].
+    """The system text of checked messages, and the other messages as (role, texts and images as float32 [3, S, S]).
 
-    Returns the system text, and the other messages as (role, texts and images). ApiError 400 names the message whose
-    image is not allowed or cannot be read.
+    ``preprocess`` processes an image file. ApiError 400 names the message whose image is not allowed or unreadable.
     """
     system, others = [], []
     for i, message in enumerate(messages):
-        parts: list[str | Tensor] = []
-        for part in message.parts:
-            if part.type == "text":
-                parts.append(part.text)
-                continue
-            try:
-                data = await load_image(part.image_url.url, limits)
-                async with limits.decoding:  # in a thread; what waits in the engine's queue is small
-                    parts.append(await asyncio.to_thread(preprocess, data))
-            except UserError as error:
-                raise ApiError(str(error), f"messages.{i}.content", code="bad_image") from error
+        parts: list[str | Tensor] = [part.text for part in message.content]
+        for k, part in enumerate(message.content):
+            if part.type == "image_url":
+                try:
+                    data = await load_image(part.image_url.url, limits)
+                    async with limits.decoding:
+                        parts[k] = await asyncio.to_thread(preprocess, data)
+                except UserError as error:
+                    raise ApiError(str(error), f"messages.{i}.content", code="bad_image") from error
         if message.role in ("system", "developer"):
             system += parts
         else:
@@ -170,23 +165,20 @@ async def load_messages(
     return " ".join(system), others
 
 
-def read_options(
-    body: Body, limits: Limits, decode: Callable[[Sequence[int]], str]
-) -> tuple[GenerationOptions, list[str]]:
-    """The generation options of a request and its stop strings, which ``decode`` finds; ApiError 400 for a limit."""
+def read_options(body: Body, limits: Limits, decode: Callable[[Sequence[int]], str]) -> GenerationOptions:
+    """The generation options of a request, whose stop strings ``decode`` finds; ApiError 400 for a limit."""
     max_tokens = body.max_completion_tokens or body.max_tokens or min(300, limits.max_tokens)
     if max_tokens > limits.max_tokens:
         text = f"max_tokens is {max_tokens}; at most {limits.max_tokens} are allowed."
         raise ApiError(text, "max_tokens", code="too_many")
-    stop_strings = [text for text in ([body.stop] if isinstance(body.stop, str) else body.stop or []) if text]
     # A character may take up to four byte tokens, so the tail holds the whole string and the token that completes it.
-    tail = 4 * max(map(len, stop_strings), default=0) + 1
+    tail = 4 * max(map(len, body.stop), default=0) + 1
 
     def stop(ids: Sequence[int]) -> bool:
-        return bool(stop_strings) and any(text in decode(ids[-tail:]) for text in stop_strings)
+        return any(text in decode(ids[-tail:]) for text in body.stop)
 
     sampling = {"temperature": body.temperature, "top_p": body.top_p, "seed": body.seed}
-    return GenerationOptions(max_new_tokens=max_tokens, stop=stop, **sampling), stop_strings
+    return GenerationOptions(max_new_tokens=max_tokens, stop=stop, **sampling)
 
 
 async def load_image(url: str, limits: Limits) -> bytes:
