@@ -29,18 +29,13 @@ _INVALID = (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, Recursi
 class Config:
     """The merged configuration of a run.
 
-    Args:
-        args: has ``cfg_path`` and ``options`` (None, ["a.b=c", …] or ["a.b", "c", …]).
-
-    Raises:
-        UserError: a file is missing or not valid YAML, or there is no model, model type or data set of a given name.
+    ``args`` has ``cfg_path`` and ``options`` (None, ["a.b=c", …] or ["a.b", "c", …]). Raises UserError if a file is
+    missing or not valid YAML, or there is no model, model type or data set of a given name.
     """
 
     def __init__(self, args: Any) -> None:
-        self.args = args
-        self._source = str(args.cfg_path)
-        file = _read_yaml(Path(args.cfg_path))
-        options = _parse_options(args.options)
+        self.args, self._source = args, str(args.cfg_path)
+        file, options = _read_yaml(Path(args.cfg_path)), _parse_options(args.options)
         for name in (*file, *options):
             if name not in SECTIONS:
                 hint = f"{nearest(str(name), SECTIONS)} Known: {', '.join(SECTIONS)}."

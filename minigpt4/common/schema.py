@@ -214,9 +214,8 @@ class DatasetConfig:
 
 
 def read_section(cls: type[T], section: Any, where: str, source: str = "", allow_unknown: bool = False) -> T:
-    """Turns a mapping, a DictConfig or None into an instance of ``cls``, checked and with all defaults.
+    """Turns a mapping, a DictConfig or None into a checked ``cls`` with all defaults; returns a ``cls`` unchanged.
 
-    An instance is returned unchanged. ``where`` and ``source``, the YAML file, name the section in messages;
     ``allow_unknown`` ignores unknown keys, for classes from outside this package. Raises UserError for an unknown key,
     a value of the wrong type or out of range, or a blank value without a meaning.
     """

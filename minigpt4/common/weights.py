@@ -1,7 +1,4 @@
-"""Weight files: reading them, matching them with modules, and describing what they hold.
-
-Every key and shape of a file is accounted for, or a UserError reports what differs.
-"""
+"""Weight files: reading them, matching every key and shape with a module, and describing what they hold."""
 
 import fnmatch
 import os
@@ -66,10 +63,9 @@ def read_file(path: Path, key: str) -> dict:
         content = _load(path)
     except Exception as error:  # zip, pickle and safetensors readers each have errors of their own
         cause = _describe_bytes(path) or str(error).strip().split("\n")[0][:160]
-        raise UserError(
-            f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); it is damaged, "
-            "cut short, or not a plain file of tensors. Copy or download it again." + see("damaged-files")
-        ) from error
+        text = f"{key}: {path} ({path.stat().st_size:,} bytes) cannot be read as weights ({cause}); it is damaged, "
+        text += "cut short, or not a plain file of tensors. Copy or download it again." + see("damaged-files")
+        raise UserError(text) from error
     if not isinstance(content, dict):
         raise UserError(f"{key}: {path} holds a {type(content).__name__}; expected a dict of tensors.")
     return content
@@ -77,9 +73,7 @@ def read_file(path: Path, key: str) -> dict:
 
 def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
     """Reads the tensors of a file, or of all files of a Hugging Face folder; opens a {"model": …} wrapper."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{key}: the folder {path} holds no .safetensors or .bin file.")
     state: dict[str, Tensor] = {}
@@ -119,9 +113,8 @@ def match_state_dict(
 ) -> dict[str, Tensor]:
     """Returns the tensors that a module, perhaps on the meta device, needs of a state dict; reads no values.
 
-    ``path`` and ``key`` (of the YAML file) name the source and ``hint`` a likely cause in messages; names that match a
-    pattern of ``droppable`` may be in the file and not in the module. Raises UserError if a name is missing or unknown,
-    or if a shape or the kind of numbers differs.
+    Names that match a pattern of ``droppable`` may be in the file alone; ``hint`` names a likely cause. UserError if a
+    name is missing or unknown, or if a shape or the kind of numbers differs.
     """
     patterns, expected = list(droppable), module.state_dict(keep_vars=True)  # tied parameters are one object
     actual = {n: v for n, v in state.items() if n in expected or not any(fnmatch.fnmatch(n, p) for p in patterns)}
