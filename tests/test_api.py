@@ -261,7 +261,7 @@ def test_time_is_limited(chat):
 def test_time_is_limited_while_waiting(chat):
     server, release, updates = Server(chat, timeout_seconds=0.5), threading.Event(), []
     try:
-        hold = Request("", [("user", ["Yes?"])], GREEDY, lambda update: (updates.append(update), release.wait(20)))
+        hold = Request([("user", ["Yes?"])], GREEDY, lambda update: (updates.append(update), release.wait(20)))
         server.engine.submit(hold)
         with pytest.raises(openai.InternalServerError, match=r"longer than 0\.5 s"):
             server.ask("Yes?")

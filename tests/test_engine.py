@@ -29,7 +29,7 @@ class Log:
             if is_over:
                 self.events.append((name, "end"))
 
-        return Request("", [("user", [text])], replace(GREEDY, **options), on_update)
+        return Request([("user", [text])], replace(GREEDY, **options), on_update)
 
     @property
     def most_at_once(self):
@@ -49,7 +49,7 @@ def run_together(chat, requests, max_batch):
         is_busy.set()
         are_all_waiting.wait(60)
 
-    engine.submit(Request("", [("user", ["Yes?"])], replace(GREEDY, max_new_tokens=1), hold))
+    engine.submit(Request([("user", ["Yes?"])], replace(GREEDY, max_new_tokens=1), hold))
     assert is_busy.wait(60)
     for request in requests:
         engine.submit(request)
@@ -93,12 +93,12 @@ def test_a_failure_is_reported_to_the_whole_batch_and_the_engine_continues(chat,
 def test_a_full_queue_is_reported(chat):
     engine = Engine(chat, max_batch=1, max_queue=1)
     release, updates = threading.Event(), []
-    engine.submit(Request("", [("user", ["Yes?"])], GREEDY, lambda u: (updates.append(u), release.wait(20))))
+    engine.submit(Request([("user", ["Yes?"])], GREEDY, lambda u: (updates.append(u), release.wait(20))))
     while not updates:  # it is being answered
         time.sleep(0.01)
-    engine.submit(Request("", [("user", ["Yes?"])], GREEDY, updates.append))
+    engine.submit(Request([("user", ["Yes?"])], GREEDY, updates.append))
     with pytest.raises(queue.Full):
-        engine.submit(Request("", [("user", ["Yes?"])], GREEDY, updates.append))
+        engine.submit(Request([("user", ["Yes?"])], GREEDY, updates.append))
     release.set()
     engine.close()
 

@@ -91,7 +91,7 @@ async def _submit(body: Body, limits: Limits, engine: Engine) -> AsyncIterator[A
     """Checks a request, loads its images and puts it into the engine's queue; returns the growing answer."""
     api_requests.check_messages(body.messages, limits)
     options = api_requests.read_options(body, limits, engine.chat.model.llama_tokenizer.decode)
-    system, messages = await api_requests.load_messages(body.messages, limits, engine.chat.preprocess_image)
+    messages = await api_requests.load_messages(body.messages, limits, engine.chat.preprocess_image)
     loop, updates = asyncio.get_running_loop(), asyncio.Queue()
 
     def truncate(text: str) -> str:
@@ -103,7 +103,7 @@ async def _submit(body: Body, limits: Limits, engine: Engine) -> AsyncIterator[A
             update = replace(update, ids=list(update.ids), decode=lambda ids: truncate(decode(ids)))
         loop.call_soon_threadsafe(updates.put_nowait, update)
 
-    request = EngineRequest(system, messages, options, on_update, limits.timeout_seconds)
+    request = EngineRequest(messages, options, on_update, limits.timeout_seconds)
     try:
         engine.submit(request)
     except queue.Full:

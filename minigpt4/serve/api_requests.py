@@ -125,13 +125,10 @@ def check_messages(messages: Sequence[Message], limits: Limits) -> None:
     """Raises ApiError 400 if the messages are not a conversation that can be answered; loads no images."""
     if messages[-1].role != "user":
         raise ApiError("The last message must be the user's.", "messages")
-    num_images = 0
-    for i, message in enumerate(messages):
-        for part in (part for part in message.content if part.type == "image_url"):
-            num_images += 1
-            if message.role != "user" or part.image_url is None or num_images > limits.max_images:
-                text = f"Images are sent as image_url in the user's messages, at most {limits.max_images} in all."
-                raise ApiError(text, f"messages.{i}.content")
+    images = [(message.role, part) for message in messages for part in message.content if part.type == "image_url"]
+    if len(images) > limits.max_images or any(role != "user" or part.image_url is None for role, part in images):
+        text = f"Images are sent as image_url in the user's messages, at most {limits.max_images} in all."
+        raise ApiError(text, "messages")
     num_characters = sum(len(part.text) for message in messages for part in message.content)
     if num_characters > limits.max_characters:
         text = f"The messages have {num_characters} characters; at most {limits.max_characters} are accepted."
@@ -142,27 +139,24 @@ def check_messages(messages: Sequence[Message], limits: Limits) -> None:
 
 async def load_messages(
     messages: Sequence[Message], limits: Limits, preprocess: Callable[[bytes], Tensor]
-) -> tuple[str, list[tuple[str, list[str | Tensor]]]]:
-    """The system text of checked messages, and the other messages as (role, texts and images as float32 [3, S, S]).
-
-    ``preprocess`` processes an image file. ApiError 400 names the message whose image is not allowed or unreadable.
-    """
-    system, others = [], []
+) -> list[tuple[str, list[str | Tensor]]]:
+    """Checked messages as (role, texts and processed images); ApiError 400 names the message of an unreadable image."""
+    loaded = []
     for i, message in enumerate(messages):
-        parts: list[str | Tensor] = [part.text for part in message.content]
-        for k, part in enumerate(message.content):
-            if part.type == "image_url":
-                try:
-                    data = await load_image(part.image_url.url, limits)
-                    async with limits.decoding:
-                        parts[k] = await asyncio.to_thread(preprocess, data)
-                except UserError as error:
-                    raise ApiError(str(error), f"messages.{i}.content", code="bad_image") from error
-        if message.role in ("system", "developer"):
-            system += parts
-        else:
-            others.append((message.role, parts))
-    return " ".join(system), others
+        try:
+            parts = [await _load_part(part, limits, preprocess) for part in message.content]
+        except UserError as error:
+            raise ApiError(str(error), f"messages.{i}.content", code="bad_image") from error
+        loaded.append((message.role, parts))
+    return loaded
+
+
+async def _load_part(part: ContentPart, limits: Limits, preprocess: Callable[[bytes], Tensor]) -> str | Tensor:
+    if part.type == "text":
+        return part.text
+    data = await load_image(part.image_url.url, limits)
+    async with limits.decoding:
+        return await asyncio.to_thread(preprocess, data)
 
 
 def read_options(body: Body, limits: Limits, decode: Callable[[Sequence[int]], str]) -> GenerationOptions:

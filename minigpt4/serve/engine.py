@@ -22,7 +22,6 @@ class Request:
     ``cancelled`` ends the answer at its next token.
     """
 
-    system: str
     messages: list[tuple[str, list[str | Tensor]]]
     options: GenerationOptions
     on_update: Callable[[Answer | Exception], None]
@@ -87,17 +86,17 @@ class Engine:
         if request.is_over:
             raise TimeoutError
         conv, images = self.chat.template.copy(), []
-        conv.system = f"{conv.system} {request.system}".strip()
         for role, parts in request.messages:
             text = " ".join(part for part in parts if isinstance(part, str))
-            if role == "assistant":
+            if role in ("system", "developer"):
+                conv.system = f"{conv.system} {text}".strip()
+            elif role == "assistant":
                 conv.append_message(conv.roles[1], text)
-                continue
-            for part in parts:
-                if isinstance(part, Tensor):
-                    self.chat.upload_img(part, conv, images)
-            if text.strip():
-                self.chat.ask(text.strip(), conv)
+            else:
+                for image in (part for part in parts if isinstance(part, Tensor)):
+                    self.chat.upload_img(image, conv, images)
+                if text.strip():
+                    self.chat.ask(text.strip(), conv)
         self.chat.check_length(conv, images, request.options, self.max_length)
         stop = request.options.stop
         return conv, images, replace(request.options, stop=lambda ids: request.is_over or stop(ids))

@@ -167,7 +167,7 @@ class _Page:
         finally:
             if session.job is job:
                 session.job = None
-        yield session.view, self.status(*notes)
+        yield (session.job or session).view, self.status(*notes)  # a cleared chat may have a new job
 
     def _generate(
         self, session: Session, job: Job, options: GenerationOptions, request: gr.Request
@@ -187,6 +187,8 @@ class _Page:
             updated = 0.0
             with closing(self.chat.stream(conv, images, options)) as answers:
                 for answer in answers:
+                    if session.job is not job:  # cleared
+                        return
                     view = [*job.view, {"role": "assistant", "content": answer.text}]
                     notes = [_numbers(request, answer)]
                     if time.monotonic() - updated > UPDATE_SECONDS:
