@@ -14,7 +14,8 @@ def check_sections(sections: Mapping[str, Any], source: str) -> None:
     run = read_section(RunConfig, sections.get("run"), "run", source)
     read_section(DatasetConfig, sections.get("preprocess"), "preprocess", source)
     model, datasets, with_processors = None, {}, []
-    has_own_splits = _is_own(registry.get_task_class(run.task))  # own tasks and builders may add splits
+    # Own tasks and builders may add splits; an unknown task is reported below.
+    has_own_splits = run.task in registry.list_tasks() and _is_own(registry.get_task_class(run.task))
     if not _is_own(registry.get_model_class(sections["model"]["arch"])):
         model = read_section(ModelConfig, sections["model"], "model", source)
     for name, section in (sections.get("datasets") or {}).items():
