@@ -122,6 +122,17 @@ def test_pairs_go_on_with_another_number_of_ranks(pairs, monkeypatch, caplog):
     assert "written by 2 ranks with 0 loader workers and batches of 2, this run has 1, 0 and 3" in caplog.text
 
 
+def test_own_data_sets_continue_within_a_pass_with_another_batch_size():
+    """One that drops incomplete batches: a pass has 20 of 22 samples in batches of 4, and 21 in batches of 3."""
+    four = make_loader({"x": Numbers(22)}, batch_size=4)
+    batches = four.iter_epoch(0)
+    *_, last = (next(batches) for _ in range(6))  # the first of the second pass
+    three = make_loader({"x": Numbers(22)}, batch_size=3, iters_per_epoch=11)
+    three.load_state_dict([saved(four.state_dict())], 0, 6)
+    seen = [last, *three.iter_epoch(0, 6)]
+    assert len({index for batch in seen for index in batch["index"].tolist()}) == 4 + 5 * 3
+
+
 def test_shards_are_drawn_anew_with_another_number_of_workers(pairs, shards):
     whole = mixed(pairs, shards, 2)
     batches = whole.iter_epoch(0)

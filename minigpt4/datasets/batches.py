@@ -1,4 +1,4 @@
-"""Batches of one data set, made in loader workers, which send what fails as a value.
+"""Batches of one data set, made in loader workers, which send failures as values for the loader to raise.
 
 A data set is map-style (``__len__`` and ``__getitem__``), a resumable stream (``iter_train`` and ``iter_eval``, see
 ``ShardDataset``), or any other iterable, which begins anew whenever it ends.
@@ -10,7 +10,7 @@ import pickle
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -20,8 +20,15 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, default_collate, get_worker_info
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError, see
-from minigpt4.datasets.datasets.sample import MAX_BAD_IN_A_ROW, Sample, SkipSample, WorkerInfo, derive_seed
+from minigpt4.common.errors import UserError
+from minigpt4.datasets.datasets.sample import (
+    MAX_BAD_IN_A_ROW,
+    Sample,
+    SkipSample,
+    WorkerInfo,
+    derive_seed,
+    no_usable_sample,
+)
 
 Place = tuple[int | str, int, int]  # of a sample: the pass over the data set, its place in the pass, its index
 
@@ -30,7 +37,7 @@ class LoadedBatch(NamedTuple):
     """What a worker sends; a tuple, in which the loader finds the tensors to pin."""
 
     batch: dict[str, Any] | None  # None: no sample was usable
-    skipped: dict[str, int]  # no Counter, which the loader would double when it pins
+    skipped: dict[str, int]  # no Counter: the loader copies mappings by update(), which would double it
     worker_id: int = 0
     position: dict[str, Any] | None = None  # of the worker's stream, behind the batch
     error: UserError | None = None
@@ -52,25 +59,20 @@ def check_kind(name: str, dataset: Any) -> None:
 
 
 def training_places(
-    name: str, size: int, worker: WorkerInfo, batch_size: int, start: int, num_batches: int, drop_last: bool
+    name: str, size: int, pass_size: int, seed: int, starts: Iterable[int], batch_size: int
 ) -> Iterator[list[Place]]:
-    """The batches of one rank, from sample number ``start`` of all ranks on; each pass has another order.
+    """The places of a batch from each start on, in samples since the run began.
 
-    With ``drop_last``, samples at the end of a pass that do not fill a batch on every rank are dropped. Otherwise, and
-    if the data set is smaller than such a batch, batches extend into the next pass: then the sequence of samples
-    depends neither on the number of ranks nor on the batch size.
+    Each pass has another order; ``pass_size`` of its ``size`` samples are used.
     """
 
     @lru_cache(maxsize=2)
     def order(pass_index: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(worker.seed, name, "order", pass_index))
+        generator = torch.Generator().manual_seed(derive_seed(seed, name, "order", pass_index))
         return torch.randperm(size, generator=generator)
 
-    step = batch_size * worker.world_size
-    pass_size = (size // step * step if drop_last else size) or size
-    for number in range(num_batches):
-        first = start + number * step + worker.rank * batch_size
-        places = (divmod(sample, pass_size) for sample in range(first, first + batch_size))
+    for start in starts:
+        places = (divmod(number, pass_size) for number in range(start, start + batch_size))
         yield [(pass_index, place, int(order(pass_index)[place])) for pass_index, place in places]
 
 
@@ -104,11 +106,10 @@ class MapBatches(Dataset):
                 except SkipSample as skip:
                     skipped[str(skip)] += 1
                     index = int(torch.randint(len(self.dataset), ()))
-        if not self.is_train:
-            return []
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items())
-        first = f"; first file: {self.dataset.first_file}" if hasattr(self.dataset, "first_file") else ""
-        raise UserError(f"Data set {self.name} has no usable sample ({kinds}){first}.{see('silent-data-failure')}")
+        if self.is_train:
+            hint = f"; first file: {self.dataset.first_file}" if hasattr(self.dataset, "first_file") else ""
+            raise no_usable_sample(self.name, skipped, hint)
+        return []
 
 
 @dataclass(eq=False)
@@ -151,17 +152,15 @@ class StreamBatches(IterableDataset):
             yield LoadedBatch(None, {}, error=describe_failure(self.name, error))
 
 
-def repeat_iterable(name: str, dataset: Any, worker: WorkerInfo) -> Iterator[Sample]:
+def repeat_iterable(name: str, dataset: Any, worker: WorkerInfo, _: Counter) -> Iterator[Sample]:
     """The samples of an iterable, which begins anew whenever it ends; raises UserError if it is empty."""
     while True:
         sample = None
         for sample in dataset:
             yield sample
         if sample is None:
-            raise UserError(
-                f"Data set {name}: its iterator gives no sample to loader worker {worker.worker_id} of "
-                f"{worker.num_workers}; expected at least one for each, so perhaps lower run.num_workers."
-            )
+            where = f"loader worker {worker.worker_id} of {worker.num_workers}"
+            raise UserError(f"Data set {name}: its iterator gives no sample to {where}; lower run.num_workers.")
 
 
 class _SendCheck(pickle.Pickler):

@@ -74,7 +74,7 @@ def _load(
         batch_size=None,
         sampler=places,
         num_workers=num_workers,
-        collate_fn=_unchanged,
+        collate_fn=lambda loaded: loaded,
         pin_memory=pin_memory,
         worker_init_fn=partial(_init_worker, os.getpid()),
         # Workers have to be children of this process, and not of a fork server.
@@ -89,71 +89,68 @@ def _load(
     except UserError:
         raise
     except Exception as error:  # batches carry the exceptions of data sets, so a worker has died
-        raise UserError(
-            f"The loader of data set {name} failed ({str(error)[:200]}). If a worker was killed for lack of memory, "
-            "lower run.num_workers or build_info.shuffle_buffer."
-        ) from error
-
-
-def _unchanged(value: Any) -> Any:
-    return value
+        advice = "If a worker was killed for lack of memory, lower run.num_workers or build_info.shuffle_buffer."
+        raise UserError(f"The loader of data set {name} failed ({str(error)[:200]}). {advice}") from error
 
 
 def _rank_info(seed: int) -> WorkerInfo:
     return WorkerInfo(seed, dist_utils.get_rank(), dist_utils.get_world_size())
 
 
+@dataclass(eq=False)
 class TrainLoader:
     """Training batches of several data sets: one data set per batch, drawn by ``sample_ratio``, alike on every rank.
 
+    Map-style data sets are shuffled anew in each pass. Samples at its end that do not fill a batch on every rank are
+    dropped, unless the data set has ``drop_last = False`` or is smaller than that: then batches extend into the next
+    pass, and the sequence of samples depends neither on the number of ranks nor on the batch size.
+
     Args:
-        datasets: by name, each of a kind that ``batches`` lists. An attribute ``drop_last`` is True by default, see
-            ``training_places``.
+        datasets: by name, each of a kind that ``batches`` lists.
         ratios: their weights; 1 where a weight is None.
         batch_size: samples per rank and batch; a number for all data sets or one for each, by name.
-        iters_per_epoch: batches per epoch.
         num_workers: loader processes per data set.
         seed: of order, draws and augmentation.
-        pin_memory: for faster copies to an accelerator.
 
     Raises:
         UserError: there is no data set, one is of no known kind, or the weights are unusable.
     """
 
-    def __init__(
-        self,
-        datasets: Mapping[str, Any],
-        ratios: Mapping[str, float | None],
-        batch_size: int | Mapping[str, int],
-        iters_per_epoch: int,
-        num_workers: int,
-        seed: int,
-        pin_memory: bool = False,
-    ) -> None:
-        if not datasets:
+    datasets: Mapping[str, Any]
+    ratios: Mapping[str, float | None]
+    batch_size: int | Mapping[str, int]
+    iters_per_epoch: int
+    num_workers: int
+    seed: int
+    pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
-        self.datasets = dict(datasets)
-        self.weights = [1.0 if ratios.get(name) is None else float(ratios[name]) for name in self.datasets]
+        ratios = [self.ratios.get(name) for name in self.datasets]
+        self.weights = [1.0 if ratio is None else float(ratio) for ratio in ratios]
         if min(self.weights) < 0 or sum(self.weights) <= 0:
             raise UserError(f"sample_ratio of {', '.join(self.datasets)} are {self.weights}; expected numbers above 0.")
         for name, dataset in self.datasets.items():
             check_kind(name, dataset)
-        self.batch_size = batch_size
-        self.iters_per_epoch = iters_per_epoch
-        self.num_workers = num_workers
-        self.seed = seed
-        self.pin_memory = pin_memory
         self._num_samples: dict[str, int] = {}  # of map-style data sets: used by all ranks since the run began
         self._positions: dict[str, dict[int, Any]] = {}  # of streams: by data set and worker
         self._shuffle_key: int | str = 0  # of streams: the epoch, or the step of a resume
         self._iterables: dict[str, Iterator[LoadedBatch]] = {}  # they keep running from epoch to epoch
 
-    def _batch_size(self, name: str) -> int:
-        return self.batch_size[name] if isinstance(self.batch_size, Mapping) else self.batch_size
-
     def _source_of(self, step: int) -> str:
         # A str seed gives the same draws on every platform and in every process.
         return random.Random(f"{self.seed}:{step}").choices(list(self.datasets), self.weights)[0]
+
+    def _batch_size(self, name: str) -> int:
+        return self.batch_size[name] if isinstance(self.batch_size, Mapping) else self.batch_size
+
+    def _step_size(self, name: str) -> int:
+        return self._batch_size(name) * dist_utils.get_world_size()
+
+    def _pass_size(self, name: str) -> int:
+        size, step = len(self.datasets[name]), self._step_size(name)
+        return size // step * step if getattr(self.datasets[name], "drop_last", True) and step <= size else size
 
     def iter_epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from iteration ``first`` on, each with a ``LOADER_KEY``.
@@ -172,7 +169,7 @@ class TrainLoader:
         for name in order[first:]:
             loaded = next(sources[name])
             if name in self._num_samples:
-                self._num_samples[name] += self._batch_size(name) * dist_utils.get_world_size()
+                self._num_samples[name] += self._step_size(name)
             if loaded.position is not None:
                 self._positions.setdefault(name, {})[loaded.worker_id] = loaded.position
             yield {**loaded.batch, LOADER_KEY: {"source": name, "skipped": loaded.skipped}}
@@ -182,11 +179,12 @@ class TrainLoader:
         dataset, worker, batch_size = self.datasets[name], _rank_info(self.seed), self._batch_size(name)
         settings = self.num_workers, self.pin_memory, derive_seed(self.seed, name, "workers", worker.rank)
         if is_map_style(dataset):
+            step_size, pass_size = self._step_size(name), self._pass_size(name)
             if name not in self._num_samples:  # a fresh loader, perhaps at a later epoch
-                num_before = sum(self._source_of(before) == name for before in range(step))
-                self._num_samples[name] = num_before * batch_size * worker.world_size
-            start, drop_last = self._num_samples[name], getattr(dataset, "drop_last", True)
-            places = training_places(name, len(dataset), worker, batch_size, start, num_batches, drop_last)
+                self._num_samples[name] = sum(self._source_of(i) == name for i in range(step)) * step_size
+            start = self._num_samples[name] + worker.rank * batch_size
+            starts = range(start, start + num_batches * step_size, step_size)
+            places = training_places(name, len(dataset), pass_size, self.seed, starts, batch_size)
             return _load(name, MapBatches(name, dataset, self.seed, is_train=True), places, *settings)
         if hasattr(dataset, "iter_train"):
             positions, shuffle_key = self._positions.get(name, {}), self._shuffle_key
@@ -200,16 +198,18 @@ class TrainLoader:
             return _load(name, batches, None, *settings)
         if name not in self._iterables:
             worker = WorkerInfo(derive_seed(self.seed, "step", step), worker.rank, worker.world_size)
-            batches = StreamBatches(
-                name, dataset, lambda worker, _: repeat_iterable(name, dataset, worker), worker, batch_size
-            )
+            batches = StreamBatches(name, dataset, partial(repeat_iterable, name, dataset), worker, batch_size)
             self._iterables[name] = _load(name, batches, None, *settings)
         return self._iterables[name]
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's positions behind the last batch, as plain containers."""
-        state = {"num_samples": self._num_samples, "positions": self._positions, "shuffle_key": self._shuffle_key}
-        return copy.deepcopy(state | {"layout": self._layout()})
+        return {
+            "passes": {name: divmod(number, self._pass_size(name)) for name, number in self._num_samples.items()},
+            "positions": copy.deepcopy(self._positions),
+            "shuffle_key": self._shuffle_key,
+            "layout": self._layout(),
+        }
 
     def _layout(self) -> list[Any]:
         batch_size = dict(self.batch_size) if isinstance(self.batch_size, Mapping) else self.batch_size
@@ -223,8 +223,12 @@ class TrainLoader:
         """
         is_same = ranks[0]["layout"] == self._layout()
         state = ranks[dist_utils.get_rank() if is_same else 0]
-        self._num_samples = dict(state["num_samples"])
-        self._positions = dict(state["positions"]) if is_same else {}
+        self._num_samples = {
+            name: pass_index * self._pass_size(name) + min(offset, self._pass_size(name))
+            for name, (pass_index, offset) in state["passes"].items()
+            if is_map_style(self.datasets.get(name))
+        }
+        self._positions = copy.deepcopy(state["positions"]) if is_same else {}
         self._shuffle_key = state["shuffle_key"] if is_same else f"{epoch}, from {first} on"
         for name, dataset in self.datasets.items():
             if not is_map_style(dataset) and not hasattr(dataset, "iter_train"):
@@ -233,16 +237,14 @@ class TrainLoader:
             logging.warning(
                 "The checkpoint was written by %d ranks with %d loader workers and batches of %s, this run has %d, %d "
                 "and %s: map-style data sets continue where they were, shards are drawn anew from here on.",
-                *(*ranks[0]["layout"], *self._layout()),
+                *ranks[0]["layout"],
+                *self._layout(),
             )
 
 
 @dataclass(eq=False)
 class EvalLoader:
-    """The batches of a data set, every sample once; see ``eval_batches``. Can be iterated several times.
-
-    ``skipped`` counts the unusable samples of an iteration by kind. The length is known for map-style data sets.
-    """
+    """See ``eval_batches``. ``skipped`` counts the unusable samples of an iteration; only streams have no length."""
 
     name: str
     dataset: Any
@@ -288,6 +290,9 @@ def eval_batches(
     pin_memory: bool = False,
     is_whole: bool = False,
 ) -> EvalLoader:
-    """Every sample of a data set once, divided over the ranks, or all of them on each rank (``is_whole``)."""
+    """Batches of every sample once, divided over the ranks, or all of them on each rank (``is_whole``).
+
+    They can be iterated several times.
+    """
     worker = WorkerInfo(seed) if is_whole else _rank_info(seed)
     return EvalLoader(name, dataset, batch_size, num_workers, worker, pin_memory)

@@ -17,12 +17,11 @@ def load_dataset_config(cfg_path: str | Path) -> DictConfig:
 
 
 class BaseDatasetBuilder:
-    """Builds the data sets of one section.
+    """Builds the data sets of one section. Subclasses override ``build``, ``build_datasets`` or only the classes.
 
-    Subclasses override ``build``, ``build_datasets`` or only the data set classes, see ``build``. A data set may be a
-    torch ``Dataset`` or ``IterableDataset``, a webdataset ``DataPipeline``, or any object with ``__len__`` and
-    ``__getitem__``. Its samples are dicts; a method ``collater`` makes batches of them, by default torch's
-    ``default_collate``.
+    A data set may be a torch ``Dataset`` or ``IterableDataset``, a webdataset ``DataPipeline``, or any object with
+    ``__len__`` and ``__getitem__``. Its samples are dicts; its ``collater``, by default torch's ``default_collate``,
+    makes batches of them.
 
     Args:
         cfg: the section, a YAML file that contains it, or None for the default YAML file.
@@ -30,8 +29,7 @@ class BaseDatasetBuilder:
 
     Attributes:
         config: the section, keys of the user's own included.
-        vis_processors, text_processors: processors of the splits ``train`` and ``eval``; the identity until
-            ``build_processors`` is called.
+        vis_processors, text_processors: by ``train`` and ``eval``; the identity until ``build_processors`` is called.
     """
 
     train_dataset_cls: ClassVar[Any] = None
@@ -46,7 +44,7 @@ class BaseDatasetBuilder:
         self.name = name
         self.data_type = self.config.get("data_type", "images")
         self.vis_processors: dict[str, Any] = {"train": BaseProcessor(), "eval": BaseProcessor()}
-        self.text_processors: dict[str, Any] = {"train": BaseProcessor(), "eval": BaseProcessor()}
+        self.text_processors = dict(self.vis_processors)
 
     @classmethod
     def default_config_path(cls, type: str = "default") -> Path | None:
@@ -61,14 +59,14 @@ class BaseDatasetBuilder:
 
     def build_processors(self) -> None:
         """Builds the processors of the section; those of ``eval`` follow from ``train`` where they are not given."""
-        sections = self.config.get("vis_processor") or {}
-        train = sections.get("train") or {"name": "blip2_image_train"}
+        images, texts = (self.config.get(key) or {} for key in ("vis_processor", "text_processor"))
+        train = images.get("train") or {"name": "blip2_image_train"}
         size = {"image_size": train.image_size} if "image_size" in train else {}
-        evaluation = sections.get("eval") or {"name": "blip2_image_eval", **size}
-        self.vis_processors = {"train": _processor(train), "eval": _processor(evaluation)}
-        sections = self.config.get("text_processor") or {}
-        train = sections.get("train") or {"name": "blip_caption"}
-        self.text_processors = {"train": _processor(train), "eval": _processor(sections.get("eval") or train)}
+        sections = {"train": train, "eval": images.get("eval") or {"name": "blip2_image_eval", **size}}
+        self.vis_processors = {split: load_processor(cfg["name"], cfg) for split, cfg in sections.items()}
+        train = texts.get("train") or {"name": "blip_caption"}
+        sections = {"train": train, "eval": texts.get("eval") or train}
+        self.text_processors = {split: load_processor(cfg["name"], cfg) for split, cfg in sections.items()}
 
     def _download_data(self) -> None:
         self._download_ann()
@@ -91,21 +89,14 @@ class BaseDatasetBuilder:
         self.build_processors()
         build_info = self.config.get("build_info") or {}
         if not build_info.get("annotations"):
-            raise UserError(
-                f"datasets.{self.name}.build_info.annotations is not set; expected SPLIT.storage with annotation files "
-                f"below it. A builder whose data are stored otherwise overrides build()."
-            )
-        datasets = {}
+            key = f"datasets.{self.name}.build_info.annotations"
+            advice = "set SPLIT.storage below it to annotation files. A builder of other data overrides build()."
+            raise UserError(f"{key} is not set; {advice}")
+        datasets, vis_root = {}, (build_info.get(self.data_type) or {}).get("storage")
         for split, info in build_info.annotations.items():
             kind = "train" if split == "train" else "eval"
-            datasets[split] = (self.train_dataset_cls if kind == "train" else self.eval_dataset_cls)(
-                vis_processor=self.vis_processors[kind],
-                text_processor=self.text_processors[kind],
-                vis_root=(build_info.get(self.data_type) or {}).get("storage"),
-                ann_paths=[info.storage] if isinstance(info.storage, str) else list(info.storage),
-            )
+            processors = {"vis_processor": self.vis_processors[kind], "text_processor": self.text_processors[kind]}
+            files = [info.storage] if isinstance(info.storage, str) else list(info.storage)
+            dataset_cls = self.train_dataset_cls if kind == "train" else self.eval_dataset_cls
+            datasets[split] = dataset_cls(**processors, vis_root=vis_root, ann_paths=files)
         return datasets
-
-
-def _processor(section: Mapping[str, Any]) -> Any:
-    return load_processor(section["name"], section)

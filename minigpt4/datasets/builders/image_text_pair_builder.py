@@ -19,30 +19,28 @@ class StorageBuilder(BaseDatasetBuilder):
     def build(self) -> dict[str, Any]:
         """Returns the data sets by split; raises UserError if there is none, or no data at a storage."""
         self.build_processors()
-        section = f"datasets.{self.name}.build_info"
+        section, datasets = f"datasets.{self.name}.build_info", {}
         self.build_info = read_section(BuildInfo, self.config.get("build_info"), section, allow_unknown=True)
-        storages = {split: getattr(self.build_info, key) for split, key in SPLITS.items()}
-        if not storages["train"] and not storages["val"]:
+        if not self.build_info.storage and not self.build_info.val_storage:
             raise UserError(f"{section}.storage is not set; set it to the location of the data.")
-        return {
-            split: self.build_split(split, storage, f"{section}.{SPLITS[split]}")
-            for split, storage in storages.items()
-            if storage
-        }
+        for split, key in SPLITS.items():
+            if storage := getattr(self.build_info, key):
+                kind = "train" if split == "train" else "eval"
+                datasets[split] = self.build_split(storage, f"{section}.{key}", kind)
+        return datasets
 
-    def build_split(self, split: str, storage: Any, key: str) -> Any:
-        """Builds the data set of one split; ``key`` names the storage in messages."""
+    def build_split(self, storage: Any, key: str, kind: str) -> Any:
+        """Builds a data set with the processors of ``train`` or ``eval``; ``key`` names the storage in messages."""
         raise NotImplementedError
 
 
 class ShardBuilder(StorageBuilder):
-    """Shards of img2dataset; captions pass the text processor."""
+    """Shards of img2dataset from a brace pattern, a glob, a folder, a URL, or a list of these."""
 
-    def build_split(self, split: str, storage: Any, key: str) -> ShardDataset:
-        """A split from a brace pattern, a glob, a folder, a URL, or a list of these."""
+    def build_split(self, storage: Any, key: str, kind: str) -> ShardDataset:
+        """Builds a data set of shards; captions pass the text processor."""
         shards = expand_shards(storage, key)
-        logging.info("%s/%s: %d shards.", self.name, split, len(shards))
-        kind = "train" if split == "train" else "eval"
+        logging.info("%s: %d shards.", key, len(shards))
         processors = self.vis_processors[kind], self.text_processors[kind]
         return ShardDataset(self.name, shards, *processors, self.build_info.shuffle_buffer)
 
@@ -62,15 +60,15 @@ class CCSBUBuilder(ShardBuilder):
 
 
 class PairBuilder(StorageBuilder):
-    """Listed pairs; captions are used as they are."""
+    """Listed pairs from a folder or file."""
 
     read = staticmethod(read_pairs)
 
-    def build_split(self, split: str, storage: Any, key: str) -> PairDataset:
-        """A split from a folder or file."""
+    def build_split(self, storage: Any, key: str, kind: str) -> PairDataset:
+        """Builds a data set of pairs; captions are used as they are."""
         pairs = self.read(locate(storage, key), key)
-        logging.info("%s/%s: %d pairs.", self.name, split, len(pairs))
-        return PairDataset(self.name, pairs, self.vis_processors["train" if split == "train" else "eval"])
+        logging.info("%s: %d pairs.", key, len(pairs))
+        return PairDataset(self.name, pairs, self.vis_processors[kind])
 
 
 @registry.register_builder("cc_sbu_align")

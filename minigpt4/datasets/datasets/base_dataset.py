@@ -15,21 +15,15 @@ class BaseDataset(Dataset):
     Args:
         vis_processor, text_processor: of images and of texts.
         vis_root: folder of the images.
-        ann_paths: files of the form ``{"annotations": [{…}, …]}``. Each entry gets an ``instance_id``, its number as
-            text.
+        ann_paths: files of the form ``{"annotations": [{…}, …]}``; each entry gets its number as text, ``instance_id``.
     """
 
     def __init__(
-        self,
-        vis_processor: Any = None,
-        text_processor: Any = None,
-        vis_root: str | None = None,
-        ann_paths: Sequence[str | Path] = (),
+        self, vis_processor: Any = None, text_processor: Any = None, vis_root: str | None = None, ann_paths: Any = ()
     ) -> None:
         self.vis_root = vis_root
-        self.annotation: list[dict[str, Any]] = []
-        for path in ann_paths:
-            self.annotation += json.loads(Path(path).read_text(encoding="utf-8"))["annotations"]
+        contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in ann_paths]
+        self.annotation = [entry for content in contents for entry in content["annotations"]]
         for number, entry in enumerate(self.annotation):
             entry["instance_id"] = str(number)
         self.set_processors(vis_processor, text_processor)
@@ -43,8 +37,7 @@ class BaseDataset(Dataset):
 
     def set_processors(self, vis_processor: Any, text_processor: Any) -> None:
         """Replaces both processors."""
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
+        self.vis_processor, self.text_processor = vis_processor, text_processor
 
 
 class ConcatDataset(TorchConcatDataset):
@@ -52,5 +45,5 @@ class ConcatDataset(TorchConcatDataset):
 
     def collater(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Samples to a batch of the keys that all of them have, by the first data set's collater."""
-        shared = set.intersection(*(set(sample) for sample in samples))
+        shared = set.intersection(*map(set, samples))
         return self.datasets[0].collater([{key: sample[key] for key in sample if key in shared} for sample in samples])

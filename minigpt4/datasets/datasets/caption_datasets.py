@@ -1,4 +1,4 @@
-"""The reference's data set of images and captions, for data sets that users define."""
+"""The reference's data sets of images and captions, for data sets that users define."""
 
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,15 @@ class CaptionDataset(BaseDataset):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.img_ids: dict[Any, int] = {}
-        for entry in self.annotation:
-            self.img_ids.setdefault(entry["image_id"], len(self.img_ids))
+        ids = dict.fromkeys(entry["image_id"] for entry in self.annotation)
+        self.img_ids = {image_id: number for number, image_id in enumerate(ids)}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Reads and processes one image and its caption; raises OSError if the image cannot be read."""
-        entry = self.annotation[index]
-        image = Image.open(Path(self.vis_root or "") / self.FILE_NAME.format(entry["image_id"])).convert("RGB")
-        return {
-            "image": self.vis_processor(image),
-            "text_input": self.prepare_caption(entry["caption"]),
-            "image_id": self.img_ids[entry["image_id"]],
-        }
+        image_id, caption = self.annotation[index]["image_id"], self.annotation[index]["caption"]
+        image = Image.open(Path(self.vis_root or "") / self.FILE_NAME.format(image_id)).convert("RGB")
+        text = self.prepare_caption(caption)
+        return {"image": self.vis_processor(image), "text_input": text, "image_id": self.img_ids[image_id]}
 
     def prepare_caption(self, caption: str) -> str:
         """Passes a caption through the text processor."""

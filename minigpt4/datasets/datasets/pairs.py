@@ -1,7 +1,7 @@
 """Image files and their texts from a list: cc_sbu_align and own pictures."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ class Pair:
     instruction: str | None = None
 
 
+@dataclass(eq=False)
 class PairDataset(Dataset):
     """Image files and their captions.
 
@@ -44,17 +45,13 @@ class PairDataset(Dataset):
         text_processor: from caption to caption.
     """
 
-    PAIRS_PER_PART = 1024  # in one file of a feature cache
+    name: str
+    pairs: list[Pair]
+    vis_processor: ImageProcessor
+    text_processor: TextProcessor = str
     collater = staticmethod(collate)
     drop_last = False  # every pair is used in each pass
-
-    def __init__(
-        self, name: str, pairs: Sequence[Pair], vis_processor: ImageProcessor, text_processor: TextProcessor = str
-    ) -> None:
-        self.name = name
-        self.pairs = list(pairs)
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
+    PAIRS_PER_PART = 1024  # in one file of a feature cache
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -62,18 +59,15 @@ class PairDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         """Reads and processes one pair; raises SkipSample if its file is missing or damaged."""
         pair = self.pairs[index]
-        caption = check_caption(pair.caption)
+        caption = self.text_processor(check_caption(pair.caption))
         try:
             data = read_plain_file(pair.image)
         except FileNotFoundError as error:
             raise SkipSample("missing image file") from error
         except OSError as error:
             raise SkipSample("unreadable image") from error
-        return {
-            "image": prepare_image(data, self.vis_processor),
-            "text_input": self.text_processor(caption),
-            "instruction": pair.instruction,
-        }
+        image = prepare_image(data, self.vis_processor)
+        return {"image": image, "text_input": caption, "instruction": pair.instruction}
 
     @property
     def first_file(self) -> str:
@@ -87,8 +81,8 @@ class PairDataset(Dataset):
 
     def iter_part(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
         """Functions that read and process one sample of a part each."""
-        for index in range(part * self.PAIRS_PER_PART, min(len(self), (part + 1) * self.PAIRS_PER_PART)):
-            yield partial(self.__getitem__, index)
+        first = part * self.PAIRS_PER_PART
+        return (partial(self.__getitem__, i) for i in range(first, min(len(self), first + self.PAIRS_PER_PART)))
 
     def identity(self) -> list[Any]:
         """What the features and texts in a cache depend on: files with sizes and times, and texts."""
@@ -103,21 +97,22 @@ def read_align_folder(folder: Path, key: str) -> list[Pair]:
     """
     file = folder / "filter_cap.json"
     if not file.is_file():
-        raise UserError(
-            f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ with ID.jpg files."
-        )
+        raise UserError(f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ of ID.jpg files.")
     content = parse_json(file.read_bytes(), f"{key}: {file}")
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not annotations:
-        raise UserError(
-            f'{key}: {file} has no annotations; expected {{"annotations": [{{"image_id", "caption"}}, …]}}.'
-        )
+        expected = '{"annotations": [{"image_id", "caption"}, …]}'
+        raise UserError(f"{key}: {file} has no annotations; expected {expected}.")
     pairs = []
     for i, entry in enumerate(annotations):
-        if not isinstance(entry, dict) or "image_id" not in entry or "caption" not in entry:
+        if not isinstance(entry, dict) or not entry.keys() >= {"image_id", "caption"}:
             raise UserError(f"{key}: annotation {i} of {file} is {str(entry)[:80]}; expected image_id and caption.")
         image_id = str(entry["image_id"])
-        _refuse_outside(image_id, f"{key}: image_id of annotation {i} of {file}")
+        if "/" in image_id or "\\" in image_id or image_id in ("", ".", ".."):
+            raise UserError(
+                f"{key}: image_id of annotation {i} of {file} is '{image_id[:80]}'; expected the name of a file in "
+                "image/ without its .jpg."
+            )
         pairs.append(Pair(folder / "image" / f"{image_id}.jpg", entry["caption"]))
     return pairs
 
@@ -129,26 +124,20 @@ def read_pairs(path: Path, key: str) -> list[Pair]:
     Raises:
         UserError: nothing is found, or a row is of another form.
     """
-    if path.is_file():
-        return _read_jsonl(path, key)
-    lists = sorted(path.glob("*.jsonl"))
+    lists = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
     if len(lists) > 1:
         names = ", ".join(file.name for file in lists)
         raise UserError(f"{key}: {path} has several JSONL files ({names}); name the one that is meant.")
     if lists:
         return _read_jsonl(lists[0], key)
     images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES)
-    pairs = [
-        Pair(image, image.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip())
-        for image in images
-        if image.with_suffix(".txt").is_file()
-    ]
-    if not pairs:
+    texts = {image: image.with_suffix(".txt") for image in images if image.with_suffix(".txt").is_file()}
+    if not texts:
         raise UserError(
             f"{key}: {path} has {len(images)} images and none has a .txt of the same name beside it; "
             "expected that, or one JSONL file."
         )
-    return pairs
+    return [Pair(image, text.read_text(encoding="utf-8", errors="replace").strip()) for image, text in texts.items()]
 
 
 def _read_jsonl(file: Path, key: str) -> list[Pair]:
@@ -156,23 +145,15 @@ def _read_jsonl(file: Path, key: str) -> list[Pair]:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
-        row = parse_json(line, f"{key}: line {number} of {file}")
-        texts = [row.get(name) for name in ("image", "caption")] if isinstance(row, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{key}: line {number} of {file} is {str(row)[:80]}; expected image and caption as texts.")
+        where = f"line {number} of {file}"
+        row = parse_json(line, f"{key}: {where}")
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("image", "caption")):
+            raise UserError(f"{key}: {where} is {str(row)[:80]}; expected image and caption as texts.")
         instruction = row.get("instruction")
-        if instruction is not None and (not isinstance(instruction, str) or IMAGE_PLACEHOLDER in instruction):
-            text = str(instruction)[:80]
-            raise UserError(
-                f"{key}: instruction in line {number} of {file} is '{text}'; "
-                f"expected a text without {IMAGE_PLACEHOLDER}."
-            )
-        pairs.append(Pair(file.parent / texts[0], texts[1], instruction))
+        if not isinstance(instruction, str | None) or IMAGE_PLACEHOLDER in (instruction or ""):
+            actual, expected = str(instruction)[:80], f"a text without {IMAGE_PLACEHOLDER}"
+            raise UserError(f"{key}: instruction in {where} is '{actual}'; expected {expected}.")
+        pairs.append(Pair(file.parent / row["image"], row["caption"], instruction))
     if not pairs:
         raise UserError(f"{key}: {file} is empty; expected a row an image.")
     return pairs
-
-
-def _refuse_outside(name: str, where: str) -> None:
-    if "/" in name or "\\" in name or name in ("", ".", ".."):
-        raise UserError(f"{where} is '{name[:80]}'; expected the name of a file in image/ without its .jpg.")

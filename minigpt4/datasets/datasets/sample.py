@@ -2,6 +2,7 @@
 
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import open_image
 
 ImageProcessor = Callable[[Image.Image], Tensor]
 TextProcessor = Callable[[str], str]
-Sample = dict[
-    str, Any
-]  # image: float32 [3, S, S], or features: bfloat16 [Q, H]; text_input: str; instruction: str or None
+# image: float32 [3, S, S], or features: bfloat16 [Q, H]; text_input: str; instruction: str or None
+Sample = dict[str, Any]
 
 MAX_CAPTION = 100_000  # characters; the tokenizer would process all of them before truncation to max_txt_len
 MAX_BAD_IN_A_ROW = 1000  # unusable samples in a row after which a data set is considered broken
@@ -29,13 +30,7 @@ class SkipSample(Exception):
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """One loader worker among those of all ranks.
-
-    Args:
-        seed: of the run; order, shard draws and augmentation are derived from it.
-        rank, world_size: of the training process that the worker belongs to.
-        worker_id, num_workers: of the worker within its rank.
-    """
+    """A loader worker: its number within its rank, and the rank; all order and augmentation follow from the seed."""
 
     seed: int
     rank: int = 0
@@ -45,7 +40,7 @@ class WorkerInfo:
 
     @property
     def index(self) -> int:
-        """The worker's number among ``count``."""
+        """The worker's number among the ``count`` workers of all ranks."""
         return self.rank * self.num_workers + self.worker_id
 
     @property
@@ -56,7 +51,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """How far a worker has read its stream of shards; the stream can be resumed from here.
+    """How far a worker has read its stream of shards.
 
     Args:
         num_samples: undecoded samples taken from the stream, unusable ones included.
@@ -111,6 +106,12 @@ def check_caption(caption: Any) -> str:
     if len(caption) > MAX_CAPTION:
         raise SkipSample("caption too long")
     return caption
+
+
+def no_usable_sample(name: str, skipped: Counter, hint: str = "") -> UserError:
+    """The error for a data set of which nothing can be used, with the kinds of what was skipped."""
+    kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items())
+    return UserError(f"Data set {name} has no usable sample ({kinds}){hint}.{see('silent-data-failure')}")
 
 
 def file_identity(path: Path | str) -> list[Any]:

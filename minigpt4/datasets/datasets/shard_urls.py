@@ -76,19 +76,6 @@ class ShardFile:
         self._stream.close()
 
 
-def _check_url(url: str, key: str) -> None:
-    scheme = url.partition("://")[0]
-    if url.startswith("pipe:") or scheme == "file":
-        return
-    if scheme not in _CLIENTS:
-        raise UserError(
-            f"{key}: '{url}' is a URL of an unknown kind; expected one of {', '.join(_CLIENTS)}, or pipe:COMMAND with "
-            "a command that writes the shard to its standard output."
-        )
-    if shutil.which(_CLIENTS[scheme]) is None:
-        raise UserError(f"{key}: '{url}' is read by the program {_CLIENTS[scheme]}, which is not installed or in PATH.")
-
-
 def expand_shards(storage: str | list[str], key: str) -> list[str]:
     """Expands brace patterns, globs, folders and lists of them to shard paths.
 
@@ -98,41 +85,40 @@ def expand_shards(storage: str | list[str], key: str) -> list[str]:
     Raises:
         UserError: there is no shard, or nothing that reads a URL.
     """
-    patterns = [storage] if isinstance(storage, str) else list(storage)
     try:
-        expanded = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
+        patterns = [storage] if isinstance(storage, str) else storage
+        paths = [path for pattern in patterns for path in braceexpand.braceexpand(str(pattern))]
     except ValueError as error:
-        raise UserError(
-            f"{key}: '{storage}' is no valid pattern ({error}); expected one such as {{00000..00099}}.tar."
-        ) from error
-    shards, missing = [], []
-    for path in expanded:
-        if "://" in path or path.startswith("pipe:"):
-            _check_url(path, key)
-            shards.append(path)
-        elif os.path.isdir(path):
-            shards += _glob(f"{glob.escape(path)}/*.tar")
-        elif os.path.isfile(path):
-            shards.append(path)
-        elif found := _glob(path):
-            shards += found
-        else:
-            missing.append(path)
+        raise UserError(f"{key}: '{storage}' is no valid pattern ({error}); expected, e.g., {{00..99}}.tar.") from error
+    found = {path: _find(path, key) for path in paths}
+    shards, missing = [shard for path in paths for shard in found[path]], [path for path in paths if not found[path]]
     if not shards:
         hint = "it is still the placeholder" if "path/to/" in str(storage) else f"seen from {Path.cwd()}"
         message = f"{key}: there is no shard at '{storage}' ({hint}); set it to the tar files of img2dataset."
         raise UserError(message + see("placeholder-paths"))
     if missing:
-        logging.warning(
-            "%s: %d of %d shards are missing (first: %s); continuing with the others.",
-            *(key, len(missing), len(expanded), missing[0]),
-        )
+        counts = len(missing), len(paths), missing[0]
+        logging.warning("%s: %d of %d shards are missing (first: %s); continuing with the others.", key, *counts)
     return shards
 
 
-def _glob(pattern: str) -> list[str]:
-    # Absolute, as a relative path may look like a command: "pipe:COMMAND.tar".
-    try:
-        return sorted(os.path.abspath(path) for path in glob.glob(pattern) if os.path.isfile(path))
+def _find(path: str, key: str) -> list[str]:
+    """The shards of one expanded pattern; raises UserError for a URL that cannot be read."""
+    if path.startswith(("pipe:", "file://")):
+        return [path]
+    scheme, is_url, _ = path.partition("://")
+    if is_url and scheme not in _CLIENTS:
+        raise UserError(
+            f"{key}: '{path}' is a URL of an unknown kind; expected one of {', '.join(_CLIENTS)}, or pipe:COMMAND with "
+            "a command that writes the shard to its standard output."
+        )
+    client = _CLIENTS.get(scheme)
+    if is_url and shutil.which(client) is None:
+        raise UserError(f"{key}: '{path}' is read by the program {client}, which is not installed or in PATH.")
+    if is_url or os.path.isfile(path):
+        return [path]
+    pattern = f"{glob.escape(path)}/*.tar" if os.path.isdir(path) else path
+    try:  # absolute paths, as a relative one may look like a command: "pipe:COMMAND.tar"
+        return sorted(os.path.abspath(file) for file in glob.glob(pattern) if os.path.isfile(file))
     except ValueError:  # no file can have such a name
         return []

@@ -14,7 +14,7 @@ from typing import Any
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from minigpt4.common.device import local_seed
-from minigpt4.common.errors import UserError, see
+from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -27,6 +27,7 @@ from minigpt4.datasets.datasets.sample import (
     collate,
     derive_seed,
     file_identity,
+    no_usable_sample,
     prepare_image,
 )
 from minigpt4.datasets.datasets.shard_urls import ShardFile
@@ -35,6 +36,7 @@ IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
 
 
+@dataclass(eq=False)
 class ShardDataset:
     """Tar files of KEY.jpg (jpeg, png, webp) with KEY.json ({"caption": …}) or KEY.txt.
 
@@ -46,21 +48,12 @@ class ShardDataset:
         shuffle_buffer: undecoded samples in the buffer from which each worker draws.
     """
 
+    name: str
+    shards: list[str]
+    vis_processor: ImageProcessor
+    text_processor: TextProcessor = str
+    shuffle_buffer: int = 1000
     collater = staticmethod(collate)
-
-    def __init__(
-        self,
-        name: str,
-        shards: list[str],
-        vis_processor: ImageProcessor,
-        text_processor: TextProcessor = str,
-        shuffle_buffer: int = 1000,
-    ) -> None:
-        self.name = name
-        self.shards = shards
-        self.vis_processor = vis_processor
-        self.text_processor = text_processor
-        self.shuffle_buffer = shuffle_buffer
 
     def iter_train(
         self,
@@ -71,36 +64,27 @@ class ShardDataset:
     ) -> "ShardStream":
         """One worker's endless stream of samples: shards drawn with replacement, samples shuffled in a buffer.
 
-        Args:
-            worker: whose stream; each worker has another one.
-            shuffle_key: other keys give other draws; the epoch, or the step of a resume.
-            position: where to start; the beginning by default.
-            skipped: counts unusable samples by kind.
+        Other workers, and other keys, draw other samples. Unusable samples are counted in ``skipped`` by kind.
         """
-        skipped = Counter() if skipped is None else skipped
-        return ShardStream(self, worker, shuffle_key, position or StreamPosition(), skipped)
+        seed = derive_seed(worker.seed, self.name, shuffle_key, worker.rank, worker.worker_id)
+        return ShardStream(self, seed, position or StreamPosition(), Counter() if skipped is None else skipped)
 
     def iter_eval(self, worker: WorkerInfo, skipped: Counter | None = None) -> Iterator[Sample]:
         """This worker's share of all samples, each once; unusable ones are counted in ``skipped``."""
         skipped = Counter() if skipped is None else skipped
-        for number, raw in enumerate(self.read(self.shards, skipped)):
-            if number % worker.count == worker.index:
-                try:
-                    yield self.process(raw)
-                except SkipSample as skip:
-                    skipped[str(skip)] += 1
+        for raw in itertools.islice(self.read(self.shards, skipped), worker.index, None, worker.count):
+            try:
+                yield self.process(raw)
+            except SkipSample as skip:
+                skipped[str(skip)] += 1
 
     def process(self, raw: dict[str, Any]) -> Sample:
         """Decodes and processes one undecoded sample; raises SkipSample if it is unusable."""
         image = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
         if image is None:
             raise SkipSample("no image")
-        caption = check_caption(_caption(raw))
-        return {
-            "image": prepare_image(image, self.vis_processor),
-            "text_input": self.text_processor(caption),
-            "instruction": None,
-        }
+        caption = self.text_processor(check_caption(_caption(raw)))
+        return {"image": prepare_image(image, self.vis_processor), "text_input": caption, "instruction": None}
 
     @property
     def num_parts(self) -> int:
@@ -109,8 +93,7 @@ class ShardDataset:
 
     def iter_part(self, part: int, skipped: Counter) -> Iterator[Callable[[], Sample]]:
         """Functions that process one sample of a shard each."""
-        for raw in self.read([self.shards[part]], skipped):
-            yield partial(self.process, raw)
+        return (partial(self.process, raw) for raw in self.read([self.shards[part]], skipped))
 
     def identity(self) -> list[Any]:
         """What the features and texts in a cache depend on: the shards with their sizes and times."""
@@ -123,29 +106,22 @@ class ShardDataset:
             is_empty = True
             try:
                 with closing(ShardFile(shard)) as file:
-                    for raw in _samples(file, errors):
+                    for raw in _samples(file, errors, skipped):
                         is_empty = False
                         yield raw
             except Exception as error:  # of the archive, the connection or its client
                 errors.append(str(error))
-            failures = [error for error in errors if "duplicate file name" not in error]
-            if len(failures) < len(errors):
-                skipped["duplicate file in a shard"] += len(errors) - len(failures)
-            if failures:
+            if errors:
                 skipped["unreadable shard"] += 1
-                text = " ".join(failures[0].split())[:200]
+                text = " ".join(errors[0].split())[:200]
                 logging.warning("%s: shard %s cannot be read any further: %s", self.name, shard, text)
             elif is_empty:
                 skipped["empty shard"] += 1
 
-    def nothing_usable(self, skipped: Counter) -> str:
-        """The message for shards without any usable sample."""
-        kinds = ", ".join(f"{count} × {kind}" for kind, count in skipped.items()) or "the shards are empty"
-        return (
-            f"Data set {self.name} has no usable sample ({kinds}) in {len(self.shards)} shards, "
-            f"such as {self.shards[0]}. Expected tar files of KEY.jpg with KEY.json or KEY.txt; see "
-            "dataset/README_1_STAGE.md." + see("silent-data-failure")
-        )
+    def no_usable_sample(self, skipped: Counter) -> UserError:
+        """The error for shards without any usable sample."""
+        hint = "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md"
+        return no_usable_sample(self.name, skipped, f" in {len(self.shards)} shards, such as {self.shards[0]}. {hint}")
 
 
 @dataclass
@@ -157,24 +133,17 @@ class _Item:
     raw: dict[str, Any] | None
 
 
-class ShardStream:
+class ShardStream(Iterator[Sample]):
     """An endless iterator over one worker's samples that can start at any position of itself.
 
     The buffer's content at a position depends only on the seed and on the sizes of the shards drawn so far. To resume,
     the draws and swaps are repeated with the stored sizes, and only samples still in the buffer are read.
     """
 
-    def __init__(
-        self,
-        dataset: ShardDataset,
-        worker: WorkerInfo,
-        shuffle_key: int | str,
-        position: StreamPosition,
-        skipped: Counter,
-    ) -> None:
+    def __init__(self, dataset: ShardDataset, seed: int, position: StreamPosition, skipped: Counter) -> None:
         self._dataset = dataset
-        self._seed = derive_seed(worker.seed, dataset.name, shuffle_key, worker.rank, worker.worker_id)
-        self._rng = random.Random(self._seed)
+        self._seed = seed
+        self._rng = random.Random(seed)
         self._skipped = skipped
         self._num_samples = 0
         self._drawn: list[str] = []  # shards
@@ -190,9 +159,6 @@ class ShardStream:
         """The position behind the last sample returned."""
         return StreamPosition(self._num_samples, tuple(self._sizes))
 
-    def __iter__(self) -> "ShardStream":
-        return self
-
     def __next__(self) -> Sample:
         """The next usable sample; raises UserError if there is none for a long stretch."""
         for _ in range(MAX_BAD_IN_A_ROW):
@@ -203,7 +169,7 @@ class ShardStream:
                     return self._dataset.process(item.raw)
             except SkipSample as skip:
                 self._skipped[str(skip)] += 1
-        raise UserError(self._dataset.nothing_usable(self._skipped))
+        raise self._dataset.no_usable_sample(self._skipped)
 
     def _fast_forward(self, position: StreamPosition) -> None:
         for _ in range(position.num_samples):
@@ -248,18 +214,21 @@ class ShardStream:
             self._sizes.append(index + 1)
             num_empty = num_empty + 1 if index < 0 else 0
             if num_empty == MAX_EMPTY_SHARDS_IN_A_ROW:
-                raise UserError(self._dataset.nothing_usable(self._skipped))
+                raise self._dataset.no_usable_sample(self._skipped)
 
 
-def _samples(file: ShardFile, errors: list[str]) -> Iterator[dict[str, Any]]:
-    """The samples of a shard as webdataset reads and groups them; messages of errors are appended to ``errors``."""
+def _samples(file: ShardFile, errors: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
+    """The samples of a shard as webdataset reads and groups them; what makes it unreadable is added to ``errors``."""
 
     def handler(error: Exception) -> bool:
-        errors.append(str(error.args[0] if error.args else error)[:1000])  # webdataset appends to args
+        message = str(error.args[0] if error.args else error)[:1000]  # webdataset appends to args
+        if "duplicate file name" in message:
+            skipped["duplicate file in a shard"] += 1
+        else:
+            errors.append(message)
         return True
 
-    stream = {"url": file.shard, "stream": file}
-    files = tar_file_expander([stream], handler=handler, select_files=file.start_file)
+    files = tar_file_expander([{"url": file.shard, "stream": file}], handler=handler, select_files=file.start_file)
     yield from group_by_keys(files, keys=key_and_suffix, handler=handler)
     if not errors:
         file.finish()
@@ -276,13 +245,10 @@ def key_and_suffix(name: str) -> tuple[str | None, str | None]:
 
 
 def _caption(raw: dict[str, Any]) -> Any:
-    if "json" in raw:
-        try:
-            content = json.loads(raw["json"])
-        except (ValueError, RecursionError) as error:
-            raise SkipSample("unreadable json") from error
-        if isinstance(content, dict) and content.get("caption") is not None:
-            return content["caption"]
-    if "txt" in raw:
-        return raw["txt"].decode("utf-8", errors="replace").strip()
-    return None
+    try:
+        content = json.loads(raw.get("json", "null"))
+    except (ValueError, RecursionError) as error:
+        raise SkipSample("unreadable json") from error
+    if isinstance(content, dict) and content.get("caption") is not None:
+        return content["caption"]
+    return raw["txt"].decode("utf-8", errors="replace").strip() if "txt" in raw else None
