@@ -82,7 +82,7 @@ def hundred_chats(chat: Chat, image: torch.Tensor, device: torch.device) -> list
             chat.ask("Why?", conv)
             chat.answer_batch([conv], [images], options)
         gc.collect()
-        used.append(devices.memory_mib(device))
+        used.append(hardware.memory_mib(device))
     return used
 
 

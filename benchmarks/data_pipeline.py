@@ -102,7 +102,7 @@ class PlainShards(IterableDataset):
 
 def pipelines(shards: list[str], batch_size: int, draft: bool) -> dict[str, Callable[[], Iterator[Any]]]:
     """Functions that start endless batches, by the name of the pipeline."""
-    pin_memory = devices.pins_memory(devices.pick())
+    pin_memory = devices.has_own_memory(devices.pick())
 
     def ours() -> Iterator[dict[str, Any]]:
         processor = Blip2ImageTrainProcessor(IMAGE_SIZE, draft=draft)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -23,16 +24,31 @@ from minigpt4.common.torch_setup import package_version
 
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine and the versions, as plain values."""
-    name, num_bytes = devices.describe(device)
+    num_bytes, _ = devices.memory_left(device)
     packages = {package: package_version(package) for package in ("torch", "transformers")}
     return {
-        "device": name,
+        "device": device_name(device),
         "kind": device.type,
         "memory_gib": round(num_bytes / 2**30, 1),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     } | packages
+
+
+def device_name(device: torch.device) -> str:
+    """The model of an accelerator or of the processor (Linux)."""
+    if devices.has_own_memory(device):
+        return torch.get_device_module(device).get_device_properties(device).name
+    names = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return next(names, "model name: unknown").partition(":")[2].strip()
+
+
+def memory_mib(device: torch.device) -> float:
+    """The memory in use now in MiB: of the device, or on a CPU of the process."""
+    if devices.has_own_memory(device):
+        return torch.get_device_module(device).memory_allocated(device) / 2**20
+    return psutil.Process().memory_info().rss / 2**20
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:

@@ -110,8 +110,8 @@ def peak_memory(step: Callable[[], None], device: torch.device, count: int) -> f
     """MiB that ``count`` steps allocate at their peak on top of the present; on a CPU as the profiler records it."""
     devices.synchronize(device)
     if device.type != "cpu":
-        devices.reset_peak_memory(device)
-        before = devices.memory_mib(device)
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        before = hardware.memory_mib(device)
         run_steps(step, count)
         return devices.max_memory_mib(device) - before
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

@@ -1,16 +1,15 @@
 """The only module that knows devices by name; all others hold a ``torch.device`` and ask here.
 
-Built on ``torch.accelerator``, which has one kind of accelerator per process: NPU before CUDA before MPS where several
-are possible. torch_npu, once installed, loads itself when torch is imported; nothing here imports it.
+Built on ``torch.accelerator``, which has one kind of accelerator per process: NPU before CUDA before MPS.
 """
 
 import contextlib
 import functools
 import logging
 import os
-import platform
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -27,10 +26,6 @@ _KINDS = ("auto", "cuda", "npu", "mps", "cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def _module(device: torch.device) -> Any:
-    return torch.get_device_module(device)
-
-
 @functools.cache
 def _log_once(message: str) -> None:
     logging.info(message)
@@ -42,38 +37,31 @@ def best() -> str:
     return accelerator.type if accelerator else "cpu"
 
 
-def pick(wanted: str = "auto", index: int | None = None, is_strict: bool = False) -> torch.device:
+def pick(wanted: str = "auto", index: int = 0, is_strict: bool = False) -> torch.device:
     """Chooses this process's device: the wanted kind if it is available, else the best one, which is logged.
 
-    Args:
-        wanted: auto, npu, cuda, mps or cpu, also with a number as in cuda:1. The reference's YAML files all say cuda.
-        index: which of several devices; under torchrun the local rank.
-        is_strict: an unavailable kind is an error.
+    ``wanted`` is auto, npu, cuda, mps or cpu, also with a number as in cuda:1; without one ``index`` is used.
 
     Raises:
-        UserError: an unknown name, fewer devices than ``index`` requires, or an unavailable kind with ``is_strict``.
+        UserError: an unknown name, fewer devices than the number requires, or an unavailable kind with ``is_strict``.
     """
-    kind, _, number = str(wanted or "auto").partition(":")
+    kind, _, number = wanted.partition(":")
     if kind not in _KINDS or (number and not number.isdecimal()):
-        raise UserError(
-            f"run.device is '{wanted}'; expected {', '.join(_KINDS[:-1])} or cpu, or a number as in cuda:1."
-        )
+        raise UserError(f"run.device is '{wanted}'; expected {', '.join(_KINDS[:-1])} or cpu, or one as in cuda:1.")
     chosen = "cpu" if kind == "cpu" else best()
     if kind not in ("auto", chosen):
-        reason = _why_unavailable(kind)
+        reason = _why_unavailable(kind)  # the reference's YAML files all say cuda
         if is_strict:
             raise UserError(f"run.device is {wanted} and run.strict_device is set, but {reason}")
         _log_once(f"run.device is {kind}, which is not available ({reason}) Using {chosen}.")
     if chosen in ("cpu", "mps"):
         return torch.device(chosen)
-    device = torch.device(chosen, int(number) if number else index or 0)
+    device = torch.device(chosen, int(number or index))
     count = torch.accelerator.device_count()
     if device.index >= count:
-        variable = _VISIBLE.get(chosen, "the visible devices")
         raise UserError(
-            f"Device {device} was requested, but {count} of that kind are visible "
-            f"({variable} is {os.environ.get(variable, 'not set')}); start fewer processes per machine "
-            "(torchrun --nproc-per-node) or make more devices visible."
+            f"Device {device} was requested, but {count} of that kind are visible{_visible_devices(chosen)}; start "
+            "fewer processes per machine (torchrun --nproc-per-node) or make more devices visible."
         )
     if chosen == "npu":
         _set_up_npu(device)
@@ -81,43 +69,47 @@ def pick(wanted: str = "auto", index: int | None = None, is_strict: bool = False
     return device
 
 
+def _visible_devices(kind: str) -> str:
+    variable = _VISIBLE.get(kind)
+    return f" ({variable} is {os.environ.get(variable, 'not set')})" if variable else ""
+
+
 def _why_unavailable(kind: str) -> str:
     if kind == "npu" and package_version("torch_npu") is None:
         return "torch_npu is not installed: pip install -r requirements-npu.txt."
     if kind == "cuda" and not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is built without CUDA: install the CUDA build of the same version."
-    variable = _VISIBLE.get(kind)
-    if variable is None:
-        return f"torch {torch.__version__} finds no {kind} device."
-    value = f"{variable} is {os.environ.get(variable, 'not set')}"
-    return f"no {kind} device is found ({value}): check the driver with {'npu' if kind == 'npu' else 'nvidia'}-smi."
+    if kind == "mps":
+        return f"torch {torch.__version__} finds no mps device."
+    tool = "npu-smi" if kind == "npu" else "nvidia-smi"
+    return f"no {kind} device is found{_visible_devices(kind)}: check the driver with {tool}."
 
 
 def _set_up_npu(device: torch.device) -> None:
     if mismatch := npu_mismatch():
         raise UserError(mismatch)
-    module = _module(device)
-    module.set_compile_mode(jit_compile=False)  # ready-made operators: shapes change with every batch
+    module = torch.get_device_module(device)
+    module.set_compile_mode(jit_compile=False)  # precompiled operators: shapes change with every batch
     module.config.allow_internal_format = False  # weights keep the layout of the checkpoints
-    # Captions differ in length from batch to batch; expandable segments avoid fragmentation.
+    # Lengths change with every batch; expandable segments avoid fragmentation.
     os.environ.setdefault("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device has memory of its own, to which copies are faster from pinned host memory."""
+    return device.type not in ("cpu", "mps")
 
 
 def use(device: torch.device) -> None:
     """Makes a device the current one of this thread; every thread that serves requests has to call it."""
-    if device.index is not None and device.type not in ("cpu", "mps"):
+    if device.index is not None and has_own_memory(device):
         torch.accelerator.set_device_index(device.index)
 
 
 def from_config(run_cfg: Any) -> torch.device:
     """Chooses this process's device from the ``run`` section of a configuration (None: all defaults)."""
     cfg = read_section(RunConfig, run_cfg, "run")
-    return pick(cfg.device, local_rank(), cfg.strict_device)
-
-
-def local_rank() -> int:
-    """Returns this process's number on its machine, 0 where torchrun did not start it."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return pick(cfg.device, int(os.environ.get("LOCAL_RANK", 0)), cfg.strict_device)
 
 
 def backend(device: torch.device) -> str:
@@ -132,13 +124,10 @@ def is_from_backend(error: Exception) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Returns the default precision of the language model and of autocast.
-
-    bf16 where the device computes in it natively; else fp16 on accelerators and fp32 on CPUs.
-    """
+    """Returns the default precision of the LM and of autocast: bf16 where native, else fp16, on CPUs fp32."""
     if device.type == "cpu":
         return torch.bfloat16 if _has_native_bf16() else torch.float32
-    has_bf16 = getattr(_module(device), "is_bf16_supported", lambda: False)()
+    has_bf16 = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)()
     return torch.bfloat16 if has_bf16 else torch.float16
 
 
@@ -197,61 +186,29 @@ def max_memory_mib(device: torch.device) -> float:
         import resource  # Unix only
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    measure = getattr(_module(device), "max_memory_allocated", lambda _: 0)
+    measure = getattr(torch.get_device_module(device), "max_memory_allocated", lambda _: 0)
     return measure(device) / 2**20
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Restarts ``max_memory_mib``, except on a CPU."""
-    getattr(_module(device), "reset_peak_memory_stats", lambda _: None)(device)
-
-
-def memory_mib(device: torch.device) -> float:
-    """Returns the memory in use now in MiB: of the device, or on a CPU of the process (Linux)."""
-    if device.type == "cpu":
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return getattr(_module(device), "memory_allocated", lambda _: 0)(device) / 2**20
-
-
-def describe(device: torch.device) -> tuple[str, int]:
-    """Returns the name of a device's hardware and its total memory in bytes."""
-    if device.type in ("cpu", "mps"):
-        return _cpu_name(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    properties = _module(device).get_device_properties(device)
-    return properties.name, properties.total_memory
 
 
 def memory_left(device: torch.device) -> tuple[int, int]:
     """Returns the total and the free memory in bytes; on a CPU within the limits of the control group (Linux)."""
-    if device.type not in ("cpu", "mps"):
-        free, total = _module(device).mem_get_info(device)
+    if has_own_memory(device):
+        free, total = torch.get_device_module(device).mem_get_info(device)
         return total, free
-    total = free = describe(device)[1]
-    with contextlib.suppress(OSError, StopIteration, ValueError), open("/proc/meminfo", encoding="ascii") as file:
-        free = int(next(line for line in file if line.startswith("MemAvailable")).split()[1]) * 1024
-    with contextlib.suppress(OSError, ValueError):  # the file says "max" where there is no limit
-        numbers = []
-        for name in ("memory.max", "memory.current"):
-            with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-                numbers.append(int(file.read()))
-        total, free = min(total, numbers[0]), min(free, numbers[0] - numbers[1])
-    return total, free
+    import psutil  # comes with accelerate
 
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:  # Linux
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    memory = psutil.virtual_memory()
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or no limit: the file says "max"
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        return min(memory.total, limit), min(memory.available, limit - used)
+    return memory.total, memory.available
 
 
 def explain_out_of_memory(error: Exception, key: str) -> str | None:
-    """Returns a sentence about an exception that reports a lack of memory, with the key to lower; else None."""
+    """Returns a sentence about an out-of-memory error, with the key to lower; None for other errors."""
     cause = str(error).strip().split("\n")[0][:200]
-    signs = ("out of memory", "can't allocate memory")
-    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in cause.lower() for sign in signs):
+    signs = ("out of memory", "can't allocate memory")  # of accelerators and of the host
+    if not any(sign in cause.lower() for sign in signs):
         return None
     advice = f"lower {key}, or run python -m minigpt4.doctor, which reports the memory of each part."
     return f"Out of memory ({cause}); {advice}" + see("out-of-memory")
@@ -265,11 +222,6 @@ def move_to(tree: Any, device: torch.device) -> Any:
         values = [move_to(value, device) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return tree.to(device, non_blocking=device.type != "cpu") if isinstance(tree, torch.Tensor) else tree
-
-
-def pins_memory(device: torch.device) -> bool:
-    """Whether copies to the device are faster from pinned host memory."""
-    return device.type not in ("cpu", "mps")
 
 
 def synchronize(device: torch.device) -> None:
@@ -288,37 +240,29 @@ def seed_everything(seed: int) -> None:
 def random_state(device: torch.device) -> dict[str, Any]:
     """Returns the random state of this process as tensors and plain values, which ``weights_only`` loading accepts."""
     kind, keys, *rest = numpy.random.get_state()
-    state = {
-        "python": random.getstate(),
-        "numpy": [kind, [int(k) for k in keys], *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type not in ("cpu", "mps"):
-        state["device"] = _module(device).get_rng_state(device)
+    state = {"python": random.getstate(), "numpy": [kind, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    if has_own_memory(device):
+        state["device"] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Restores a state returned by ``random_state``."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"].cpu())
-    if "device" in state and device.type not in ("cpu", "mps"):
-        _module(device).set_rng_state(state["device"].cpu(), device)
+    if "device" in state and has_own_memory(device):
+        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)
 
 
 @contextlib.contextmanager
 def local_seed(seed: int) -> Iterator[None]:
     """Seeds Python's, numpy's and torch's CPU generators for a block and restores their states afterwards."""
-    python_state, numpy_state, torch_state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    state = random_state(torch.device("cpu"))
     random.seed(seed)
     numpy.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed visits every kind of device: 0.2 ms
     try:
         yield
     finally:
-        random.setstate(python_state)
-        numpy.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
+        set_random_state(state, torch.device("cpu"))

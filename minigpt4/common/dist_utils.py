@@ -52,10 +52,7 @@ def main_process(function: Callable[..., Result]) -> Callable[..., Result | None
 
 
 def init_distributed_mode(run_cfg: Any) -> torch.device:
-    """Selects this process's device from ``run.device`` and, under torchrun, joins the process group.
-
-    Args:
-        run_cfg: the ``run`` section or a ``RunConfig``; it is not changed.
+    """Selects this process's device by the ``run`` section or ``RunConfig`` and, under torchrun, joins the group.
 
     Raises:
         UserError: the device is not available, or the processes cannot connect.
@@ -81,11 +78,12 @@ def init_distributed_mode(run_cfg: Any) -> torch.device:
 
 def _explain_connection(error: Exception) -> str:
     cause = str(error).strip().split("\n")[0][:200]
-    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    host, port, rank, world_size = (os.environ.get(name, "?") for name in names)
     if "EADDRINUSE" in cause or "address already in use" in cause.lower():
-        return f"Port {address} is in use by another program; set another with torchrun --master-port or --standalone."
-    rank = f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}"
-    return f"The processes could not connect at {address} ({rank}: {cause}); see docs/DISTRIBUTED.md."
+        return f"Port {host}:{port} is in use by another program; set another with torchrun --master-port."
+    where = f"{host}:{port} (rank {rank} of {world_size}: {cause})"
+    return f"The processes could not connect at {where}; see docs/DISTRIBUTED.md."
 
 
 def explain_lost_peer(error: Exception) -> str | None:
@@ -94,8 +92,8 @@ def explain_lost_peer(error: Exception) -> str | None:
         return None
     cause = str(error).strip().splitlines()[0][:160]
     return (
-        f"Rank {get_rank()} lost contact with another rank ({cause}); the message of the rank that failed first gives "
-        "the reason. With run.resume: auto the same command resumes from the newest checkpoint."
+        f"Rank {get_rank()} lost contact with another rank ({cause}); the rank that failed first reports the reason. "
+        "With run.resume: auto the same command resumes from the newest checkpoint."
     )
 
 
@@ -133,20 +131,18 @@ def run_on_main(function: Callable[[], Result]) -> Result:
 
 def broadcast_object(value: Any) -> Any:
     """Returns rank 0's value on every rank."""
-    if get_world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list[Any]:
     """Returns the values of all ranks on every rank, in rank order."""
-    if get_world_size() == 1:
-        return [value]
-    box: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(box, value)
-    return box
+    values = [value] * get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -157,11 +153,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def lockstep(items: Iterable[Result]) -> Iterator[tuple[Result, bool]]:
-    """Gives every rank as many items as the rank with the most has, for work that needs all ranks.
-
-    Yields:
-        (item, True); on a rank that has no more items (rank 0's first item, False), until no rank has any.
-    """
+    """Yields (item, True) and, where other ranks have more items, (rank 0's first, False) until no rank has any."""
     filler = None
     for item in itertools.chain(items, itertools.repeat(None)):
         if not any(gather_objects(item is not None)):
@@ -175,13 +167,12 @@ def abort(message: str) -> NoReturn:
 
     If all ranks have the same error it is printed once: the others wait two seconds, in which torchrun ends them.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, is_alone = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) == 1
     if rank > 0:
         time.sleep(2)
-    sys.stderr.write(f"error: {f'[rank {rank}] ' if rank else ''}{message}\n")
-    sys.stderr.flush()
-    # Without waiting for the threads of a process group whose other members may no longer run.
-    os._exit(1) if world > 1 else sys.exit(1)
+    print(f"error: {f'[rank {rank}] ' if rank else ''}{message}", file=sys.stderr, flush=True)
+    # Several processes: without waiting for the threads of a process group whose other members may no longer run.
+    sys.exit(1) if is_alone else os._exit(1)
 
 
 def shutdown() -> None:
@@ -193,9 +184,8 @@ def shutdown() -> None:
 def _leave() -> None:
     """Exit handler: ends a rank after ``shutdown`` with status 0, before Python finalises its interpreter.
 
-    gloo's threads release Python objects of the last collectives a moment later. If the interpreter is finalised by
-    then, the process aborts, and torchrun reports a finished run as failed. Handlers registered after the process group
-    was initialised run before this one.
+    gloo's threads release Python objects of the last collectives a moment later; in a finalised interpreter they would
+    abort the process. Handlers registered after the process group was initialised run before this one.
     """
     if not is_dist_avail_and_initialized():
         logging.shutdown()

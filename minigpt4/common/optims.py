@@ -10,18 +10,11 @@ from minigpt4.common.registry import registry
 
 
 class _WarmupScheduler:
-    """Linear warm-up over the first ``warmup_steps`` iterations of the run, then a decay that subclasses give.
+    """Linear warm-up over the first ``warmup_steps`` iterations of the run, then the decay that a subclass defines.
 
-    Args:
-        optimizer: every parameter group gets the same rate.
-        max_epoch: length of the run in epochs.
-        iters_per_epoch: iterations an epoch.
-        min_lr: where the decay ends.
-        init_lr: where the decay starts.
-        warmup_steps: iterations of warm-up, counted over epochs (the reference counts within the epoch,
-            which is the same wherever warm-up fits into the first).
-        warmup_start_lr: first rate of the warm-up; negative means ``init_lr``.
-        decay_rate: factor an epoch, for the step schedule.
+    Warm-up is counted over epochs; the reference restarts it in each epoch, which differs only if it is longer than
+    one. It starts at ``warmup_start_lr`` (negative: ``init_lr``) and ends at ``init_lr``; the decay ends at ``min_lr``.
+    All parameter groups get the same rate.
     """
 
     def __init__(
@@ -46,26 +39,23 @@ class _WarmupScheduler:
         self.decay_rate = 1.0 if decay_rate is None else decay_rate
 
     def step(self, cur_epoch: int, cur_step: int) -> float:
-        """Sets the rate for iteration ``cur_step`` of epoch ``cur_epoch``, to be called before it; returns it."""
+        """Sets and returns the rate for iteration ``cur_step`` of epoch ``cur_epoch``; called before it."""
         global_step = cur_epoch * self.iters_per_epoch + cur_step
         if global_step < self.warmup_steps:
-            slope = (self.init_lr - self.warmup_start_lr) / max(self.warmup_steps, 1)
-            lr = min(self.init_lr, self.warmup_start_lr + slope * global_step)
+            share = global_step / self.warmup_steps
+            lr = min(self.init_lr, self.warmup_start_lr + (self.init_lr - self.warmup_start_lr) * share)
         else:
             lr = self._decayed(cur_epoch, global_step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
-    def _decayed(self, epoch: int, global_step: int) -> float:
-        raise NotImplementedError
-
 
 @registry.register_lr_scheduler("linear_warmup_cosine_lr")
 class LinearWarmupCosineLRScheduler(_WarmupScheduler):
     """Warm-up, then half a cosine over the whole run, counted from step 0: the rate jumps a little in between."""
 
-    def _decayed(self, epoch: int, global_step: int) -> float:
+    def _decayed(self, _: int, global_step: int) -> float:
         progress = global_step / (self.max_epoch * self.iters_per_epoch)
         return (self.init_lr - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress)) + self.min_lr
 
@@ -74,7 +64,7 @@ class LinearWarmupCosineLRScheduler(_WarmupScheduler):
 class LinearWarmupStepLRScheduler(_WarmupScheduler):
     """Warm-up, then ``init_lr`` times ``decay_rate`` to the power of the epoch."""
 
-    def _decayed(self, epoch: int, global_step: int) -> float:
+    def _decayed(self, epoch: int, _: int) -> float:
         return max(self.min_lr, self.init_lr * self.decay_rate**epoch)
 
 

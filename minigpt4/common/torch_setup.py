@@ -1,7 +1,6 @@
 """Imports torch and torchvision where an installation would keep them from loading, or explains what to do.
 
-torch_npu loads itself whenever torch is imported. Without CANN, or beside a torch that it was not built for, the import
-of torch itself fails. Nothing here may import torch at module level.
+torch_npu is loaded whenever torch is imported; without CANN or beside another release of torch, that import fails.
 """
 
 import importlib.util
@@ -12,8 +11,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch_npu")  # whose versions matter most
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-_SCHEMAS = ("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",)
-_SCHEMAS += tuple(schema.replace("nms", "qnms") for schema in _SCHEMAS)
+_OPERATOR = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _libraries: list[object] = []  # a schema lives as long as the Library that declared it
 
 
@@ -35,9 +33,8 @@ def import_torch() -> None:
 def _declare_missing_operators() -> None:
     """Declares ``torchvision::nms`` and ``::qnms`` where torchvision's own library of operators cannot be loaded.
 
-    PyPI has torchvision for one build of torch only. Beside another build its library does not load, and registering
-    the fake kernels of these two operators then fails at import time, which takes timm and transformers down with it.
-    Nothing here calls them, so declaring their schemas first is enough.
+    PyPI has torchvision for one build of torch only. Beside another one its library does not load, and importing it,
+    timm or transformers fails at the fake kernels of these two operators, which are never called here.
     """
     import torch
 
@@ -51,8 +48,8 @@ def _declare_missing_operators() -> None:
     except (OSError, AttributeError, RuntimeError):
         library = torch.library.Library("torchvision", "FRAGMENT")
         _libraries.append(library)
-        for schema in _SCHEMAS:
-            library.define(schema)
+        for name in ("nms", "qnms"):
+            library.define(_OPERATOR.format(name))
 
 
 def npu_mismatch() -> str | None:
@@ -60,10 +57,8 @@ def npu_mismatch() -> str | None:
     torch_npu, torch = package_version("torch_npu"), package_version("torch")
     if torch_npu is None or torch is None or torch_npu.split(".")[:2] == torch.split(".")[:2]:
         return None
-    return (
-        f"torch_npu {torch_npu} is installed beside torch {torch}; both have to be of the same release: "
-        "pip install -r requirements-npu.txt in an environment of its own."
-    )
+    remedy = "both have to be of the same release: pip install -r requirements-npu.txt in an environment of its own."
+    return f"torch_npu {torch_npu} is installed beside torch {torch}; {remedy}"
 
 
 def package_version(package: str) -> str | None:
@@ -82,9 +77,8 @@ def _explain(error: Exception) -> str:
         return mismatch
     if "Two accelerators" in cause:
         return f"{cause} Install one of the two, or set {_AUTOLOAD}=0 to run without the NPU."
-    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
-    where = f"ASCEND_HOME_PATH is {home}" if home else "ASCEND_HOME_PATH is not set"
+    home = os.environ.get("ASCEND_HOME_PATH", "not set")
     return (
-        f"torch_npu is installed but cannot be loaded ({cause}); CANN seems to be missing ({where}). Install CANN and "
-        f"source its set_env.sh, or set {_AUTOLOAD}=0 to run without the NPU."
+        f"torch_npu is installed but cannot be loaded ({cause}); CANN seems to be missing (ASCEND_HOME_PATH is "
+        f"{home}). Install CANN and source its set_env.sh, or set {_AUTOLOAD}=0 to run without the NPU."
     )

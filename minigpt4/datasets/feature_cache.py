@@ -145,7 +145,7 @@ def with_features(cfg: Any, datasets: Mapping[str, Mapping[str, Any]], device: t
 def _compute(name: str, dataset: Any, parts: dict[int, Path], crops: int, vision: Any, run_cfg: RunConfig) -> None:
     queries, skipped = vision.query_tokens, Counter()
     batch_size = max(1, max(run_cfg.batch_size_eval, run_cfg.batch_size_train or 1) // crops)
-    loading = run_cfg.num_workers, run_cfg.seed, devices.pins_memory(queries.device)
+    loading = run_cfg.num_workers, run_cfg.seed, devices.has_own_memory(queries.device)
     progress = tqdm(parts.items(), f"{name} features", unit="part", disable=not dist_utils.is_main_process())
     for part, file in progress:
         batches = eval_batches(name, _Part(name, dataset, part, crops), batch_size, *loading, is_whole=True)

@@ -25,23 +25,15 @@ def replicate(model: nn.Module, device: torch.device) -> nn.Module:
         dist.broadcast(parameter.detach(), src=0)
     with warnings.catch_warnings():  # torch 2.13 renames broadcast_buffers, which 2.10 does not have by the new name
         warnings.simplefilter("ignore", FutureWarning)
-        return DistributedDataParallel(
-            model,
-            device_ids=None if device.type == "cpu" else [device.index],
-            broadcast_buffers=False,
-            init_sync=False,
-        )
+        device_ids = None if device.type == "cpu" else [device.index]
+        return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False, init_sync=False)
 
 
 def shard_language_model(llm: nn.Module, device: torch.device) -> None:
-    """Shards the decoder layers of a frozen language model over all ranks (FSDP2).
+    """Shards the decoder layers of a frozen language model of transformers over all ranks (FSDP2).
 
     A layer is whole on a device only while it computes. Token embeddings and output layer are replicated: they are used
     outside the decoder's own forward. Call it on the meta device, then fill the shards with ``local_slice``.
-
-    Args:
-        llm: a causal language model of transformers.
-        device: of this process.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes a second to import
@@ -60,11 +52,5 @@ def local_slice(whole: Tensor, parameter: Tensor, device: torch.device) -> Tenso
     mesh = parameter.device_mesh
     shards = whole.chunk(mesh.size(), 0)
     mine = shards[mesh.get_local_rank()] if mesh.get_local_rank() < len(shards) else whole[:0]
-    return DTensor.from_local(
-        mine.to(device, copy=True),
-        mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    form = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(mine.to(device, copy=True), mesh, parameter.placements, **form)

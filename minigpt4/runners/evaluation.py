@@ -17,7 +17,7 @@ class SplitLoader:
     """This rank's share of a split of several data sets: batches with their tensors on the device, each sample once."""
 
     def __init__(self, datasets: Mapping[str, Any], run_cfg: RunConfig, device: torch.device) -> None:
-        settings = run_cfg.batch_size_eval, run_cfg.num_workers, run_cfg.seed, devices.pins_memory(device)
+        settings = run_cfg.batch_size_eval, run_cfg.num_workers, run_cfg.seed, devices.has_own_memory(device)
         self.loaders = [eval_batches(name, dataset, *settings) for name, dataset in datasets.items()]
         self.is_sharded = run_cfg.parallel == "fsdp"
         self.device = device
@@ -42,19 +42,10 @@ def evaluate_split(
     run_cfg: RunConfig,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Runs a task's evaluation of a split over all ranks, in eval mode, with the same random numbers each time.
-
-    Args:
-        task: see ``BaseTask``.
-        model: not wrapped.
-        datasets: {name: {split: data set}}.
-        split: the split's name.
-        epoch: for the task.
-        run_cfg: the run.
-        device: of the model.
+    """Evaluates a split of ``datasets``, {name: {split: data set}}, over all ranks, with the same seed each time.
 
     Returns:
-        The metrics by name, equal on all ranks; none if the task returns none.
+        The metrics by name, equal on all ranks; none if the task (see ``BaseTask``) returns none.
 
     Raises:
         UserError: no data set has the split.
@@ -65,11 +56,8 @@ def evaluate_split(
     model.eval()
     task.before_evaluation(model=model, dataset=[*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values())))
     loader = SplitLoader(chosen, run_cfg, device)
-    with (
-        torch.no_grad(),
-        devices.local_seed(run_cfg.seed),
-        devices.autocast(device, devices.amp_dtype(run_cfg, device)),
-    ):
+    dtype = devices.amp_dtype(run_cfg, device)
+    with torch.no_grad(), devices.local_seed(run_cfg.seed), devices.autocast(device, dtype):
         results = task.evaluation(model, loader, cuda_enabled=device.type != "cpu")
     if results is None:
         return {}
