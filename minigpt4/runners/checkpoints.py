@@ -1,6 +1,7 @@
-"""A run on the disk: its folder, and checkpoints that are written atomically, found again and pruned."""
+"""The folder of a run and its checkpoints: written atomically, found again, pruned."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -54,17 +55,16 @@ def find_folder(run_cfg: RunConfig, job_id: str, resumed: Path | None, config: A
         return resumed.parent, False
 
     def create() -> Path:
-        for name in (f"{job_id}{suffix}" for suffix in ["", *(f"-{n}" for n in range(2, 1000))]):
-            folder = root / name
-            try:
-                folder.mkdir(parents=True)
-                config.save(folder / "config.yaml")
-                return folder
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise UserError(f"run.output_dir: {folder} cannot be created or written ({error}).") from error
-        raise UserError(f"run.output_dir: {root} has 999 runs named {job_id}; set another folder.")
+        folder = root / job_id
+        try:
+            for number in itertools.count(2):
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(parents=True)
+                    config.save(folder / "config.yaml")
+                    return folder
+                folder = root / f"{job_id}-{number}"
+        except OSError as error:
+            raise UserError(f"run.output_dir: {folder} cannot be created or written ({error}).") from error
 
     return dist_utils.run_on_main(create), True
 
@@ -78,14 +78,9 @@ def write(content: dict[str, Any], path: Path) -> None:
     partial = path.with_suffix(_PARTIAL)
     try:
         torch.save(content, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        _sync(partial)
         partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the new name durable
-        finally:
-            os.close(folder)
+        _sync(path.parent)  # makes the new name durable
     except (OSError, RuntimeError) as error:  # torch's writer wraps the system's message
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -96,24 +91,23 @@ def write(content: dict[str, Any], path: Path) -> None:
         ) from error
 
 
-def newest(output_dir: Path) -> Path | None:
-    """Returns the intact checkpoint with the highest step below a ``run.output_dir``, None if there is none.
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    Damaged ones are logged and skipped.
-    """
+
+def newest(output_dir: Path) -> Path | None:
+    """Returns the intact checkpoint with the highest step below a ``run.output_dir``, None if there is none."""
     candidates = []
-    for path in sorted(output_dir.glob("*/checkpoint_*.pth")):
-        if path.name != BEST:
-            try:
-                content = weights.read_file(path, "run.resume")
-            except UserError as error:
-                logging.warning("Skipping a damaged checkpoint. %s", error)
-                continue
-            state = content.get("state")
-            if "optimizer" in content and isinstance(state, dict) and isinstance(state.get("step"), int):
-                candidates.append((state["step"], path.stat().st_mtime_ns, path))
-            else:
-                logging.warning("Skipping %s, which contains weights only.", path)
+    for path in (path for path in output_dir.glob("*/checkpoint_*.pth") if path.name != BEST):
+        try:
+            step = int(weights.read_file(path, "run.resume")["state"]["step"])
+            candidates.append((step, path.stat().st_mtime_ns, path))
+        except (KeyError, TypeError, ValueError) as error:
+            logging.warning("Skipping %s, which is damaged or has weights only (%s).", path, error)
     for _, _, path in sorted(candidates, reverse=True):
         with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             if archive.testzip() is None:  # torch.load does not verify checksums

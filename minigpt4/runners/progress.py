@@ -1,11 +1,12 @@
 """Reports of a run: console lines, a progress bar, metrics.jsonl, TensorBoard or wandb."""
 
+import contextlib
 import json
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,7 @@ class Tracker:
                 run = wandb.init(dir=str(folder), config=config, name=run_cfg.job_name or folder.name)
                 self._send, self._finish = lambda step, values: run.log(values, step=step), run.finish
         except ImportError as error:
-            raise UserError(
-                f"run.tracker is '{kind}', which is not installed ({error}); pip install {kind}."
-            ) from error
+            raise UserError(f"run.tracker is '{kind}', which is not installed: pip install {kind}.") from error
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Records named numbers at a global step."""
@@ -61,7 +60,7 @@ class Tracker:
             self._send(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
 
     def close(self) -> None:
-        """Ends the tracker's run; without it, the process would wait for the tracker's threads at its end."""
+        """Ends the tracker's run, whose threads would otherwise delay the end of the process."""
         if self._finish is not None:
             self._finish()
 
@@ -69,20 +68,20 @@ class Tracker:
 class EpochProgress:
     """Sums of an epoch, reported every ``log_freq`` iterations; losses stay on the device until then.
 
-    As a context manager it shows a progress bar. Its sums can be saved, so that a resumed epoch reports the same means.
+    The sums can be saved, so that a resumed epoch reports the same means.
     """
 
-    def __init__(self, device: torch.device, tracker: Tracker) -> None:
+    def __init__(self, device: torch.device, tracker: Tracker, log_freq: int) -> None:
         self.device = device
         self.tracker = tracker
+        self.log_freq = log_freq
         self._clear()
 
     def _clear(self) -> None:
-        self.skipped: dict[str, Counter] = {}
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._window_loss = torch.zeros((), device=self.device)
+        self.skipped: dict[str, Counter] = {}  # samples by data set and kind
+        self._loss_sum, self._window_loss = torch.zeros(2, device=self.device)
         self._lr_sum = 0.0
-        self._window: Counter = Counter()
+        self._window: Counter = Counter()  # since the last report
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the sums of this rank as plain numbers."""
@@ -97,38 +96,26 @@ class EpochProgress:
     def load_state_dict(self, ranks: Sequence[Mapping[str, Any]]) -> None:
         """Restores the sums of all ranks of a run; with another number of ranks, each takes their mean."""
         self._clear()
-        rank, world = dist_utils.get_rank(), dist_utils.get_world_size()
-        mine = ranks[rank : rank + 1] if len(ranks) == world else ranks
+        rank, is_same = dist_utils.get_rank(), len(ranks) == dist_utils.get_world_size()
+        mine = ranks[rank : rank + 1] if is_same else ranks
         self._loss_sum += sum(saved["loss_sum"] for saved in mine) / len(mine)
         self._window_loss += sum(saved["window_loss"] for saved in mine) / len(mine)
         self._window["iters"] = mine[0]["window_iters"]
         self._lr_sum = mine[0]["lr_sum"]
-        for saved in mine if len(ranks) == world or rank == 0 else ():
-            for name, counts in saved["skipped"].items():
-                self.skipped.setdefault(name, Counter()).update(counts)
+        if is_same or rank == 0:
+            self.skipped = _add_counts(saved["skipped"] for saved in mine)
 
-    def begin(self, epoch: int, num_iters: int, log_freq: int, first: int = 0) -> None:
-        """Starts an epoch, or continues it at iteration ``first`` with the restored sums."""
+    @contextlib.contextmanager
+    def run_epoch(self, epoch: int, num_iters: int, first: int = 0) -> Iterator[None]:
+        """Context of an epoch, with a progress bar; at iteration ``first`` it continues with the restored sums."""
         if first == 0:
             self._clear()
-        self.epoch = epoch
-        self.num_iters = num_iters
-        self.log_freq = log_freq
-        self._first = first
+        self.epoch, self.num_iters, self._first = epoch, num_iters, first
         self._start = self._window_start = time.perf_counter()
-
-    def __enter__(self) -> "EpochProgress":
-        is_bar_shown = dist_utils.is_main_process() and sys.stderr.isatty()
-        self._redirect = logging_redirect_tqdm()
-        self._redirect.__enter__()
-        self._bar = tqdm(
-            total=self.num_iters, initial=self._first, desc=f"epoch {self.epoch}", disable=not is_bar_shown, leave=False
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-        self._redirect.__exit__(None, None, None)
+        is_hidden = not (dist_utils.is_main_process() and sys.stderr.isatty())
+        bar = tqdm(total=num_iters, initial=first, desc=f"epoch {epoch}", disable=is_hidden, leave=False)
+        with logging_redirect_tqdm(), bar as self._bar:
+            yield
 
     def add(
         self,
@@ -140,16 +127,9 @@ class EpochProgress:
         lr: float,
         data_time: float,
     ) -> bool:
-        """Adds an iteration.
+        """Adds iteration ``i`` of the epoch, ``step`` of the run, whose batch took ``data_time`` seconds to arrive.
 
-        Args:
-            i: the iteration's number within the epoch.
-            step: its number within the run.
-            loss: on the device.
-            counts: ``num_tokens`` without padding and ``num_padded_tokens`` with it, if known.
-            batch: as the loader gave it.
-            lr: the learning rate.
-            data_time: seconds spent waiting for the batch.
+        ``loss`` is on the device; ``counts`` has ``num_tokens`` and, with padding, ``num_padded_tokens`` if known.
 
         Returns:
             Whether a report was made, which synchronises with the device.
@@ -159,12 +139,14 @@ class EpochProgress:
         self._window_loss += finite
         self._lr_sum += lr
         world = dist_utils.get_world_size()
-        self._window["iters"] += 1
-        self._window["timed"] += 1  # by this process; iterations before a resume have no time
-        self._window["images"] += _num_rows(batch) * world
-        self._window["tokens"] += counts.get("num_tokens", 0) * world
-        self._window["padded_tokens"] += counts.get("num_padded_tokens", 0) * world
-        self._window["data_time"] += data_time
+        self._window.update(
+            iters=1,
+            timed=1,  # by this process; iterations before a resume have no time
+            images=_num_rows(batch) * world,
+            tokens=counts.get("num_tokens", 0) * world,
+            padded_tokens=counts.get("num_padded_tokens", 0) * world,
+            data_time=data_time,
+        )
         info = batch.get(LOADER_KEY) or {"source": "data", "skipped": {}}
         self.skipped.setdefault(info["source"], Counter()).update(info["skipped"])
         self._bar.update()
@@ -188,13 +170,13 @@ class EpochProgress:
             "padded tokens/s": window["padded_tokens"] / seconds,
             "max mem": devices.max_memory_mib(self.device),
         }
-        left = (now - self._start) / (i + 1 - self._first) * (self.num_iters - i - 1)
+        eta = timedelta(seconds=int((now - self._start) / (i + 1 - self._first) * (self.num_iters - i - 1)))
+        share = 100 * window["data_time"] / seconds
         logging.info(
-            "Train: data epoch: [%d]  [%d/%d]  eta: %s  lr: %.6g  loss: %.4f  time: %.4f  data: %.4f (%.0f %%)  "
-            "images/s: %.1f  tokens/s: %.0f (padded %.0f)  max mem: %.0f MB",
-            *(self.epoch, i, self.num_iters, timedelta(seconds=int(left)), lr, values["loss"], values["time"]),
-            *(values["data"], 100 * values["data"] / values["time"], values["images/s"], values["tokens/s"]),
-            *(values["padded tokens/s"], values["max mem"]),
+            "Train: data epoch: [%(epoch)d]  [%(i)d/%(num_iters)d]  eta: %(eta)s  lr: %(lr).6g  loss: %(loss).4f  "
+            "time: %(time).4f  data: %(data).4f (%(share).0f %%)  images/s: %(images/s).1f  tokens/s: %(tokens/s).0f "
+            "(padded %(padded tokens/s).0f)  max mem: %(max mem).0f MB",
+            values | {"i": i, "num_iters": self.num_iters, "eta": eta, "share": share},
         )
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{lr:.3g}", images=f"{values['images/s']:.1f}/s")
         self.tracker.log(step, values)
@@ -204,20 +186,23 @@ class EpochProgress:
 
     def finish(self) -> dict[str, float]:
         """Ends the epoch, logs the skipped samples of all ranks, and returns the means of loss and learning rate."""
-        total: dict[str, Counter] = {}
-        for skipped in dist_utils.gather_objects(self.skipped):
-            for name, counts in skipped.items():
-                total.setdefault(name, Counter()).update(counts)
-        for name, counts in total.items():
+        self.skipped = _add_counts(dist_utils.gather_objects(self.skipped))
+        for name, counts in self.skipped.items():
             log_skipped(counts, name)
-        self.skipped = total
         mean = dist_utils.all_reduce_sum(self._loss_sum.clone()) / (self.num_iters * dist_utils.get_world_size())
         seconds = time.perf_counter() - self._start
-        logging.info(
-            "Train: data epoch: [%d] Total time: %s (%.4f s / it)",
-            *(self.epoch, timedelta(seconds=int(seconds)), seconds / max(1, self.num_iters - self._first)),
-        )
+        per_iteration = seconds / max(1, self.num_iters - self._first)
+        total = timedelta(seconds=int(seconds))
+        logging.info("Train: data epoch: [%d] Total time: %s (%.4f s / it)", self.epoch, total, per_iteration)
         return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean.item()}
+
+
+def _add_counts(parts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, Counter]:
+    total: dict[str, Counter] = {}
+    for part in parts:
+        for name, counts in part.items():
+            total.setdefault(name, Counter()).update(counts)
+    return total
 
 
 def _num_rows(batch: Mapping[str, Any]) -> int:

@@ -42,8 +42,7 @@ class RunnerBase:
         task: defines the training step and the evaluation; its device is the runner's.
         model: built and loaded; it is moved to the device.
         datasets: {name: {split: data set}}.
-        train_loader: gives the training batches in place of a ``TrainLoader`` over the data sets; has its
-            ``iter_epoch``, ``state_dict`` and ``load_state_dict``.
+        train_loader: used in place of a ``TrainLoader`` over the data sets; has its methods.
     """
 
     def __init__(
@@ -59,6 +58,8 @@ class RunnerBase:
         self.run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
         self.task = task
         self.datasets = datasets
+        splits = self.run_cfg.train_splits
+        self._sources = {name: data[split] for name, data in datasets.items() for split in splits if split in data}
         self.device = task.device or devices.from_config(self.run_cfg)
         self.model = model.to(self.device)
         self.wrapped_model = replicate(model, self.device)
@@ -70,7 +71,6 @@ class RunnerBase:
         model.register_forward_hook(self._record_token_counts)
         self.max_epoch = self.run_cfg.max_epoch
         self.iters_per_epoch = self._iters_per_epoch()
-        self.accum_grad_iters = self.run_cfg.accum_grad_iters
         self.lr_scheduler = self._build_lr_scheduler()
         self._compile()
         self.train_loader = train_loader
@@ -79,7 +79,7 @@ class RunnerBase:
         if is_new:
             self._log_line({"config": cfg.to_dict()})
         self.tracker = Tracker(self.run_cfg, self.output_dir, cfg.to_dict())
-        self.progress = EpochProgress(self.device, self.tracker)
+        self.progress = EpochProgress(self.device, self.tracker, self.run_cfg.log_freq)
 
     def _record_token_counts(self, _: nn.Module, __: Any, output: Any) -> None:
         """Forward hook: tasks return the loss alone, while the model also reports numbers of tokens."""
@@ -105,10 +105,6 @@ class RunnerBase:
         elif self.run_cfg.compile:
             logging.info("run.compile is ignored on %s, where compiling is not known to pay.", self.device.type)
 
-    def _train_sources(self) -> dict[str, Any]:
-        splits = self.run_cfg.train_splits
-        return {n: parts[split] for n, parts in self.datasets.items() for split in splits if split in parts}
-
     def _batch_size(self, name: str) -> int:
         """Samples per batch and rank of a data set: ``run.batch_size_train``, else its own ``batch_size``, else 1."""
         section = (self.config.datasets_cfg or {}).get(name)
@@ -118,11 +114,10 @@ class RunnerBase:
     def _iters_per_epoch(self) -> int:
         if self.run_cfg.iters_per_epoch is not None:
             return self.run_cfg.iters_per_epoch
-        sources = self._train_sources()
-        if not sources or not all(hasattr(source, "__len__") for source in sources.values()):
+        if not self._sources or not all(hasattr(source, "__len__") for source in self._sources.values()):
             raise UserError("run.iters_per_epoch is not set; shards have no length, so give it a number.")
-        world = dist_utils.get_world_size()
-        return max(1, int(sum(Fraction(len(data), self._batch_size(name) * world) for name, data in sources.items())))
+        num_batches = sum(Fraction(len(data), self._batch_size(name)) for name, data in self._sources.items())
+        return max(1, int(num_batches / dist_utils.get_world_size()))
 
     @dist_utils.main_process
     def _log_line(self, content: dict[str, Any]) -> None:
@@ -130,59 +125,53 @@ class RunnerBase:
             file.write(json.dumps(content, default=str) + "\n")
 
     def train(self) -> None:
-        """Trains the epochs that are left, or with ``run.evaluate`` only evaluates.
+        """Trains the remaining epochs, or with ``run.evaluate`` only evaluates.
 
         SIGTERM and SIGINT end the training after a step, with a checkpoint.
         """
-        start = time.time()
         logging.info("Writing to %s", self.output_dir)
-        is_training = not self.run_cfg.evaluate
-        if is_training and self.train_loader is None:
+        if self.train_loader is None and not self.run_cfg.evaluate:
             self.train_loader = self.build_train_loader()
         if self.resumed is not None:
             self.load_checkpoint(self.resumed)
         try:
-            is_complete = self._train_epochs() if is_training else bool(self.evaluate())
+            self.evaluate() if self.run_cfg.evaluate else self._train_epochs()
         finally:
             self.tracker.close()
-        if is_training and is_complete:
-            logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
 
-    def _train_epochs(self) -> bool:
-        """Returns whether all epochs are trained; False after a stop request."""
+    def _train_epochs(self) -> None:
         if not self.updater.parameters:
             raise UserError("Nothing in this model is trained: all parameters are frozen.")
         logging.info("Start training")
+        start = time.time()
         with StopRequest() as stop:
             while self.state.epoch < self.max_epoch:
                 stats = self.train_epoch(stop)
                 if stats is None:
                     logging.info("Stopped at step %d; run.resume: auto resumes from here.", self.state.step)
-                    return False
+                    return
                 stats |= self.evaluate()
                 self._log_line({"epoch": self.state.epoch, **stats})
                 self.state.epoch, self.state.iteration = self.state.epoch + 1, 0
                 self.save_checkpoint(f"checkpoint_{self.state.epoch - 1}.pth", stats)
-        return True
+        logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
 
     def build_train_loader(self) -> TrainLoader:
         """Builds the loader over the training splits, with this run's batch size and sample ratios."""
-        sources = self._train_sources()
         return TrainLoader(
-            sources,
-            {name: getattr(dataset, "sample_ratio", None) for name, dataset in sources.items()},
-            batch_size=self.run_cfg.batch_size_train or {name: self._batch_size(name) for name in sources},
+            self._sources,
+            {name: getattr(dataset, "sample_ratio", None) for name, dataset in self._sources.items()},
+            batch_size=self.run_cfg.batch_size_train or {name: self._batch_size(name) for name in self._sources},
             iters_per_epoch=self.iters_per_epoch,
             num_workers=self.run_cfg.num_workers,
             seed=self.run_cfg.seed,
-            pin_memory=devices.pins_memory(self.device),
+            pin_memory=devices.has_own_memory(self.device),
         )
 
     def train_epoch(self, stop: StopRequest | None = None) -> dict[str, float] | None:
-        """Trains the iterations of an epoch that are left.
+        """Trains the remaining iterations of an epoch.
 
-        Gradients of iterations that do not fill a group of ``accum_grad_iters`` carry over to the first update of the
-        next epoch, as in the reference.
+        As in the reference, gradients of an incomplete group of ``accum_grad_iters`` carry over to the next epoch.
 
         Returns:
             The means of loss and learning rate, or None after a stop request.
@@ -190,19 +179,18 @@ class RunnerBase:
         epoch, state, save_every = self.state.epoch, self.state, self.run_cfg.save_every_iters
         self.wrapped_model.train()
         logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-        self.progress.begin(epoch, self.iters_per_epoch, self.run_cfg.log_freq, state.iteration)
         batches = self.train_loader.iter_epoch(epoch, state.iteration)
-        with self.progress:
+        with self.progress.run_epoch(epoch, self.iters_per_epoch, state.iteration):
             for i in range(state.iteration, self.iters_per_epoch):
                 start = time.perf_counter()
                 batch = next(batches)
                 data_time = time.perf_counter() - start
                 lr = self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
-                loss = self.train_step(batch, is_update=(i + 1) % self.accum_grad_iters == 0)
+                loss = self.train_step(batch, is_update=(i + 1) % self.run_cfg.accum_grad_iters == 0)
                 state.step += 1
                 state.iteration += 1
                 if self.progress.add(i, state.step - 1, loss, self._token_counts, batch, lr, data_time):
-                    self.updater.check_finite(state.step)
+                    self.updater.check_finite(state)
                 is_stopped = stop is not None and stop.should_stop()
                 if is_stopped or (save_every and state.step % save_every == 0):
                     self.save_checkpoint(f"checkpoint_step_{state.step}.pth")
@@ -213,13 +201,10 @@ class RunnerBase:
         return stats
 
     def train_step(self, batch: dict[str, Any], is_update: bool) -> torch.Tensor:
-        """Computes loss and gradients of a batch and, at the end of an accumulation group, updates the parameters.
-
-        Returns:
-            The loss without its graph: float32, a scalar on the device.
-        """
-        position = {"epoch": self.state.epoch, "iters": self.state.iteration}
-        samples = devices.move_to(batch, self.device) | position | {"num_iters_per_epoch": self.iters_per_epoch}
+        """Computes the gradients of a batch and, if ``is_update``, updates the parameters; returns the loss."""
+        state, num_iters = self.state, self.iters_per_epoch
+        position = {"epoch": state.epoch, "iters": state.iteration, "num_iters_per_epoch": num_iters}
+        samples = devices.move_to(batch, self.device) | position
         is_local = not is_update and isinstance(self.wrapped_model, DistributedDataParallel)
         with self.wrapped_model.no_sync() if is_local else nullcontext():
             with devices.autocast(self.device, self.amp_dtype):
@@ -231,11 +216,7 @@ class RunnerBase:
         return loss.detach()
 
     def evaluate(self) -> dict[str, Any]:
-        """Evaluates every validation and test split over all ranks.
-
-        Returns:
-            The metrics of all splits as ``{split}_{name}``.
-        """
+        """Evaluates every validation and test split over all ranks; returns the metrics as ``{split}_{name}``."""
         stats: dict[str, Any] = {}
         splits = [*self.run_cfg.valid_splits, *self.run_cfg.test_splits]
         if not splits:
@@ -252,14 +233,13 @@ class RunnerBase:
         """Whether the metric that selects the best checkpoint improved: that of split ``val``, else of the first."""
         splits = self.run_cfg.valid_splits
         split = "val" if "val" in splits else splits[0] if splits else None
-        names = [name for name in stats if name.startswith(f"{split}_")]
         metric = stats.get(f"{split}_agg_metrics")
-        if names and metric is None:
+        if metric is None and any(name.startswith(f"{split}_") for name in stats):
             logging.warning("%s.after_evaluation returned no agg_metrics: no %s.", type(self.task).__name__, BEST)
-        is_best = metric is not None and metric > self.state.best_metric
-        if is_best:
-            self.state.best_metric = float(metric)
-        return is_best
+        if metric is None or metric <= self.state.best_metric:
+            return False
+        self.state.best_metric = float(metric)
+        return True
 
     def save_checkpoint(self, name: str, stats: dict[str, Any] | None = None) -> None:
         """Writes a checkpoint and, if the validation metric among ``stats`` improved, checkpoint_best.pth.
@@ -268,9 +248,7 @@ class RunnerBase:
         gradients, and each rank's random state, position in the data and running sums.
         """
         is_best = self._is_best(stats or {})
-        self.updater.check_finite(self.state.step)
-        counts = self.updater.num_nonfinite, self.updater.num_nonfinite_in_a_row
-        self.state.num_nonfinite, self.state.num_nonfinite_in_a_row = counts
+        self.updater.check_finite(self.state)
         rank_state = {
             "random": devices.random_state(self.device),
             "data": self.train_loader.state_dict(),
@@ -299,28 +277,28 @@ class RunnerBase:
         Raises:
             UserError: the file is damaged, of another model, or has weights only.
         """
-        try:
-            self._restore(path)
-        except UserError:
-            raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{RESUME_KEY}: cannot resume from {path} ({type(error).__name__}: {error}); it is damaged or of "
-                "another version. To start from its weights set model.ckpt instead."
-            ) from error
-
-    def _restore(self, path: Path) -> None:
         content = weights.read_file(path, RESUME_KEY)
         if "optimizer" not in content or "epoch" not in content:
             raise UserError(f"{RESUME_KEY}: {path} has weights only; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
+        try:
+            self._restore(content)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{RESUME_KEY}: cannot resume from {path} ({type(error).__name__}: {error}); it is damaged, or of "
+                "another model or version. To start from its weights set model.ckpt instead."
+            ) from error
+        if self.output_dir == path.parent:
+            dist_utils.run_on_main(lambda: checkpoints.truncate_logs(path.parent, self.state.epoch, self.state.step))
+        logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)
+
+    def _restore(self, content: Mapping[str, Any]) -> None:
         epoch = content["epoch"] + 1
         state = dict(content.get("state") or {"epoch": epoch, "step": epoch * self.iters_per_epoch})
         if "best_loss" in state:  # of earlier versions
             state["best_metric"] = -state.pop("best_loss")
         self.state = TrainState(**state)
-        skipped = self.state.num_nonfinite, self.state.num_nonfinite_in_a_row
-        self.updater.load_state_dict(content, *skipped, RESUME_KEY, path)
+        self.updater.load_state_dict(content, self.state)
         ranks, world = content.get("ranks") or [], dist_utils.get_world_size()
         if ranks:
             self.progress.load_state_dict([rank["progress"] for rank in ranks])
@@ -330,7 +308,4 @@ class RunnerBase:
         if len(ranks) == world:
             devices.set_random_state(ranks[dist_utils.get_rank()]["random"], self.device)
         else:
-            logging.warning("%s has no random state for %d ranks; using new ones.", path, world)
-        if self.output_dir == path.parent:
-            dist_utils.run_on_main(lambda: checkpoints.truncate_logs(path.parent, self.state.epoch, self.state.step))
-        logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)
+            logging.warning("The checkpoint has no random state for %d ranks; using new ones.", world)

@@ -12,29 +12,28 @@ import torch.distributed as dist
 
 from minigpt4.common import dist_utils
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _REPEAT_SECONDS = 2.0  # torchrun repeats a signal that a terminal or scheduler has sent to the ranks already
 
 
 class StopRequest:
     """Context in which the first SIGTERM or SIGINT only sets a flag; a later one ends the process.
 
-    Launchers and schedulers signal the ranks one after the other, during different steps. Therefore every step starts a
-    small asynchronous sum of the ranks' flags in host memory, whose result is read at the next step.
+    Schedulers signal the ranks during different steps, so every step starts an asynchronous sum of the ranks' flags in
+    host memory, whose result is read at the next step.
     """
 
     def __init__(self) -> None:
         self._requested_at: float | None = None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._previous: list[tuple[int, object]] = []
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = [(number, signal.signal(number, self._handle)) for number in _SIGNALS]
+            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        for number, handler in self._previous:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._pending is not None and kind is None:
             self._pending[0].wait()
@@ -47,14 +46,12 @@ class StopRequest:
             sys.exit(128 + number)
 
     def should_stop(self) -> bool:
-        """Whether to stop now. Every rank calls it once per step; it becomes true on all ranks at the same step."""
+        """Returns whether to stop now, the same on all ranks; every rank calls it once per step."""
         if dist_utils.get_world_size() == 1:
             return self._requested_at is not None
-        should_stop = False
-        if self._pending is not None:
-            work, flags = self._pending
-            work.wait()
-            should_stop = flags.item() > 0
-        flags = torch.tensor([float(self._requested_at is not None)])
-        self._pending = dist.all_reduce(flags, async_op=True), flags
-        return should_stop
+        previous = self._pending
+        flag = torch.tensor([float(self._requested_at is not None)])
+        if previous is not None:
+            previous[0].wait()
+        self._pending = dist.all_reduce(flag, async_op=True), flag
+        return previous is not None and previous[1].item() > 0

@@ -14,11 +14,7 @@ __all__ = ["BaseTask", "ImageTextPretrainTask", "setup_task"]
 
 
 def setup_task(cfg: Any, device: torch.device | None = None) -> BaseTask:
-    """Creates the task that ``run.task`` names.
-
-    Args:
-        cfg: the merged configuration.
-        device: of this process; by default the one that ``run.device`` selects.
+    """Creates the task that ``run.task`` names, for a device; by default for the one that ``run.device`` selects.
 
     Raises:
         UserError: there is no task of that name.

@@ -25,8 +25,8 @@ class BaseTask:
     """The base of all tasks; subclasses override what they do differently.
 
     Evaluation calls ``before_evaluation``, ``evaluation`` and ``after_evaluation`` for each split, in eval mode and
-    without gradients. As they are, they measure the loss; a task that overrides ``valid_step`` to return results of its
-    own also overrides ``after_evaluation``, which computes metrics from them.
+    without gradients; by default they measure the loss. A task whose ``valid_step`` returns other results overrides
+    ``after_evaluation``, too, which computes metrics from them.
     """
 
     device: torch.device | None = None  # of this process; set by minigpt4.tasks.setup_task
@@ -77,15 +77,10 @@ class BaseTask:
         return from_config(cfg.model_cfg, **{name: settings[name] for name in settings if name in accepted})
 
     def train_step(self, model: nn.Module, samples: dict[str, Any]) -> torch.Tensor | Mapping[str, Any]:
-        """Computes the loss of a batch.
+        """Computes the loss of a batch: a scalar with a graph, or a mapping with it as ``loss``.
 
-        Args:
-            model: in train mode, perhaps wrapped in DDP.
-            samples: the batch, its tensors on the device, with ``epoch``, ``iters`` (the iteration in the epoch) and
-                ``num_iters_per_epoch``.
-
-        Returns:
-            The loss, a scalar with a graph; subclasses may return a mapping with ``loss``.
+        The model may be wrapped in DDP. ``samples`` has its tensors on the device, ``epoch``, ``iters`` (the iteration
+        in the epoch) and ``num_iters_per_epoch``.
         """
         return model(samples)["loss"]
 
@@ -101,13 +96,10 @@ class BaseTask:
     def evaluation(
         self, model: nn.Module, data_loader: Iterable[dict[str, Any]], cuda_enabled: bool = True
     ) -> list[Any] | None:
-        """Evaluates this rank's share of a split.
+        """Evaluates this rank's share of a split; ``cuda_enabled`` is whether the device is an accelerator.
 
-        Args:
-            model: in eval mode, not wrapped.
-            data_loader: batches with their tensors on the device. With ``run.parallel: fsdp``, ranks with fewer batches
-                get fillers with ``is_filler``, which are computed but not counted.
-            cuda_enabled: whether the device is an accelerator.
+        The batches have their tensors on the device. With ``run.parallel: fsdp``, ranks with fewer batches get fillers
+        with ``is_filler``, which are computed but not counted.
 
         Returns:
             The results of all batches, or None: then ``after_evaluation`` is not called.
@@ -121,12 +113,7 @@ class BaseTask:
     def after_evaluation(
         self, val_result: Sequence[Any], split_name: str, epoch: int, **kwargs: Any
     ) -> dict[str, Any] | None:
-        """Computes the metrics of a split.
-
-        Args:
-            val_result: the results of all ranks.
-            split_name: such as ``val``.
-            epoch: counted from 0.
+        """Computes the metrics of a split from the results of all ranks; epochs are counted from 0.
 
         Returns:
             Numbers by name, logged as ``{split_name}_{name}``, with ``agg_metrics``: the checkpoint of the epoch with
