@@ -2,8 +2,8 @@
 
     python dataset/convert_to_tsv.py laion_synthetic_filtered_large.json laion_synthetic_filtered_large.tsv
 
-The list is read piece by piece: however long it is, some tens of megabytes of memory are enough. Nothing outside the
-standard library is used, so that the script also runs alone on the machine that downloads.
+The list is read in chunks, so memory stays at some tens of megabytes. Only the standard library is used, so that the
+script also runs on its own, on the machine that downloads.
 """
 
 import argparse
@@ -21,14 +21,14 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 class ConversionError(ValueError):
-    """The input is not what it should be; the message says what was found and expected."""
+    """The input has another form than expected; the message gives both."""
 
 
 def read_list(stream: TextIO) -> Iterator[Any]:
     """Yields the entries of a JSON list one after another, holding a few chunks of it in memory.
 
     Raises:
-        ConversionError: the text is no list, damaged or cut short.
+        ConversionError: the text is not a list, damaged or truncated.
     """
     decoder = json.JSONDecoder()
     buffer, position = stream.read(CHUNK).lstrip("\ufeff \t\r\n"), 1
@@ -42,11 +42,11 @@ def read_list(stream: TextIO) -> Iterator[Any]:
             try:
                 entry, position = decoder.raw_decode(buffer, position)
                 break
-            except json.JSONDecodeError as error:  # the entry goes on in the next chunk, or is damaged
+            except json.JSONDecodeError as error:  # the entry continues in the next chunk, or is damaged
                 is_damaged = len(buffer) - position > CHUNK
                 more = "" if is_damaged else stream.read(CHUNK)
                 if not more:
-                    cause = "damaged" if is_damaged else "cut short"
+                    cause = "damaged" if is_damaged else "truncated"
                     text = buffer[position : position + 60]
                     raise ConversionError(f"is {cause} at entry {number}, {text!r}; download it again") from error
                 buffer, position = buffer[position:] + more, 0
@@ -56,10 +56,10 @@ def read_list(stream: TextIO) -> Iterator[Any]:
 def convert(source: Path, target: Path) -> tuple[int, int]:
     """Writes ``caption<tab>url`` rows under a header; returns the numbers of rows and of entries without either.
 
-    White space inside a caption, tabs and line breaks among it, becomes one space.
+    White space in a caption, including tabs and line breaks, becomes one space.
 
     Raises:
-        ConversionError: the input is missing or of another form; then no output is left behind.
+        ConversionError: the input is missing or of another form; then no output file remains.
     """
     partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
     num_rows = num_empty = 0
@@ -86,7 +86,7 @@ def convert(source: Path, target: Path) -> tuple[int, int]:
             raise ConversionError("holds no entry with caption and url")
         partial.replace(target)
     except UnicodeDecodeError as error:
-        raise ConversionError(f"{source}: is no UTF-8 text ({error}); download it again") from error
+        raise ConversionError(f"{source}: is not UTF-8 text ({error}); download it again") from error
     except ConversionError as error:
         raise ConversionError(f"{source}: {error}") from error
     except OSError as error:
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.target}: {num_rows:,} rows; {num_empty:,} entries without caption or url left out.")
+    print(f"{options.target}: {num_rows:,} rows; {num_empty:,} entries without caption or url skipped.")
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What download_laion.sh and download_cc_sbu.sh share:
 #   bash dataset/download.sh NAME FOLDER_WITH_ANNOTATIONS OUTPUT_FOLDER [more options of img2dataset]
-# The folder holds NAME.json, or the NAME.tsv made from it. A second call goes on where the first one stopped.
+# The folder holds NAME.json, or the NAME.tsv made from it. Run again, it skips what is finished.
 set -euo pipefail
 
 if [ "$#" -lt 3 ]; then

@@ -66,12 +66,12 @@ def test_empty_captions_are_counted_and_broken_characters_replaced(tmp_path, cap
         ("", "expected a JSON list"),
         ("<html>not found</html>", "expected a JSON list"),
         ("[]", "holds no entry"),
-        ('[{"caption": "a", "url": "http://u"}, {"caption": "b", "ur', "cut short at entry 1"),
+        ('[{"caption": "a", "url": "http://u"}, {"caption": "b", "ur', "truncated at entry 1"),
         ('[{"caption": "a", "url": "http://u"}, {"caption": b, "url": "http://u"}, ' + " " * 200 + "]", "entry 1"),
         ('[{"caption": "a", "image": "x.jpg"}]', "entry 0 is"),
         ('[{"caption": ["a"], "url": "http://u"}]', "entry 0 is"),
         ('["a"]', "entry 0 is a"),
-        (b'[{"caption": "\xff", "url": "http://u"}]', "no UTF-8"),
+        (b'[{"caption": "\xff", "url": "http://u"}]', "not UTF-8"),
     ],
 )
 def test_wrong_input_is_told(tmp_path, monkeypatch, capsys, text, message):
