@@ -177,7 +177,7 @@ def collate_batch(name: str, dataset: Any, samples: list[Sample]) -> dict[str, A
     batch = getattr(dataset, "collater", default_collate)(samples)
     if not isinstance(batch, Mapping):
         raise UserError(f"Data set {name} makes batches of type {type(batch).__name__}; expected dicts.")
-    if get_worker_info() is not None:  # the loader would wait for ever for a batch that cannot be sent
+    if get_worker_info() is not None:  # the loader would wait forever for a batch that cannot be sent
         _SendCheck(io.BytesIO()).dump(batch)
     return dict(batch)
 

@@ -1,4 +1,4 @@
-"""The data sets of MiniGPT-4's two stages, and own pictures."""
+"""The data sets of MiniGPT-4's two stages, and the user's own images."""
 
 import logging
 from typing import Any, ClassVar
@@ -81,6 +81,6 @@ class CCSBUAlignBuilder(PairBuilder):
 
 @registry.register_builder("image_text")
 class ImageTextBuilder(PairBuilder):
-    """Own pictures: a JSONL file, or a folder of images with .txt files."""
+    """The user's own images: a JSONL file, or a folder of images with .txt files."""
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": "configs/datasets/image_text/defaults.yaml"}

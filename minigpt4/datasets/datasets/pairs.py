@@ -1,4 +1,4 @@
-"""Image files and their texts from a list: cc_sbu_align and own pictures."""
+"""Image files and their texts from a list: cc_sbu_align and own images."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -118,7 +118,7 @@ def read_align_folder(folder: Path, key: str) -> list[Pair]:
 
 
 def read_pairs(path: Path, key: str) -> list[Pair]:
-    """Reads one's own pictures: a JSONL file of {"image", "caption"[, "instruction"]} with paths relative to it, a
+    """Reads own images: a JSONL file of {"image", "caption"[, "instruction"]} with paths relative to it, a
     folder with one such file, or a folder of images each beside a .txt of the same name.
 
     Raises:
