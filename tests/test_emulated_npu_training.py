@@ -109,5 +109,5 @@ def test_more_ranks_than_emulated_npus(world):
     command += ["--options", "run.device=npu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("error: Device npu:1 was asked for, but 1 of that kind are visible")
+    assert done.returncode == 1 and last.startswith("error: Device npu:1 was requested, but 1 of that kind are visible")
     assert "ASCEND_RT_VISIBLE_DEVICES is 0" in last and "--nproc-per-node" in last
