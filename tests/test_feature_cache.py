@@ -1,4 +1,4 @@
-"""The cache of features: the same numbers as vision, kept and gone on with, refused when stale."""
+"""The feature cache: the same numbers as the vision model, completed after an interruption, refused when stale."""
 
 import argparse
 import json
