@@ -181,6 +181,8 @@ class Server:
     def __init__(self, folder: Path, port: int) -> None:
         self.log, self.port = folder / "server.log", port
         options = ["--cfg-path", f"eval_configs/{MODEL}.yaml", "--options", "model.ckpt=null", "run.device=cpu"]
+        # Only in float32 does an answer not depend on the batch size; bfloat16 rounds differently.
+        options += ["model.llm_dtype=fp32", "run.amp=False"]
         command = [sys.executable, "demo.py", *options, "--api", "--port", str(port), "--batch-size", "4"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
