@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from minigpt4.common import device as devices
 from minigpt4.common import torch_setup
@@ -176,3 +177,23 @@ def test_move_to_reaches_nested_tensors():
     moved = devices.move_to(tree, torch.device("meta"))
     assert moved["image"].is_meta and moved["list"][0].is_meta and moved["pair"].a.is_meta
     assert moved["list"][1] == "text" and moved["pair"].b == "x" and moved["n"] == 3
+
+
+def pinned(name):
+    """The pins of a requirements file by package, and the files that it includes."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    return pins, [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+
+
+def test_ascend_users_install_a_pair_for_which_a_cann_exists():
+    """The pairs for CANN 9.1; CUDA and CPU keep their own pin, and both share all other packages."""
+    (npu, included), (plain, also_included) = pinned("requirements-npu.txt"), pinned("requirements.txt")
+    assert included == also_included == ["requirements-common.txt"]
+    assert npu.keys() == {"torch", "torchvision", "torch_npu"} and plain.keys() == {"torch", "torchvision"}
+    pairs = {"2.10.0": ("0.25.0", {"2.10.0.post4", "2.10.0.post6"}), "2.11.0": ("0.26.0", {"2.11.0.post2"})}
+    torchvision, torch_npu = pairs[npu["torch"]]
+    assert npu["torchvision"] == torchvision and npu["torch_npu"] in torch_npu
+    common = [Requirement(line) for line in (ROOT / included[0]).read_text().splitlines() if line.startswith("torch")]
+    assert [package.name for package in common] == ["torch", "torchvision"]
+    assert all(package.specifier.contains(pins[package.name]) for package in common for pins in (npu, plain))
