@@ -251,6 +251,12 @@ def many_scans(count):
     return data[:at] + data[at:-2] * count + b"\xff\xd9"
 
 
+def commented_gif(blocks):
+    """A GIF of a comment in these blocks, for which Pillow takes quadratic time."""
+    at = 13 + (3 << (GIF[10] & 7) + 1 if GIF[10] & 128 else 0)
+    return GIF[:at] + b"!\xfe" + blocks + b"\0" + GIF[at:]
+
+
 AVIF = saved(Image.new("RGB", (48, 32), (90, 50, 200)), "AVIF")
 GIF = saved(Image.new("RGB", (12, 10)), "GIF")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(ran) (w) file closefile showpage\n%%EOF\n"
@@ -307,6 +313,6 @@ PICTURES = {
     "AVIF header alone": (b"\0\0\0\x20ftypavif" + b"\0" * 40, UNREADABLE_IMAGE),
     "AVIF of other data": (AVIF[:-40] + b"\xff" * 40, UNREADABLE_IMAGE),
     "JPEG 2000 header alone": (b"\0\0\0\x0cjP  \x0d\x0a\x87\x0a" + b"\0" * 40, UNREADABLE_IMAGE),
-    "PPM of 60,000 x 60,000": (b"P6 60000 60000 255\n" + b"\0" * 100, LARGE),
-    "PPM of a long number": (b"P6 " + b"9" * 5000 + b" 1 255\n", UNREADABLE_IMAGE),
+    "PPM of a slow maximum": (b"P6 1000 1000 254\n" + b"\0" * 3_000_000, UNREADABLE_IMAGE),
+    "GIF of a million comments": (commented_gif(b"\x01a" * 1_000_000), UNREADABLE_IMAGE),
 }

@@ -14,13 +14,26 @@ def saved(image, kind, **options):
     return buffer.getvalue()
 
 
+def _grey(dtype, value, largest=0):
+    """An image of this value, but for one pixel."""
+    values = numpy.full((32, 48), value, dtype=dtype)
+    values[-1, -1] = largest
+    return Image.fromarray(values)
+
+
 def readable():
     """{file name: bytes} of images that have to be accepted."""
     exif = RED.getexif()
     exif[0x0112] = 6  # rotated by 90 degrees
     frames = [RED, Image.new("RGB", RED.size, (0, 0, 255))]
     return {
-        "grey16.png": saved(Image.fromarray(numpy.full((32, 48), 32896, dtype=numpy.uint16)), "PNG"),
+        "grey16.tif": saved(_grey(numpy.uint16, 32896), "TIFF"),
+        "grey32.tif": saved(_grey(numpy.int32, 32896, 65535), "TIFF"),
+        "small32.tif": saved(_grey(numpy.int32, 128, 255), "TIFF"),
+        "floats.tif": saved(_grey(numpy.float32, 0.502), "TIFF"),
+        "large_floats.tif": saved(_grey(numpy.float32, 5.02, 10), "TIFF"),
+        "transparent.gif": saved(Image.new("P", RED.size), "GIF", transparency=0, comment="some words"),
+        "grey16.png": saved(_grey(numpy.uint16, 32896), "PNG"),
         "rotated.jpg": saved(RED, "JPEG", exif=exif),
         "transparent.png": saved(Image.new("RGBA", RED.size, (0, 0, 0, 0)), "PNG"),
         "palette.png": saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),

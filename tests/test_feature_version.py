@@ -15,7 +15,7 @@ from minigpt4.tasks import setup_task
 # Of the golden weights: the first two numbers of the first query, of three images in two random crops each. If a change
 # of code moves them, caches made before are wrong: increase VERSION in feature_cache.py and record them anew.
 RECORDED = {
-    1: [1.789, 1.305, 1.734, 1.523, 2.063, 1.656, 2.438, 1.547, 2.359, -0.063, 1.945, 1.656],
+    2: [1.789, 1.305, 1.734, 1.523, 2.063, 1.656, 2.438, 1.547, 2.359, -0.063, 1.945, 1.656],
 }
 
 

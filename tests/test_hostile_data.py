@@ -12,7 +12,7 @@ from data_samples import EVAL, KEY, make_loader, texts
 from hostile_data import PICTURE, PICTURES, SHARDS, archive, good, unended
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.images import read_image
+from minigpt4.common.images import read_image
 from minigpt4.datasets.datasets import PairDataset, ShardDataset, shard_urls
 from minigpt4.datasets.datasets.pairs import Pair
 from minigpt4.datasets.datasets.sample import SkipSample, WorkerInfo

@@ -16,10 +16,10 @@ from transformers import StoppingCriteriaList
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
+from minigpt4.common.images import read_image
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.conversation.context import IMAGE_MESSAGE, build_context_ids
 from minigpt4.conversation.generation import GenerationOptions, stream
-from minigpt4.conversation.images import read_image
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
 from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
 from minigpt4.conversation.templates import (

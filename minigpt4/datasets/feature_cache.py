@@ -36,7 +36,7 @@ from minigpt4.processors import Blip2ImageEvalProcessor
 
 # Of the numbers in a cache and of its file format: to be increased with every change of code that changes them, so that
 # old caches are refused. test_feature_version.py fails if the numbers differ from those recorded for this version.
-VERSION = 1
+VERSION = 2
 KEY = "run.feature_cache"
 _PROTOCOL = ("num_parts", "iter_part", "identity", "vis_processor", "text_processor")  # as PairDataset has it
 _MODEL_KEYS = ("image_size", "vit_precision", "vit_config", "qformer_config", "num_query_token")

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.images import read_image
 from minigpt4.conversation.conversation import Answer, Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.conversation.images import read_image
 
 TEXTS = {
     "subtitle": ("Upload an image and ask about it.", "上传一张图片，然后就它提问。"),

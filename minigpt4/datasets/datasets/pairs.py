@@ -10,7 +10,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.utils import IMAGE_PLACEHOLDER, parse_json, read_plain_file
+from minigpt4.common.images import read_plain_file
+from minigpt4.common.utils import IMAGE_PLACEHOLDER, parse_json
 from minigpt4.datasets.datasets.sample import (
     ImageProcessor,
     Sample,

@@ -1,6 +1,5 @@
 """What all data sets share: which worker reads, how far it has read, one sample, and why a sample is skipped."""
 
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.utils import open_image
+from minigpt4.common.images import ImageTooLarge, read_image
 
 ImageProcessor = Callable[[Image.Image], Tensor]
 TextProcessor = Callable[[str], str]
@@ -76,21 +75,12 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def decode_image(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | None = None) -> Image.Image:
-    """Decodes JPEG, PNG, WebP and similar bytes to an RGB image; raises SkipSample for anything else.
-
-    JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size, but not below what ``draft_size`` returns for it.
-    """
+    """Decodes an image file as ``read_image`` does; raises SkipSample if that is refused."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = open_image(data)
-            if draft_size and (size := draft_size(*image.size)) != image.size:
-                image.draft("RGB", size)
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even RGB
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return read_image(data, draft_size=draft_size)
+    except ImageTooLarge as error:
         raise SkipSample("image too large") from error
-    except Exception as error:  # Pillow's decoders raise many kinds of exceptions
+    except UserError as error:
         raise SkipSample("unreadable image") from error
 
 

@@ -12,7 +12,7 @@ import braceexpand
 from webdataset.gopen import gopen
 
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.utils import MAX_FILE_BYTES
+from minigpt4.common.images import MAX_FILE_BYTES
 
 _CURL_SCHEMES = ("http", "https", "ftps", "sftp", "scp")
 _CLIENTS = {**dict.fromkeys(_CURL_SCHEMES, "curl"), "gs": "gsutil", "s3": "aws"}  # programs that fetch a URL

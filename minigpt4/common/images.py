@@ -1,0 +1,131 @@
+"""Image files as RGB images, the same in training and in chats, or one sentence that says why a file cannot be read."""
+
+import io
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from minigpt4.common.errors import UserError
+
+MAX_FILE_BYTES = 2**27
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; a photo has about a quarter
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+_MAX_SCAN_PIXELS = 10 * MAX_PIXELS  # a progressive JPEG is usually drawn in 10 scans
+_MIN_SCAN_PIXELS = 5_000_000  # a scan of a small image counts as this many: at most 200 scans
+_MAX_GIF_BLOCKS = 10_000  # of extensions before the first frame
+
+
+class ImageTooLarge(UserError):
+    """An image has more than ``MAX_PIXELS``."""
+
+
+def read_plain_file(path: Path) -> bytes:
+    """Returns the bytes of an image file; an OSError for pipes and devices, which may have no end, and large files."""
+    if not os.path.isfile(path):  # False, too, for names that no file can have
+        raise FileNotFoundError(f"there is no file {path}")
+    if (size := path.stat().st_size) > MAX_FILE_BYTES:
+        raise OSError(f"it has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    return path.read_bytes()
+
+
+def read_image(
+    source: str | Path | bytes | Image.Image,
+    name: str | None = None,
+    draft_size: Callable[[int, int], tuple[int, int]] | None = None,
+) -> Image.Image:
+    """Reads an image as RGB: rotated as its EXIF says, transparency over white, the first frame of several.
+
+    Values of more than 8 bits are scaled to 0..255: of 16 bits from 0..65,535; of 32 bits from the smallest of 0..255,
+    0..65,535 and 0..MAX that holds all of them, MAX being the largest; floats from 0..max(1, MAX). Others are clipped.
+
+    Args:
+        source: a path, the bytes of a file, or an opened image.
+        name: the image's name in messages; by default the path.
+        draft_size: from the width and height of a JPEG to those below which it is not decoded; it is decoded at
+            1/2, 1/4 or 1/8 of its size if these are larger. By default, it is decoded at its full size.
+
+    Raises:
+        ImageTooLarge: it has more than ``MAX_PIXELS``.
+        UserError: it is not an image in one of the ``FORMATS``, is damaged, or would take minutes to decode.
+    """
+    name = name or (f"'{source}'" if isinstance(source, str | Path) else "the image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = source
+            if not isinstance(image, Image.Image):
+                image = _open(source if isinstance(source, bytes) else read_plain_file(Path(source)))
+            if image.width * image.height > MAX_PIXELS:
+                size = f"has {image.width}x{image.height} pixels"
+                raise ImageTooLarge(f"{name} {size}; at most {MAX_PIXELS:,} are read, make it smaller.")
+            if draft_size and (size := draft_size(*image.size)) != image.size:
+                image.draft("RGB", size)
+            image.load()
+            return _to_rgb(_rotate(image))
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"{name} is too large; at most {MAX_PIXELS:,} pixels are read, make it smaller.") from error
+    except UnidentifiedImageError as error:  # its text has the address of a buffer
+        formats = ", ".join(FORMATS)
+        raise UserError(f"{name} cannot be read as an image (it is damaged, or not one of {formats}).") from error
+    except Exception as error:  # Pillow's decoders raise many kinds
+        raise UserError(f"{name} cannot be read as an image ({error}).") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    # Formats that Pillow decodes itself, in bounded time; for others, EPS among them, it starts programs.
+    Image.init()
+    if data.startswith(b"GIF8"):
+        data = _without_comments(data)
+    image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+    if image.format in ("JPEG", "MPO"):
+        num_scans = data.count(b"\xff\xda")
+        if num_scans * max(image.width * image.height, _MIN_SCAN_PIXELS) > _MAX_SCAN_PIXELS:
+            raise OSError(f"its {image.width}x{image.height} pixels are drawn in {num_scans} scans")
+    return image
+
+
+def _without_comments(data: bytes) -> bytes:
+    """A GIF whose first frame has no extension but its transparency: Pillow takes minutes to join many comments."""
+    flags = int.from_bytes(data[10:11])
+    start = at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
+    control, is_extension = b"", False
+    for _ in range(_MAX_GIF_BLOCKS):
+        byte = data[at : at + 1]
+        if is_extension:  # at the size of one of its blocks; 0 ends it
+            at += 1 + int.from_bytes(byte)
+            is_extension = byte not in (b"\0", b"")
+        elif byte in (b",", b";", b""):
+            return data[:start] + control + data[at:]
+        else:
+            if data[at : at + 3] == b"!\xf9\x04":
+                control = data[at : at + 7] + b"\0"
+            is_extension = byte == b"!"
+            at += 2 if is_extension else 1
+    raise OSError(f"more than {_MAX_GIF_BLOCKS:,} blocks precede its first frame")
+
+
+def _rotate(image: Image.Image) -> Image.Image:
+    try:
+        is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        return image if is_upright else ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata of an undamaged image
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # Pillow would clip these at 255
+        values = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float32), posinf=0)
+        largest = 65_535 if image.mode.startswith("I;16") else values.max()
+        ranges = (1,) if image.mode == "F" else (255, 65_535)
+        white = next((white for white in ranges if largest <= white), largest)
+        return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(numpy.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert copies even RGB
