@@ -36,7 +36,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
     parser.add_argument("--port", type=int, help="default: 7860 for the page, 8000 for the API")
     parser.add_argument("--share", action="store_true", help="also open a public tunnel to the page")
-    parser.add_argument("--api-key", help="key that clients of the API must send; better set MINIGPT4_API_KEY")
+    key = os.environ.get("MINIGPT4_API_KEY")
+    parser.add_argument(
+        "--api-key", default=key, help="key that clients of the API must send; better set MINIGPT4_API_KEY"
+    )
+    parser.add_argument("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
     parser.add_argument("--allow-host", action="append", default=[], help="host that the API may fetch images from")
     parser.add_argument("--allow-folder", help="folder whose images the API's clients may name as file:///NAME")
     parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for the API")
@@ -47,6 +51,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-beams", type=int, default=1)
     parser.add_argument("--max-new-tokens", type=int, default=300)
     return parser.parse_args()
+
+
+def check_server(args: argparse.Namespace) -> None:
+    """Raises UserError for settings of a server that would otherwise be refused after the model is loaded."""
+    from minigpt4.serve.access import check_api_key, parse_origin
+
+    for origin in args.allow_origin:
+        parse_origin(origin)
+    if args.api:
+        check_api_key(args.api_key)
 
 
 def build_chat(args: argparse.Namespace) -> "Chat":
@@ -108,8 +122,8 @@ def run_api(args: argparse.Namespace, chat: "Chat") -> None:
     folder = Path(args.allow_folder) if args.allow_folder else None
     limits = Limits(allowed_hosts=args.allow_host, allowed_folder=folder)
     name, port = Path(args.cfg_path).stem, args.port or 8000
-    key = args.api_key or os.environ.get("MINIGPT4_API_KEY")
-    app = build_app(Engine(chat, args.batch_size, args.max_queue), name, limits, key)
+    engine = Engine(chat, args.batch_size, args.max_queue)
+    app = build_app(engine, name, limits, args.api_key, args.host, args.allow_origin)
     print(f"Model '{name}' at http://{args.host}:{port}/v1", flush=True)
     serve(app, args.host, port)
 
@@ -158,6 +172,8 @@ def main() -> None:
     modes = [(args.batch, run_batch), (args.api, run_api), (args.terminal, run_terminal), (args.ask, run_question)]
     run = next((run for selected, run in modes if selected not in (None, False)), run_page)
     try:
+        if run in (run_api, run_page):
+            check_server(args)
         run(args, build_chat(args))
     except UserError as error:
         sys.exit(f"error: {error}")

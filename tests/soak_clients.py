@@ -59,7 +59,7 @@ def text_of(data: bytes) -> str:
 
 def raw_request(content: bytes, length: int | None = None) -> bytes:
     length = len(content) if length is None else length
-    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length + content
+    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length + content
 
 
 def judge(expected: str, status: int, data: bytes) -> str:

@@ -35,7 +35,7 @@ def client(chat, tmp_path_factory):
     os.symlink("/dev/zero", folder / "zero.png")
     os.symlink("/etc/hostname", folder / "out.png")
     limits = Limits(allowed_folder=folder, allowed_hosts=["127.0.0.1", "a b"], max_tokens=50, max_body_bytes=2**20)
-    with TestClient(api.build_app(engine, NAME, limits), raise_server_exceptions=True) as client:
+    with TestClient(api.build_app(engine, NAME, limits), base_url="http://localhost") as client:
         yield client
     engine.close()
 

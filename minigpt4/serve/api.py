@@ -21,6 +21,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.stopping import hold_back_partial_stop
 from minigpt4.serve import api_requests
+from minigpt4.serve.access import OriginCheck, check_api_key
 from minigpt4.serve.api_requests import ApiError, Body, Limits
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.engine import Request as EngineRequest
@@ -28,8 +29,19 @@ from minigpt4.serve.engine import Request as EngineRequest
 MAX_CONNECTIONS = 128  # each may hold a request's whole body in memory
 
 
-def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = None) -> FastAPI:
-    """Builds the server of the model ``name``; clients have to send ``api_key``, if there is one, as a bearer token."""
+def build_app(
+    engine: Engine,
+    name: str,
+    limits: Limits,
+    api_key: str | None = None,
+    host: str = "127.0.0.1",
+    origins: Sequence[str] = (),
+) -> OriginCheck:
+    """Builds the server of the model ``name``; ``host`` and ``origins`` are those of ``OriginCheck``.
+
+    Clients have to send ``api_key``, if there is one, as a bearer token. Raises UserError if no client could send it.
+    """
+    check_api_key(api_key)
     app = FastAPI(title="MiniGPT-4", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(ApiError)
@@ -42,8 +54,9 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
         return JSONResponse(ApiError(text, code="not_found").body, error.status_code)
 
     async def check_key(request: Request) -> None:
-        key = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if api_key is not None and not hmac.compare_digest(key.encode(), api_key.encode()):
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        is_right = scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), (api_key or "").encode())
+        if api_key is not None and not is_right:
             text = "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'."
             raise ApiError(text, status=401, code="bad_key")
 
@@ -74,7 +87,7 @@ def build_app(engine: Engine, name: str, limits: Limits, api_key: str | None = N
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
         return JSONResponse(_head("chat.completion", name) | {"choices": [choice], "usage": _usage(answer)})
 
-    return app
+    return OriginCheck(app, host, origins)
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

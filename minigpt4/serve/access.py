@@ -1,0 +1,96 @@
+"""Who may use a server: its API key, and checks of the Host and Origin headers with CORS."""
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from minigpt4.common.errors import UserError
+from minigpt4.serve.api_requests import ApiError
+
+_PORTS = {"http": 80, "https": 443}
+_LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+_ALL_ADDRESSES = ("", "0.0.0.0", "::")
+
+
+class OriginCheck:
+    """ASGI middleware that answers 403 for other host names, and to the pages of other origins.
+
+    Without it any website could use a server on the visitor's machine: with a request that needs no preflight, or with
+    a domain of its own that resolves to 127.0.0.1 (DNS rebinding). Accepted are localhost, ``host`` and ``origins``,
+    which also get CORS headers; on all addresses (``0.0.0.0``) the machine's name and any IP address as well, which
+    rebinding cannot use. Clients that send no Origin, such as programs, pass with an accepted host name.
+
+    Args:
+        app: the application, for example with ``fastapi_app.add_middleware(OriginCheck, host=…, origins=…)``.
+        host: the address that the server listens on.
+        origins: further origins, such as ``https://chat.example:8080``. UserError for anything else.
+    """
+
+    def __init__(self, app: ASGIApp, host: str = "127.0.0.1", origins: Sequence[str] = ()) -> None:
+        self.origins = {parse_origin(origin) for origin in origins}
+        self.is_on_all_addresses = host in _ALL_ADDRESSES
+        own = socket.gethostname() if self.is_on_all_addresses else host
+        self.names = {*_LOCAL_NAMES, own.lower()}
+        # Only accepted origins get there.
+        self.app = CORSMiddleware(app, allow_origin_regex=".*", allow_methods=["*"], allow_headers=["*"])
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes an accepted request on."""
+        error = self._refuse(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else None
+        await (JSONResponse(error.body, error.status) if error else self.app)(scope, receive, send)
+
+    def _refuse(self, headers: Headers) -> ApiError | None:
+        host, origin = ",".join(headers.getlist("host")), headers.get("origin")
+        if not self._is_own(_parse(f"http://{host}")[1]):
+            text = f"The host name '{host}' is not served; start the server with --allow-origin http://{host}."
+            return ApiError(text, status=403, code="bad_host")
+        if origin is None or origin.partition("://")[2] == host:  # of the server's own page
+            return None
+        parsed = _parse(origin)
+        if parsed in self.origins or (parsed[0] in _PORTS and parsed[1] in self.names):
+            return None
+        text = f"Pages of '{origin}' may not use this server; start it with --allow-origin {origin}."
+        return ApiError(text, status=403, code="bad_origin")
+
+    def _is_own(self, name: str) -> bool:
+        if name in self.names or any(name == allowed for _, allowed, _ in self.origins):
+            return True
+        try:
+            return self.is_on_all_addresses and bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+
+def _parse(origin: str) -> tuple[str, str, int | None]:
+    """Scheme, host name and port, by default that of the scheme; empty where the text has none."""
+    try:
+        parts = urlsplit(origin.lower())
+        return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme)
+    except ValueError:
+        return "", "", None
+
+
+def parse_origin(origin: str) -> tuple[str, str, int | None]:
+    """Scheme, host name and port of a value of ``--allow-origin``; UserError if it is not an origin."""
+    parsed = _parse(origin)
+    if not re.fullmatch(r"https?://[^/?#@*\s]+/?", origin, re.IGNORECASE) or not parsed[1]:
+        raise UserError(
+            f"--allow-origin: '{origin}' is no origin; write it like https://chat.example or http://a:8080."
+        )
+    return parsed
+
+
+def check_api_key(api_key: str | None) -> None:
+    """Raises UserError for a key that cannot be sent in a header; None is none."""
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        kind = "has other characters than ASCII's letters, digits and signs" if api_key else "is empty"
+        raise UserError(
+            f"The API key (--api-key or MINIGPT4_API_KEY) {kind}; give another, or none for an open server."
+        )
