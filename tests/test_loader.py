@@ -50,6 +50,14 @@ def test_each_pass_visits_every_pair_once_in_another_order(pairs):
     assert sorted(passes[0]) == sorted(passes[1]) == everything() and passes[0] != passes[1]
 
 
+def test_the_order_follows_from_the_seed_and_the_name():
+    def order(name="x", seed=3):
+        batches = make_loader({name: Numbers(16)}, seed=seed).iter_epoch(0)
+        return [index for batch in batches for index in batch["index"].tolist()]
+
+    assert order() == order() and order() != order(name="y") and order() != order(seed=4)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_ranks_share_each_pass(pairs, monkeypatch, num_workers):
     parts = []

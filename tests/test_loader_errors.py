@@ -1,6 +1,7 @@
 """Loaders: whatever fails in a data set or a worker ends the run with its reason, and no process remains."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from own_datasets import Numbers, Stream
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.errors import UserError
-from minigpt4.datasets.datasets import PairDataset
+from minigpt4.datasets.datasets import PairDataset, ShardDataset
 from minigpt4.datasets.datasets.pairs import Pair
+from minigpt4.datasets.loader import eval_batches
 
 pytestmark = pytest.mark.usefixtures("time_limit")
 
@@ -63,7 +65,7 @@ class Wide(Numbers):
         (Broken(StopIteration), "StopIteration: seven"),
         (BrokenStream(), "OSError: the disk is gone"),
         (ListCollater(4), "batches of type list; expected dicts"),
-        (Wide(4), "RuntimeError: stack expects each tensor to be equal size"),
+        (Wide(4), "failed with RuntimeError: "),
         (Stream(0), "gives no sample to loader worker 0 of"),
     ],
     ids=["KeyError", "MemoryError", "StopIteration", "stream", "no dict", "other sizes", "empty stream"],
@@ -129,3 +131,26 @@ def test_a_killed_worker_ends_the_process():
 def test_an_exception_ends_the_process_and_its_workers():
     done = run_program("test_loader_errors.Stream(8)", inside="raise RuntimeError('something else')")
     assert done.returncode == 1 and done.stderr.rstrip().endswith("RuntimeError: something else")
+
+
+class Spawned(Exception):
+    """Raised in place of starting workers."""
+
+
+@pytest.mark.parametrize("dataset", ["pairs", "shards", "map-style", "iterable"])
+def test_workers_can_be_spawned(pairs, shards, monkeypatch, dataset):
+    """macOS starts workers so: whatever they get is pickled."""
+
+    def check(dataset, sampler=None, **settings):
+        pickle.dumps((dataset, settings["collate_fn"], settings["worker_init_fn"]))
+        raise Spawned
+
+    datasets = {"pairs": PairDataset("x", pairs, EVAL), "shards": ShardDataset("x", shards, EVAL)}
+    datasets |= {"map-style": Numbers(8), "iterable": Stream(8)}
+    monkeypatch.setattr("minigpt4.datasets.loader.DataLoader", check)
+    for batches in (
+        make_loader({"x": datasets[dataset]}, num_workers=1).iter_epoch(0),
+        iter(eval_batches("x", datasets[dataset], 2, 1, seed=0)),
+    ):
+        with pytest.raises(Spawned):
+            next(batches)

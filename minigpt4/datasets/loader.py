@@ -74,7 +74,7 @@ def _load(
         batch_size=None,
         sampler=places,
         num_workers=num_workers,
-        collate_fn=lambda loaded: loaded,
+        collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=partial(_init_worker, os.getpid()),
         # Workers have to be children of this process, and not of a fork server.
@@ -91,6 +91,24 @@ def _load(
     except Exception as error:  # batches carry the exceptions of data sets, so a worker has died
         advice = "If a worker was killed for lack of memory, lower run.num_workers or build_info.shuffle_buffer."
         raise UserError(f"The loader of data set {name} failed ({str(error)[:200]}). {advice}") from error
+
+
+# What goes to workers has to be picklable, as macOS spawns them: functions of this module, and no closures.
+
+
+def _unchanged(loaded: LoadedBatch) -> LoadedBatch:
+    return loaded
+
+
+def _resume(
+    dataset: Any, positions: Mapping[int, Any], shuffle_key: int | str, worker: WorkerInfo, skipped: Counter
+) -> Iterator[Any]:
+    position = StreamPosition(**positions.get(worker.worker_id, {}))
+    return dataset.iter_train(worker, shuffle_key, position, skipped)
+
+
+def _iterate(dataset: Any, *_: Any) -> Iterator[Any]:
+    return iter(dataset)
 
 
 def _rank_info(seed: int) -> WorkerInfo:
@@ -187,12 +205,7 @@ class TrainLoader:
             places = training_places(name, len(dataset), pass_size, self.seed, starts, batch_size)
             return _load(name, MapBatches(name, dataset, self.seed, is_train=True), places, *settings)
         if hasattr(dataset, "iter_train"):
-            positions, shuffle_key = self._positions.get(name, {}), self._shuffle_key
-
-            def resume(worker: WorkerInfo, skipped: Counter) -> Iterator[Any]:
-                position = StreamPosition(**positions.get(worker.worker_id, {}))
-                return dataset.iter_train(worker, shuffle_key, position, skipped)
-
+            resume = partial(_resume, dataset, self._positions.get(name, {}), self._shuffle_key)
             first_worker = num_done % max(1, self.num_workers)
             batches = StreamBatches(name, dataset, resume, worker, batch_size, num_batches, first_worker)
             return _load(name, batches, None, *settings)
@@ -272,7 +285,7 @@ class EvalLoader:
             batches: Dataset = MapBatches(self.name, self.dataset, self.worker.seed, is_train=False)
             places: list[list[Place]] | None = self._places()
         else:
-            open_stream = getattr(self.dataset, "iter_eval", lambda *_: iter(self.dataset))
+            open_stream = getattr(self.dataset, "iter_eval", partial(_iterate, self.dataset))
             batches, places = StreamBatches(self.name, self.dataset, open_stream, self.worker, self.batch_size), None
         for loaded in _load(self.name, batches, places, self.num_workers, self.pin_memory, self.worker.seed):
             self.skipped.update(loaded.skipped)
