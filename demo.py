@@ -9,64 +9,144 @@ python demo.py --cfg-path … --api                                       # an O
 
 import argparse
 import os
+import re
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.generation import GenerationOptions
 
 QUESTION = "Describe this image in detail."
+MODES = {
+    "page": "the web page", "terminal": "--terminal", "question": "--ask", "batch": "--batch", "api": "--api",
+}  # fmt: skip
+_SAMPLING = ("greedy", "temperature", "top_p", "num_beams", "max_new_tokens")  # requests to the API have their own
+USED_BY = {  # flags that not every mode uses
+    "image": ("terminal", "question"),
+    "ask": ("question", "batch"),
+    "out": ("batch",),
+    "batch_size": ("batch", "api"),
+    "share": ("page",),
+    **dict.fromkeys(("host", "port", "allow_origin"), ("page", "api")),
+    **dict.fromkeys(("api_key", "allow_host", "allow_folder", "max_queue"), ("api",)),
+    **dict.fromkeys(_SAMPLING, ("page", "terminal", "question", "batch")),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message.removeprefix('argument ')}\n")
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """A parser of numbers from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}.")
+        return value
+
+    return parse
+
+
+def _text(pattern: str, complaint: str) -> Callable[[str], str]:
+    """A parser of texts that match a pattern; the complaint about others is a format for their representation."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(complaint.format(repr(text)))
+        return text
+
+    return parse
+
+
+def _folder(text: str) -> str:
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}.")
+    return text
 
 
 def parse_args() -> argparse.Namespace:
-    """Parses the command line, before anything heavy is imported."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg-path", required=True, help="YAML file of the model")
-    parser.add_argument("--gpu-id", type=int, default=0, help="index of the accelerator")
-    parser.add_argument("--options", nargs="+", help="settings that override the file: model.ckpt=FILE …")
-    parser.add_argument("--image", help="an image to start with")
-    parser.add_argument("--ask", help="one question; the answer is printed and the program ends")
-    parser.add_argument("--terminal", action="store_true", help="chat in the terminal")
-    parser.add_argument("--batch", help="folder, glob or JSONL file of images to describe; the question is --ask")
-    parser.add_argument("--out", default="captions.jsonl", help="output of --batch; an incomplete file is continued")
-    parser.add_argument("--batch-size", type=int, default=16, help="images or requests that are answered together")
-    parser.add_argument("--api", action="store_true", help="serve /v1/chat/completions")
-    parser.add_argument("--host", default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
-    parser.add_argument("--port", type=int, help="default: 7860 for the page, 8000 for the API")
-    parser.add_argument("--share", action="store_true", help="also open a public tunnel to the page")
+    """Parses and checks the command line, before anything heavy is imported; ``mode`` is one of ``MODES``."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
+    seed, count = _number(int, 0, 2**63 - 1), _number(int, 1, 10_000)
+    host = _text(r"[\w.-]+|[\da-fA-F.:]+", "{} is not a host name or an address.")
+    question = _text(r"(?s).*\S.*", "the question is empty; write what you want to know.")
+    add("--cfg-path", required=True, help="YAML file of the model")
+    add("--gpu-id", type=_number(int, 0, 1023), help="index of the accelerator; default: 0")
+    add("--options", nargs="+", help="settings that override the file: model.ckpt=FILE …")
+    add("--image", help="an image to start with, for --terminal and --ask")
+    add("--ask", type=question, help="a question; its answer ends the program")
+    modes.add_argument("--terminal", dest="mode", action="store_const", const="terminal", help="chat in the terminal")
+    modes.add_argument("--batch", help="folder, glob or JSONL file of images to describe; the question is --ask")
+    add("--out", default="captions.jsonl", help="output of --batch; an incomplete file is continued")
+    add("--batch-size", type=count, default=16, help="images or requests that are answered together")
+    modes.add_argument("--api", dest="mode", action="store_const", const="api", help="serve /v1/chat/completions")
+    add("--host", type=host, default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
+    add("--port", type=_number(int, 0, 65535), help="default: 7860 for the page, 8000 for the API; 0: any free port")
+    add("--share", action="store_true", help="also open a public tunnel to the page")
     key = os.environ.get("MINIGPT4_API_KEY")
-    parser.add_argument(
-        "--api-key", default=key, help="key that clients of the API must send; better set MINIGPT4_API_KEY"
-    )
-    parser.add_argument("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
-    parser.add_argument("--allow-host", action="append", default=[], help="host that the API may fetch images from")
-    parser.add_argument("--allow-folder", help="folder whose images the API's clients may name as file:///NAME")
-    parser.add_argument("--max-queue", type=int, default=64, help="requests that may wait for the API")
-    parser.add_argument("--greedy", action="store_true", help="take the most likely token instead of sampling")
-    parser.add_argument("--seed", type=int, default=42, help="seed of sampling")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--num-beams", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=300)
-    return parser.parse_args()
+    add("--api-key", default=key, help="key that clients of the API must send; better set MINIGPT4_API_KEY")
+    add("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
+    add("--allow-host", type=host, action="append", default=[], help="host that the API may fetch images from")
+    add("--allow-folder", type=_folder, help="folder whose images the API's clients may name as file:///NAME")
+    add("--max-queue", type=count, default=64, help="requests that may wait for the API")
+    add("--greedy", action="store_true", help="take the most likely token instead of sampling")
+    add("--seed", type=seed, default=42, help="seed of sampling")
+    add("--temperature", type=_number(float, 0, 2), default=1.0)
+    add("--top-p", type=_number(float, 0.01, 1), default=0.9)
+    add("--num-beams", type=_number(int, 1, 32), default=1)
+    add("--max-new-tokens", type=_number(int, 1, 1900), default=300)
+    args = parser.parse_args()
+    if args.batch is not None:
+        args.mode = "batch"
+    elif args.mode is None:
+        args.mode = "page" if args.ask is None else "question"
+    _check_combination(parser, args)
+    return args
 
 
-def check_server(args: argparse.Namespace) -> None:
-    """Raises UserError for settings of a server that would otherwise be refused after the model is loaded."""
+def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses flags that would have no effect."""
+    given = [name for name in USED_BY if getattr(args, name) != parser.get_default(name)]
+    for name in given:
+        flag = "--" + name.replace("_", "-")
+        if args.mode not in USED_BY[name]:
+            others = " or ".join(MODES[mode] for mode in USED_BY[name])
+            parser.error(f"{flag} has no effect with {MODES[args.mode]}; it is for {others}.")
+        if args.greedy and args.mode != "page" and name in ("temperature", "top_p"):
+            parser.error(f"{flag} has no effect with --greedy, which does not sample; leave one of them out.")
+
+
+def open_socket(args: argparse.Namespace, default_port: int) -> socket.socket:
+    """Checks who may use the server and opens its socket, before the model is loaded, which takes minutes."""
     from minigpt4.serve.access import check_api_key, parse_origin
+    from minigpt4.serve.server import listen
 
     for origin in args.allow_origin:
         parse_origin(origin)
-    if args.api:
+    if args.mode == "api":
         check_api_key(args.api_key)
+    return listen(args.host, default_port if args.port is None else args.port)
 
 
 def build_chat(args: argparse.Namespace) -> "Chat":
     """Reads the configuration, loads the model and returns the chat."""
     from minigpt4.common import device as devices
     from minigpt4.common.config import Config
+    from minigpt4.common.errors import UserError
     from minigpt4.common.registry import registry
     from minigpt4.common.schema import ModelConfig, RunConfig, read_section
     from minigpt4.conversation.conversation import Chat
@@ -75,7 +155,10 @@ def build_chat(args: argparse.Namespace) -> "Chat":
 
     cfg = Config(args).check()
     run_cfg = read_section(RunConfig, cfg.config.get("run"), "run")
-    device = devices.pick(run_cfg.device, args.gpu_id, run_cfg.strict_device)
+    device = devices.pick(run_cfg.device, args.gpu_id or 0, run_cfg.strict_device)
+    if args.gpu_id not in (None, device.index or 0):
+        text = f"--gpu-id is {args.gpu_id}, but run.device is {run_cfg.device} and the model would run on {device}"
+        raise UserError(f"{text}; leave --gpu-id out, or give another run.device.")
     devices.seed_everything(args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     template = choose_template(read_section(ModelConfig, cfg.model_cfg, "model"), model.llama_tokenizer)
@@ -104,62 +187,74 @@ def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
     return f"{Path(args.cfg_path).stem} · {chat.device} · LM {precision}"
 
 
-def run_batch(args: argparse.Namespace, chat: "Chat") -> None:
+def run_batch(args: argparse.Namespace) -> None:
     """Describes many images."""
     from minigpt4.serve.batch import answer_questions, find_questions
 
     questions = find_questions(args.batch, args.ask or QUESTION)
-    num_errors = answer_questions(chat, questions, Path(args.out), generation_options(args), args.batch_size)
+    chat, options = build_chat(args), generation_options(args)
+    num_errors = answer_questions(chat, questions, Path(args.out), options, args.batch_size)
     print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
 
 
-def run_api(args: argparse.Namespace, chat: "Chat") -> None:
+def run_api(args: argparse.Namespace) -> None:
     """Serves the API until it is interrupted."""
-    from minigpt4.serve.api import build_app, serve
+    from minigpt4.serve.api import build_app
     from minigpt4.serve.api_requests import Limits
     from minigpt4.serve.engine import Engine
+    from minigpt4.serve.server import address, serve
 
+    listener = open_socket(args, 8000)
     folder = Path(args.allow_folder) if args.allow_folder else None
-    limits = Limits(allowed_hosts=args.allow_host, allowed_folder=folder)
-    name, port = Path(args.cfg_path).stem, args.port or 8000
-    engine = Engine(chat, args.batch_size, args.max_queue)
+    hosts, name = [host.lower() for host in args.allow_host], Path(args.cfg_path).stem
+    limits = Limits(allowed_hosts=hosts, allowed_folder=folder)
+    engine = Engine(build_chat(args), args.batch_size, args.max_queue)
     app = build_app(engine, name, limits, args.api_key, args.host, args.allow_origin)
-    print(f"Model '{name}' at http://{args.host}:{port}/v1", flush=True)
-    serve(app, args.host, port)
+    print(f"Model '{name}' at {address(listener)}/v1", flush=True)
+    serve(app, listener)
 
 
-def run_terminal(args: argparse.Namespace, chat: "Chat") -> None:
+def run_terminal(args: argparse.Namespace) -> None:
     """Chats in the terminal."""
+    from minigpt4.common.images import read_image
     from minigpt4.serve.terminal import terminal_chat
 
-    terminal_chat(chat, generation_options(args), args.image, is_interactive=sys.stdin.isatty())
+    if args.image:  # before the model is loaded
+        read_image(args.image)
+    terminal_chat(build_chat(args), generation_options(args), args.image, is_interactive=sys.stdin.isatty())
 
 
-def run_question(args: argparse.Namespace, chat: "Chat") -> None:
+def run_question(args: argparse.Namespace) -> None:
     """Prints the answer to one question."""
-    from minigpt4.common.errors import UserError
+    from minigpt4.common.images import read_image
     from minigpt4.serve.terminal import write_answer
 
-    if not args.ask.strip():
-        raise UserError("--ask: the question is empty; write what you want to know.")
+    image = read_image(args.image) if args.image else None  # before the model is loaded, which takes minutes
+    chat = build_chat(args)
     conv, images = chat.template.copy(), []
-    if args.image:
-        chat.upload_img(args.image, conv, images)
+    if image:
+        chat.upload_img(image, conv, images)
     chat.ask(args.ask, conv)
     write_answer(chat, conv, images, generation_options(args))
 
 
-def run_page(args: argparse.Namespace, chat: "Chat") -> None:
+def run_page(args: argparse.Namespace) -> None:
     """Serves the web page until it is interrupted."""
-    from minigpt4.serve.web import serve
+    from minigpt4.serve.server import address, serve
+    from minigpt4.serve.web import build_app, open_tunnel
 
+    listener = open_socket(args, 7860)
+    tunnels = [open_tunnel(listener)] if args.share else []
+    chat = build_chat(args)
     examples = sorted(Path("output/quickstart/held_out/image").glob("[0-5].jpg"))
-    options, description = generation_options(args), describe_model(args, chat)
-    serve(chat, description, options, args.host, args.port or 7860, args.share, examples)
+    description, options = describe_model(args, chat), generation_options(args)
+    app = build_app(chat, description, options, examples, args.host, args.allow_origin + tunnels)
+    print(f"Model '{Path(args.cfg_path).stem}' at {' and '.join([address(listener), *tunnels])}", flush=True)
+    serve(app, listener, grace_seconds=1)
 
 
 def main() -> None:
-    """Builds the chat and runs the mode that the command line selects."""
+    """Runs the mode that the command line selects."""
     args = parse_args()
     try:
         from minigpt4.common.errors import UserError
@@ -169,12 +264,9 @@ def main() -> None:
     from minigpt4.common.logger import setup_logger
 
     setup_logger()
-    modes = [(args.batch, run_batch), (args.api, run_api), (args.terminal, run_terminal), (args.ask, run_question)]
-    run = next((run for selected, run in modes if selected not in (None, False)), run_page)
+    runs = {"page": run_page, "terminal": run_terminal, "question": run_question, "batch": run_batch, "api": run_api}
     try:
-        if run in (run_api, run_page):
-            check_server(args)
-        run(args, build_chat(args))
+        runs[args.mode](args)
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:

@@ -2,10 +2,9 @@
 
 import base64
 import json
-import socket
 import threading
-import time
 from argparse import Namespace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import openai
@@ -16,6 +15,7 @@ from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api
 from minigpt4.serve.api_requests import Limits
 from minigpt4.serve.engine import Engine
+from minigpt4.serve.server import address, listen
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
 NAME = "small"
@@ -47,21 +47,25 @@ def rows_of(file):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@contextmanager
+def served(app):
+    """Runs a server on a free port, in a thread; yields its URL."""
+    listener = listen("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    yield address(listener)
+    server.should_exit = True
+    thread.join()
+
+
 class Server:
     """The API on a free port, in a thread."""
 
     def __init__(self, chat, api_key=None, max_queue=8, **limits):
         self.engine = Engine(chat, max_batch=4, max_queue=max_queue, max_length=400)
-        app = api.build_app(self.engine, NAME, Limits(**limits), api_key)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.02)
-        self.url = f"http://127.0.0.1:{port}"
+        self.stack = ExitStack()
+        self.url = self.stack.enter_context(served(api.build_app(self.engine, NAME, Limits(**limits), api_key)))
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0)
 
     def ask(self, what, **options):
@@ -71,6 +75,5 @@ class Server:
         )
 
     def close(self):
-        self.server.should_exit = True
-        self.thread.join()
+        self.stack.close()
         self.engine.close()

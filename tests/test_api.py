@@ -12,8 +12,8 @@ import pytest
 from serving import GREEDY, NAME, QUESTION, Server, content, data_url, post_text
 
 from minigpt4.common.errors import UserError
-from minigpt4.serve import api
 from minigpt4.serve.engine import Request
+from minigpt4.serve.server import listen
 
 MAX_BODY_BYTES = 2**20
 
@@ -273,4 +273,4 @@ def test_time_is_limited_while_waiting(chat):
 def test_a_port_in_use_is_reported(server):
     port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(UserError, match=f"--port {port}"):
-        api.serve(None, "127.0.0.1", port)
+        listen("127.0.0.1", port)

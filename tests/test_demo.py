@@ -1,5 +1,6 @@
 """demo.py: its command line, which processor it uses, and which mode it runs."""
 
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -69,22 +70,130 @@ def test_an_own_eval_processor_keeps_its_own_keys(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "mode"),
     [
-        ([], "run_page"),
-        (["--ask", "Why?"], "run_question"),
-        (["--ask", ""], "run_question"),  # an empty question is refused, and does not open the page
-        (["--terminal"], "run_terminal"),
-        (["--api"], "run_api"),
-        (["--batch", "images", "--ask", "Why?"], "run_batch"),
+        ([], "page"),
+        (["--ask", "Why?"], "question"),
+        (["--terminal"], "terminal"),
+        (["--api"], "api"),
+        (["--batch", "images", "--ask", "Why?"], "batch"),
     ],
 )
 def test_the_command_line_selects_the_mode(monkeypatch, arguments, mode):
     ran = []
-    for name in ("run_page", "run_question", "run_terminal", "run_api", "run_batch"):
-        monkeypatch.setattr(demo, name, lambda args, chat, name=name: ran.append((name, chat)))
-    monkeypatch.setattr(demo, "build_chat", lambda args: "chat")
+    for name in demo.MODES:
+        monkeypatch.setattr(demo, f"run_{name}", lambda args, name=name: ran.append((name, args.mode)))
     monkeypatch.setattr(sys, "argv", ["demo.py", "--cfg-path", "F", *arguments])
     demo.main()
-    assert ran == [(mode, "chat")]
+    assert ran == [(mode, mode)]
+
+
+MISTAKES = {
+    "--batch-size 0": "--batch-size: '0' is not a whole number from 1",
+    "--batch-size 2.5": "--batch-size: '2.5' is not a whole number",
+    "--max-queue 0": "--max-queue: '0'",
+    "--temperature -1": "--temperature: '-1' is not a number from 0 to 2",
+    "--temperature nan": "--temperature: 'nan'",
+    "--temperature inf": "--temperature: 'inf'",
+    "--top-p 2": "--top-p: '2' is not a number from 0.01 to 1",
+    "--top-p 0": "--top-p: '0'",
+    "--num-beams 0": "--num-beams: '0'",
+    "--max-new-tokens 0": "--max-new-tokens: '0'",
+    "--max-new-tokens 2000": "--max-new-tokens: '2000'",
+    "--seed -1": "--seed: '-1'",
+    "--gpu-id -1": "--gpu-id: '-1'",
+    "--port 99999": "--port: '99999' is not a whole number from 0 to 65535",
+    "--port http": "--port: 'http'",
+    "--host=": "--host: ''",
+    "--ask=": "--ask: the question is empty",
+    "--ask=\u3000": "--ask: the question is empty",
+    "--batch . --ask=": "--ask: the question is empty",
+    "--api --allow-host http://a.example/": "--allow-host: 'http://a.example/' is not a host name",
+    "--api --allow-folder /absent": "--allow-folder: there is no folder '/absent'",
+    "--api --terminal": "--terminal: not allowed with argument --api",
+    "--batch . --api": "--api: not allowed with argument --batch",
+    "--terminal --ask Why?": "--ask has no effect with --terminal; it is for --ask or --batch",
+    "--api --ask Why?": "--ask has no effect with --api",
+    "--image a.jpg": "--image has no effect with the web page; it is for --terminal or --ask",
+    "--batch . --image a.jpg": "--image has no effect with --batch",
+    "--terminal --out a.jsonl": "--out has no effect with --terminal",
+    "--batch-size 2": "--batch-size has no effect with the web page",
+    "--terminal --allow-origin https://a.example": "--allow-origin has no effect with --terminal",
+    "--terminal --port 80": "--port has no effect with --terminal",
+    "--ask Why? --host 0.0.0.0": "--host has no effect with --ask",
+    "--api --share": "--share has no effect with --api",
+    "--api-key k": "--api-key has no effect with the web page; it is for --api",
+    "--max-queue 2": "--max-queue has no effect",
+    "--allow-host a.example": "--allow-host has no effect",
+    "--allow-folder .": "--allow-folder has no effect",
+    "--api --greedy": "--greedy has no effect with --api",
+    "--api --temperature 0.5": "--temperature has no effect with --api",
+    "--api --num-beams 2": "--num-beams has no effect with --api",
+    "--api --max-new-tokens 5": "--max-new-tokens has no effect with --api",
+    "--terminal --greedy --temperature 0.5": "--temperature has no effect with --greedy",
+    "--ask Why? --greedy --top-p 0.5": "--top-p has no effect with --greedy",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_on_the_command_line_is_one_sentence(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--cfg-path", "F", *arguments.split(" ")])
+    with pytest.raises(SystemExit) as ended:
+        demo.parse_args()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: {MISTAKES[arguments]}")
+
+
+def test_mistakes_are_reported_before_anything_heavy_is_imported():
+    code = """
+import runpy, sys
+sys.argv = ["demo.py", "--cfg-path", "F", "--port", "99999"]
+try:
+    runpy.run_path("demo.py", run_name="__main__")
+finally:
+    print([name for name in ("torch", "transformers", "gradio", "omegaconf", "numpy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "[]\n" and len(done.stderr.splitlines()) == 1, done
+
+
+@pytest.fixture
+def end_of(monkeypatch):
+    """The message with which demo.py ends; the model must not be loaded."""
+    from minigpt4.models import MiniGPT4
+
+    def load(*_, **__):
+        raise AssertionError("the model is loaded")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            demo.main()
+        return ended.value.code
+
+    monkeypatch.setattr(MiniGPT4, "from_config", load)
+    return run
+
+
+@pytest.mark.parametrize("mode", [[], ["--api"]])
+def test_an_address_that_cannot_be_used_is_reported_before_the_model_is_loaded(end_of, mode):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        assert end_of(*mode, "--port", port).startswith(f"error: --host 127.0.0.1 --port {port} cannot be used (Addr")
+    assert end_of(*mode, "--host", "host.invalid").startswith("error: --host host.invalid --port ")
+    assert "cannot be used" in end_of(*mode, "--host", "x" * 70)
+
+
+@pytest.mark.parametrize("mode", [["--terminal"], ["--ask", "Why?"]])
+def test_an_unreadable_image_is_reported_before_the_model_is_loaded(end_of, mode, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"this is no image")
+    assert end_of(*mode, "--image", f"{tmp_path}/a.jpg").startswith(f"error: '{tmp_path}/a.jpg' cannot be read")
+    assert "absent.jpg" in end_of(*mode, "--image", f"{tmp_path}/absent.jpg")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_an_accelerator_that_is_not_used_is_refused(end_of, device, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)
+    message = end_of("--gpu-id", "9", "--terminal", "--options", f"run.device={device}")
+    assert message.startswith(f"error: --gpu-id is 9, but run.device is {device} and the model would run on cpu")
 
 
 def test_generation_options_of_the_command_line(monkeypatch):

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.serve import api, api_requests
+from minigpt4.serve import api, api_requests, server
 from minigpt4.serve.api_requests import Limits
 from minigpt4.serve.engine import Engine
 
@@ -251,14 +251,11 @@ def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):
 
 def test_connections_are_limited(monkeypatch):
     served = []
-    monkeypatch.setattr(api.uvicorn.Server, "run", lambda self, sockets: served.append((self.config, *sockets)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    api.serve(None, "127.0.0.1", port)
-    config, listener = served[0]
-    assert config.limit_concurrency == api.MAX_CONNECTIONS and listener.getsockname()[1] == port
-    listener.close()
+    monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: served.append((self.config, *sockets)))
+    with server.listen("127.0.0.1", 0) as listener:
+        server.serve(None, listener)
+    config, used = served[0]
+    assert config.limit_concurrency == server.MAX_CONNECTIONS and used is listener
 
 
 def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):

@@ -4,7 +4,6 @@ import asyncio
 import hmac
 import json
 import queue
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -12,7 +11,6 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -25,8 +23,6 @@ from minigpt4.serve.access import OriginCheck, check_api_key
 from minigpt4.serve.api_requests import ApiError, Body, Limits
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.engine import Request as EngineRequest
-
-MAX_CONNECTIONS = 128  # each may hold a request's whole body in memory
 
 
 def build_app(
@@ -88,16 +84,6 @@ def build_app(
         return JSONResponse(_head("chat.completion", name) | {"choices": [choice], "usage": _usage(answer)})
 
     return OriginCheck(app, host, origins)
-
-
-def serve(app: FastAPI, host: str, port: int) -> None:
-    """Runs the server until it is interrupted; UserError if the port is in use."""
-    try:
-        listener = socket.create_server((host, port))
-    except OSError as error:
-        raise UserError(f"--host {host} --port {port} cannot be used ({error.strerror}); give another.") from error
-    config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
-    uvicorn.Server(config).run([listener])
 
 
 async def _submit(body: Body, limits: Limits, engine: Engine) -> AsyncIterator[Answer]:

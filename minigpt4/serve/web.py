@@ -1,48 +1,35 @@
 """The chat as a web page. Each browser has its own conversation; the model answers one request at a time."""
 
+import html
+import logging
 import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import weakref
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-from gradio.processing_utils import save_pil_to_cache
-from gradio.utils import get_upload_folder
+from fastapi import FastAPI
+from gradio.networking import setup_tunnel
 from PIL import Image
 from torch import Tensor
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
-from minigpt4.conversation.conversation import Answer, Chat, Conversation
+from minigpt4.conversation.conversation import Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.serve.access import OriginCheck
+from minigpt4.serve.page_guard import MAX_BODY_BYTES, MAX_FILE_BYTES, PageGuard
+from minigpt4.serve.page_texts import CHINESE, ENGLISH, describe_numbers, localized
 
-TEXTS = {
-    "subtitle": ("Upload an image and ask about it.", "上传一张图片，然后就它提问。"),
-    "placeholder": ("Your question. Images: click, drag or paste.", "输入问题；点击、拖放或粘贴图片。"),
-    "examples": ("Example images (click to use one)", "示例图片（点击选用）"),
-    "stop": ("Stop", "停止"),
-    "retry": ("Retry", "重试"),
-    "clear": ("Clear", "清空"),
-    "settings": ("Settings", "设置"),
-    "sample": ("Sample (otherwise greedy)", "随机采样（否则贪心解码）"),
-    "temperature": ("Temperature", "温度"),
-    "beams": ("Beams", "束宽"),
-    "max_new_tokens": ("Maximum length (tokens)", "最大长度（词元）"),
-    "seed": ("Seed", "随机种子"),
-    "busy": ("The last question is being answered: wait, or press Stop.", "正在回答上一个问题：请等待，或按“停止”。"),
-    "nothing": ("There is no question: write one, or add an image.", "没有问题：请输入问题，或添加图片。"),
-    "no_answer": ("There is no answer to retry yet.", "还没有可以重试的回答。"),
-    "stopped": ("stopped", "已停止"),
-    "received": ("image received", "已收到图片"),
-    "numbers": (
-        "{count} tokens, {speed:.1f} tokens/s, first after {first:.2f} s, {cached} of {prompt} prompt tokens cached",
-        "{count} 个词元，{speed:.1f} 词元/秒，首个用时 {first:.2f} 秒，提示词元 {prompt} 个，其中 {cached} 个已缓存",
-    ),
-}
-ENGLISH, CHINESE = ({key: texts[i] for key, texts in TEXTS.items()} for i in range(2))
 CSS = """
 .gradio-container {max-width: 920px !important; width: 100% !important; margin: 0 auto !important}
 #head h1 {margin: 0; font-weight: 600}
@@ -54,13 +41,14 @@ CSS = """
 FONT, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # no fonts from other hosts
 UPDATE_SECONDS = 0.08  # each update of the page delays the answer
 MAX_SHOWN_SIDE = 1024
+MAX_IMAGES = 16  # of a chat
 EMPTY_BOX = {"text": "", "files": []}
 
 
 class Job(NamedTuple):
     """Images and a question to answer, or neither to repeat the last answer; ``view`` has the messages to show."""
 
-    images: list[Image.Image]
+    images: list[Tensor]  # processed
     question: str
     view: list[dict[str, Any]]
 
@@ -74,14 +62,23 @@ class Session:
     view: list[dict[str, Any]] = field(default_factory=list)  # messages as the page shows them
     job: Job | None = None
     is_stopped: bool = False
+    folder: Path | None = None  # of the images that the page shows
+
+    def delete_images(self) -> None:
+        """Deletes the files of images that the page no longer shows."""
+        shown = {part.get("path") for message in self.view for part in message["content"]}
+        for file in self.folder.iterdir() if self.folder else ():
+            if str(file) not in shown:
+                file.unlink()
 
 
 class _Page:
     """Layout and event handlers, which change the session in place."""
 
-    def __init__(self, chat: Chat, description: str, examples: Sequence[str | Path]) -> None:
-        self.chat, self.description = chat, description
-        self.examples = [_cache_for_display(read_image(path)) for path in examples]
+    def __init__(self, chat: Chat, description: str, examples: Sequence[str | Path], folder: Path) -> None:
+        self.chat, self.description, self.folder = chat, description, folder
+        (folder / "kept").mkdir()
+        self.examples = [_save_for_display(read_image(path), folder / "kept") for path in examples]
 
     def build(self, options: GenerationOptions) -> gr.Blocks:
         """Lays out the page and connects its events; ``options`` are the initial settings."""
@@ -92,12 +89,12 @@ class _Page:
             gr.Markdown(text("subtitle"), elem_id="subtitle")
             chatbot = gr.Chatbot(
                 elem_id="chat", height="48vh", min_height=320, show_label=False, buttons=["copy"],
-                latex_delimiters=[], feedback_options=None,
+                latex_delimiters=[], feedback_options=None, render_markdown=False,
             )  # fmt: skip
-            status = gr.Markdown(self.status(), elem_id="status")
+            status = gr.Markdown(self.status(), latex_delimiters=[], elem_id="status")
             box = gr.MultimodalTextbox(
                 file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="box",
-                placeholder=text("placeholder"), autofocus=True,
+                placeholder=text("placeholder"), autofocus=True, max_plain_text_length=MAX_BODY_BYTES,
             )  # fmt: skip
             with gr.Row():
                 names = ("stop", "retry", "clear")
@@ -122,30 +119,65 @@ class _Page:
         return blocks
 
     def status(self, *notes: str) -> str:
-        return " · ".join((self.description, *notes))
+        """Markdown of the status line, which shows names and messages as they are."""
+        return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " · ".join((self.description, *notes)))
+
+    def warn(self, error: Exception, request: gr.Request) -> str:
+        """Shows why something failed, and returns the status line that says so."""
+        if not isinstance(error, UserError):
+            logging.error("A message of the page failed.", exc_info=error)
+        text = str(error) if isinstance(error, UserError) else localized(request, "failed")
+        gr.Warning(html.escape(text))
+        return self.status(f"⚠ {text}")
 
     def submit(self, session: Session, message: dict[str, Any], request: gr.Request) -> tuple[Session, Any, Any, str]:
         """Accepts or refuses a message: session, text box, chat, status."""
-        question = (message["text"] or "").strip()
+        question, files = (message["text"] or "").strip(), message["files"]
         try:
             if session.job:
-                raise UserError(_text(request, "busy"))
-            if not question and not message["files"]:
-                raise UserError(_text(request, "nothing"))
-            # By their bytes: no message may show the server's folders.
-            images = [read_image(Path(path).read_bytes(), f"'{Path(path).name}'") for path in message["files"]]
+                raise UserError(localized(request, "busy"))
+            if not question and not files:
+                raise UserError(localized(request, "nothing"))
+            if len(session.images) + len(files) > MAX_IMAGES:
+                raise UserError(localized(request, "too_many").format(count=MAX_IMAGES))
+            self.chat.ask(question, session.conv.copy())
         except UserError as error:
-            gr.Warning(str(error))
-            return session, EMPTY_BOX | {"text": question}, gr.skip(), self.status(f"⚠ {error}")
-        content = [{"path": _cache_for_display(image)} for image in images] + ([question] if question else [])
+            return session, gr.skip(), gr.skip(), self.warn(error, request)
+        try:
+            images = [self.read(Path(path), request) for path in files]
+        except Exception as error:  # one message must not end the others' chats
+            return session, EMPTY_BOX | {"text": question}, gr.skip(), self.warn(error, request)
+        finally:
+            for path in map(Path, files):
+                if path.resolve().parent.name != "kept":  # no example
+                    with suppress(OSError):
+                        path.unlink()
+                        path.parent.rmdir()
+        if images and session.folder is None:
+            session.folder = Path(tempfile.mkdtemp(prefix="kept-", dir=self.folder))
+            weakref.finalize(session, shutil.rmtree, session.folder, ignore_errors=True)
+        session.delete_images()  # of refused messages
+        content = [{"path": _save_for_display(shown, session.folder)} for _, shown in images]
+        content += [_literal(question)] if question else []
         view = [*session.view, {"role": "user", "content": content}]
-        session.job, session.is_stopped = Job(images, question, view), False
+        session.job, session.is_stopped = Job([pixels for pixels, _ in images], question, view), False
         return session, EMPTY_BOX, view, self.status()
+
+    def read(self, path: Path, request: gr.Request) -> tuple[Tensor, Image.Image]:
+        """An uploaded image, processed and in the size of the page; the image itself may take 300 MB."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:  # it is old, or another chat had the same file
+            raise UserError(localized(request, "gone").format(name=path.name)) from error
+        image = read_image(data, f"'{path.name}'")
+        pixels = self.chat.vis_processor(image)
+        image.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
+        return pixels, image
 
     def retry(self, session: Session, seed: float, request: gr.Request) -> tuple[Any, float]:
         """Removes the last answer, to be generated again with the next seed: chat, seed."""
         if session.job or not session.view or session.view[-1]["role"] != "assistant":
-            gr.Warning(_text(request, "busy" if session.job else "no_answer"))
+            self.warn(UserError(localized(request, "busy" if session.job else "no_answer")), request)
             return gr.skip(), seed
         session.job, session.is_stopped = Job([], "", session.view[:-1]), False
         return session.job.view, (seed or 0) + 1
@@ -155,28 +187,33 @@ class _Page:
         if not (job := session.job):
             yield gr.skip(), gr.skip()
             return
-        notes = []
+        status = self.status()
         try:
             stop = {"stop": lambda ids: session.is_stopped or session.job is not job}
             options = GenerationOptions(**dict(zip(self.settings, values, strict=True)), **stop)
             for view, notes in self._generate(session, job, options, request):
-                yield view, self.status(*notes)
-        except UserError as error:
-            gr.Warning(str(error))
-            notes = [f"⚠ {error}"]
+                status = self.status(*notes)
+                yield view, status
+        except Exception as error:  # out of memory, for example; the server continues
+            status = self.warn(error, request)
         finally:
             if session.job is job:
                 session.job = None
-        yield (session.job or session).view, self.status(*notes)  # a cleared chat may have a new job
+        yield (session.job or session).view, status  # a cleared chat may have a new job
 
     def _generate(
         self, session: Session, job: Job, options: GenerationOptions, request: gr.Request
     ) -> Iterator[tuple[list[dict[str, Any]], list[str]]]:
         """Messages and notes for the status line while the answer grows; the session changes at the end."""
         if session.is_stopped:  # while waiting
-            yield session.view, [_text(request, "stopped")]
+            yield session.view, [localized(request, "stopped")]
             return
-        conv, images, view, notes = session.conv.copy(), list(session.images), job.view, [_text(request, "received")]
+        conv, images, view, notes = (
+            session.conv.copy(),
+            list(session.images),
+            job.view,
+            [localized(request, "received")],
+        )
         for image in job.images:
             self.chat.upload_img(image, conv, images)
         if job.question:
@@ -189,14 +226,14 @@ class _Page:
                 for answer in answers:
                     if session.job is not job:  # cleared
                         return
-                    view = [*job.view, {"role": "assistant", "content": answer.text}]
-                    notes = [_numbers(request, answer)]
+                    view = [*job.view, {"role": "assistant", "content": [_literal(answer.text)]}]
+                    notes = [describe_numbers(request, answer)]
                     if time.monotonic() - updated > UPDATE_SECONDS:
                         yield view, notes
                         updated = time.monotonic()
         if session.job is job:  # not cleared
             session.conv, session.images, session.view = conv, images, view
-            yield view, [*notes, _text(request, "stopped")] if session.is_stopped else notes
+            yield view, [*notes, localized(request, "stopped")] if session.is_stopped else notes
 
     def add_example(self, message: dict[str, Any], event: gr.SelectData) -> dict[str, Any]:
         """Adds the clicked example to the text box."""
@@ -209,6 +246,7 @@ class _Page:
     def clear(self, session: Session) -> tuple[Session, Any, Any, str]:
         """Starts a new chat, whatever is being answered: session, text box, chat, status."""
         session.conv, session.images, session.view, session.job = self.chat.template.copy(), [], [], None
+        session.delete_images()
         return session, EMPTY_BOX, [], self.status()
 
 
@@ -220,60 +258,66 @@ def _build_settings(text: gr.I18n, options: GenerationOptions) -> dict[str, Any]
             sample = gr.Checkbox(options.do_sample, label=text("sample"))
             seed = gr.Number(options.seed, label=text("seed"), precision=0)
         with gr.Row():
-            temperature = gr.Slider(0, 2, options.temperature, step=0.05, label=text("temperature"))
-            top_p = gr.Slider(0.05, 1, options.top_p, step=0.05, label="Top-p")
+            temperature = gr.Slider(0, 2, options.temperature, step=0.01, label=text("temperature"))
+            top_p = gr.Slider(0.01, 1, options.top_p, step=0.01, label="Top-p")
         with gr.Row():
-            beams = gr.Slider(1, 8, options.num_beams, label=text("beams"), **sizes)
-            length = gr.Slider(1, 1000, options.max_new_tokens, label=text("max_new_tokens"), **sizes)
+            beams = gr.Slider(1, max(8, options.num_beams), options.num_beams, label=text("beams"), **sizes)
+            largest = max(1000, options.max_new_tokens)
+            length = gr.Slider(1, largest, options.max_new_tokens, label=text("max_new_tokens"), **sizes)
     names = ("do_sample", "seed", "temperature", "top_p", "num_beams", "max_new_tokens")
     return dict(zip(names, (sample, seed, temperature, top_p, beams, length), strict=True))
 
 
-def _text(request: gr.Request, key: str) -> str:
-    """A text in the browser's language."""
-    return (CHINESE if (request.headers.get("accept-language") or "").lower().startswith("zh") else ENGLISH)[key]
+def _literal(text: str) -> dict[str, str]:
+    """A text of the chat, which would show HTML; only what needs it is escaped, as its copy button copies that."""
+    is_html = "<" in text or html.unescape(text) != text
+    return {"type": "text", "text": html.escape(text, quote=False) if is_html else text}
 
 
-def _numbers(request: gr.Request, answer: Answer) -> str:
-    """Length and speed of an answer."""
-    count, first = len(answer.ids), answer.seconds_to_first_token
-    speed = (count - 1) / (answer.seconds - first) if answer.seconds > first else count / answer.seconds
-    numbers = {"count": count, "speed": speed, "first": first}
-    return _text(request, "numbers").format(**numbers, cached=answer.cached_tokens, prompt=answer.prompt_tokens)
+def _save_for_display(image: Image.Image, folder: Path) -> str:
+    """The path of a new file that the page may show, in a format that every browser reads."""
+    image.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
+    path = folder / f"{secrets.token_hex(16)}.webp"
+    image.save(path)
+    return str(path)
 
 
-def _cache_for_display(image: Image.Image) -> str:
-    """The path of a file that the page may show, in a format that every browser reads."""
-    shown = image.copy()
-    shown.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
-    return save_pil_to_cache(shown, get_upload_folder())
-
-
-def serve(
+def build_app(
     chat: Chat,
     description: str,
     options: GenerationOptions,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    share: bool = False,
     examples: Sequence[str | Path] = (),
-    is_blocking: bool = True,
-) -> gr.Blocks:
-    """Serves the page until it is interrupted, or in the background until its ``close`` if not ``is_blocking``.
+    host: str = "127.0.0.1",
+    origins: Sequence[str] = (),
+) -> OriginCheck:
+    """Builds the server of the page; ``host`` and ``origins`` are those of ``OriginCheck``.
 
-    ``description`` is shown under the chat, ``options`` are the initial settings, ``share`` also opens a public tunnel,
-    and ``examples`` are image files that a click adds. Raises UserError if the port is in use, or an example cannot be
-    read.
+    ``description`` is shown under the chat, ``options`` are the initial settings, and ``examples`` are image files that
+    a click adds. Raises UserError if an example cannot be read.
     """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = _Page(chat, description, examples).build(options).queue()
+    folder = tempfile.TemporaryDirectory(prefix="minigpt4-page-")
+
+    @asynccontextmanager
+    async def delete_files(_: FastAPI) -> AsyncIterator[None]:
+        with folder:
+            yield
+
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": os.path.realpath(folder.name)}
+    blocks = _Page(chat, description, examples, Path(os.environ["GRADIO_TEMP_DIR"])).build(options).queue()
     theme = gr.themes.Default(primary_hue="slate", secondary_hue="slate", font=FONT, font_mono=MONOSPACE)
+    app = FastAPI(lifespan=delete_files, docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        app, blocks, path="/", theme=theme, css=CSS, i18n=gr.I18n(en=ENGLISH, zh=CHINESE), footer_links=[],
+        run_history=False, ssr_mode=False, show_error=False, max_file_size=MAX_FILE_BYTES, enable_monitoring=False,
+    )  # fmt: skip
+    return OriginCheck(PageGuard(app, Path(folder.name)), host, origins)
+
+
+def open_tunnel(listener: socket.socket) -> str:
+    """Opens a public tunnel to a listening socket and returns its URL; UserError if that fails."""
+    host, port = listener.getsockname()[:2]
     try:
-        page.launch(
-            server_name=host, server_port=port, share=share, prevent_thread_lock=not is_blocking, theme=theme, css=CSS,
-            i18n=gr.I18n(en=ENGLISH, zh=CHINESE), footer_links=[], run_history=False, ssr_mode=False,
-            quiet=not is_blocking, max_file_size="50mb",
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"Port {port} of {host} is in use or not allowed: choose another one with --port.") from error
-    return page
+        url = setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:  # no network, a firewall, an incompatible platform, …
+        raise UserError(f"--share: no public tunnel can be opened ({error}); leave it out, or try again.") from error
+    return f"https://{url.partition('://')[2]}"

@@ -1,0 +1,90 @@
+"""Limits of the web page's server: what browsers may load, what clients may send, and how long uploads are kept."""
+
+import asyncio
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+MAX_FILE_BYTES = 2**25  # of an uploaded file
+MAX_UPLOAD_BYTES = 2**27  # of the files that are selected together
+MAX_BODY_BYTES = 2**20  # of other requests
+MAX_STORED_BYTES = 2**30  # of all uploads that wait for their question
+MAX_STORED_SECONDS = 3600
+POLICY = (  # gradio's page has inline scripts and styles; nothing may come from or go to another host
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'none'"
+)
+
+
+class PageGuard(BaseHTTPMiddleware):
+    """ASGI middleware around gradio's server, which stores uploads below ``folder``.
+
+    Requests may name files below ``folder`` only: gradio itself would read any file, and download those that are URLs.
+    Uploads older than ``MAX_STORED_SECONDS`` are deleted; folders whose names begin with ``kept`` hold no uploads.
+    """
+
+    def __init__(self, app: ASGIApp, folder: Path) -> None:
+        super().__init__(app)
+        self.folder = folder.resolve()
+
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
+        """Answers acceptable requests; every response has the content security policy."""
+        refusal = await self._refuse(request)
+        response = JSONResponse({"detail": refusal[0]}, refusal[1]) if refusal else await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+    async def _refuse(self, request: Request) -> tuple[str, int] | None:
+        """Text and status with which a request is refused."""
+        path = request.url.path
+        if "/file=http" in path:
+            return "URLs are not fetched.", 403
+        if request.method in ("GET", "HEAD", "OPTIONS"):
+            return None
+        is_upload, length = path.endswith("/upload"), request.headers.get("content-length", "")
+        limit = MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
+        if not length.isdecimal():
+            return "A Content-Length is required.", 411
+        if int(length) > limit:
+            return f"{length} bytes are too many; at most {limit} are accepted.", 413
+        if is_upload:
+            num_bytes = await asyncio.to_thread(self._delete_old_uploads)
+            is_full = num_bytes + int(length) > MAX_STORED_BYTES
+            return ("The server holds too many uploads; try again later.", 507) if is_full else None
+        try:
+            is_valid = self._has_own_files(json.loads(await request.body() or b"null"))
+        except (ValueError, RecursionError):
+            return "The body is not JSON.", 400
+        return None if is_valid else ("Only uploaded files can be used.", 403)
+
+    def _has_own_files(self, data: Any) -> bool:
+        values = list(data.values()) if isinstance(data, dict) else data if isinstance(data, list) else []
+        path = data.get("path") if isinstance(data, dict) else None
+        if isinstance(path, str) and not Path(path).resolve().is_relative_to(self.folder):
+            return False
+        return all(map(self._has_own_files, values))
+
+    def _delete_old_uploads(self) -> int:
+        """Returns the bytes of the uploads that remain."""
+        num_bytes, oldest = 0, time.time() - MAX_STORED_SECONDS
+        for entry in self.folder.iterdir():
+            try:
+                if entry.name.startswith("kept"):
+                    continue
+                if entry.stat().st_mtime > oldest:
+                    num_bytes += sum(file.stat().st_size for file in (entry, *entry.rglob("*")))
+                elif entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+            except FileNotFoundError:  # deleted by its question meanwhile
+                continue
+        return num_bytes
