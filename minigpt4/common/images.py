@@ -74,7 +74,8 @@ def read_image(
         formats = ", ".join(FORMATS)
         raise UserError(f"{name} cannot be read as an image (it is damaged, or not one of {formats}).") from error
     except Exception as error:  # Pillow's decoders raise many kinds
-        raise UserError(f"{name} cannot be read as an image ({error}).") from error
+        cause = str(error) or type(error).__name__  # a MemoryError has no text
+        raise UserError(f"{name} cannot be read as an image ({cause}).") from error
 
 
 def _open(data: bytes) -> Image.Image:

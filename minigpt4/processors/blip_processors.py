@@ -122,6 +122,14 @@ class Blip2ImageEvalProcessor(_Blip2ImageProcessor):
     ) -> None:
         super().__init__(transforms.Resize((image_size, image_size), _BICUBIC), image_size, mean, std, draft)
 
+    @property
+    def first_size(self) -> tuple[int, int] | None:
+        """The width and height to which an image may be resized before (bicubic), with the same result.
+
+        None in subclasses, which may begin with anything else.
+        """
+        return (self.image_size, self.image_size) if type(self) is Blip2ImageEvalProcessor else None
+
 
 @registry.register_processor("blip_caption")
 class BlipCaptionProcessor(_BuiltIn):

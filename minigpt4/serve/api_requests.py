@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +33,6 @@ class Limits:
     timeout_seconds: float = 300.0  # from the arrival to the last token
     allowed_hosts: list[str] = field(default_factory=list)  # of http(s) images
     allowed_folder: Path | None = None  # of file:// images
-    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))  # images; each may take 1 GB
 
 
 class ImageUrl(BaseModel):
@@ -144,25 +143,24 @@ def check_messages(messages: Sequence[Message], limits: Limits) -> None:
 
 
 async def load_messages(
-    messages: Sequence[Message], limits: Limits, preprocess: Callable[[bytes], Tensor]
+    messages: Sequence[Message], limits: Limits, process: Callable[[bytes], Awaitable[Tensor]]
 ) -> list[tuple[str, list[str | Tensor]]]:
-    """Checked messages as (role, texts and processed images); ApiError 400 names the message of an unreadable image."""
+    """Checked messages as (role, texts and processed images); ApiError 400 names the message of an unreadable image.
+
+    The images are loaded one after the other, so that a request holds the bytes of one file only.
+    """
     loaded = []
     for i, message in enumerate(messages):
         try:
-            parts = [await _load_part(part, limits, preprocess) for part in message.content]
+            parts = [await _load_part(part, limits, process) for part in message.content]
         except UserError as error:
             raise ApiError(str(error), f"messages.{i}.content", code="bad_image") from error
         loaded.append((message.role, parts))
     return loaded
 
 
-async def _load_part(part: ContentPart, limits: Limits, preprocess: Callable[[bytes], Tensor]) -> str | Tensor:
-    if part.type == "text":
-        return part.text
-    data = await load_image(part.image_url.url, limits)
-    async with limits.decoding:
-        return await asyncio.to_thread(preprocess, data)
+async def _load_part(part: ContentPart, limits: Limits, process: Callable[[bytes], Awaitable[Tensor]]) -> str | Tensor:
+    return part.text if part.type == "text" else await process(await load_image(part.image_url.url, limits))
 
 
 def read_options(body: Body, limits: Limits, decode: Callable[[Sequence[int]], str]) -> GenerationOptions:
