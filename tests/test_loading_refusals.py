@@ -8,6 +8,7 @@ import pytest
 import torch
 from golden_data import TINY, close
 from loading_files import PARTS, PROJECTION, VISION, edit, encodes_alike, golden_output, llama, written  # noqa: F401
+from safetensors.torch import load_file
 
 from minigpt4.common.errors import UserError
 
@@ -178,11 +179,24 @@ def test_truncated_language_model(build, llama):
     assert_words(refusal(build, llama_model=str(llama)), str(llama), "model.safetensors", "cannot be read as weights")
 
 
+INDEX = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+
+
 def test_missing_shard(build, llama):
-    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    (llama / "model.safetensors").rename(llama / "model-00001-of-00002.safetensors")
+    (llama / "model.safetensors.index.json").write_text(json.dumps(INDEX))
     message = refusal(build, llama_model=str(llama))
     assert_words(message, str(llama), "1 of 2", "model-00002-of-00002.safetensors", "index.json")
+
+
+@pytest.mark.parametrize("complete", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("stale", ["model.safetensors", "pytorch_model.bin"])
+def test_a_stale_index_beside_a_complete_file(build, llama, complete, stale):
+    state = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    written(llama / complete, state)
+    (llama / f"{stale}.index.json").write_text(json.dumps(INDEX))
+    assert encodes_alike(build(llama_model=str(llama)))
 
 
 def test_tokenizer_larger_than_the_embeddings(build, llama):

@@ -1,21 +1,29 @@
 """Local files for YAML values: paths, URLs that are downloaded once, and Hugging Face ids."""
 
 import fnmatch
+import hashlib
 import json
 import logging
 import os
 import re
+import shutil
+import urllib.parse
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.schema import ModelConfig
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _URL = re.compile(r"^https?://")
 _PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_PUBLISHED = (ModelConfig.vit_weights, ModelConfig.q_former_model)  # the reference stores them by their names alone
+_TIMEOUT = 60  # seconds without a byte
 
 
 def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Path:
@@ -44,7 +52,7 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
     spec = str(spec)
     path = Path(os.path.expanduser(spec))
     if os.path.exists(path):  # False, too, for names that no file can have
-        return path
+        return _snapshot(path, key) if (path / "snapshots").is_dir() else path
     if _PLACEHOLDER.search(spec):
         advice = "set it to where the file really is." + see("placeholder-paths")
         raise UserError(f"{key} is still the placeholder '{spec}'; {advice}")
@@ -55,19 +63,45 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
     raise UserError(f"{key}: '{spec}' does not exist (seen from {Path.cwd()}); correct the path.")
 
 
+def _snapshot(folder: Path, key: str) -> Path:
+    """The only snapshot in a repository's folder of the Hugging Face cache, ``models--ORGANISATION--NAME``."""
+    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    if len(snapshots) != 1:
+        names = ", ".join(path.name for path in snapshots) or "none"
+        problem = f"{folder} is a folder of the Hugging Face cache with {len(snapshots)} snapshots ({names})"
+        raise UserError(f"{key}: {problem}; set {key} to the folder of one, {folder}/snapshots/….")
+    return snapshots[0]
+
+
 def _download_target(url: str) -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    """The file of a URL: other URLs, such as those of other revisions, have other files."""
+    name = urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1][-100:]
+    if url not in _PUBLISHED:
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
 def _download(url: str) -> Path:
     from filelock import FileLock  # comes with torch
 
     target = _download_target(url)
+    partial = target.with_name(f"{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):  # the ranks of a node share one download
-        if not target.exists():
-            logging.info("Downloading %s to %s", url, target)
-            torch.hub.download_url_to_file(url, str(target))
+        if target.exists():
+            return target
+        logging.info("Downloading %s to %s", url, target)
+        request = urllib.request.Request(url, headers={"User-Agent": "minigpt4"})
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as file:
+                length = int(response.headers.get("Content-Length", -1))
+                with tqdm.wrapattr(file, "write", total=max(length, 0) or None, desc=target.name) as counted:
+                    shutil.copyfileobj(response, counted)
+            if length not in (-1, size := partial.stat().st_size):
+                raise OSError(f"the connection ended after {size:,} of {length:,} bytes")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
     return target
 
 

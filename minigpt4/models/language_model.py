@@ -213,14 +213,22 @@ def fill_weights(
 
 
 def weight_files(folder: Path, key: str = KEY) -> list[Path]:
-    """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none."""
+    """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none.
+
+    An index whose shards are missing counts only where no other file holds the weights: it may be left over.
+    """
+    problems = []
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
-        if index.is_file():
-            return weights.shards(index, key)
-    raise UserError(f"{key}: {folder} holds no model.safetensors or pytorch_model.bin, nor an index of their parts.")
+        try:
+            if index.is_file():
+                return weights.shards(index, key)
+        except UserError as error:
+            problems.append(error)
+    expected = "model.safetensors or pytorch_model.bin, nor an index of their parts"
+    raise problems[0] if problems else UserError(f"{key}: {folder} holds no {expected}.")
 
 
 def load_tokenizer(llm: PreTrainedModel, folder: Path) -> Any:
@@ -252,7 +260,4 @@ def check_folder(folder: Path, key: str = KEY) -> dict[str, Any]:
     config = parse_json(file.read_bytes(), f"{key}: {file}")
     if not isinstance(config, dict):
         raise UserError(f"{key}: {file} holds no JSON object; copy it again.")
-    for index in folder.glob("*.index.json"):
-        weights.shards(index, key)
-    weight_files(folder, key)
     return config

@@ -1,0 +1,92 @@
+"""Values that name a file elsewhere: URLs, which are downloaded once, and folders of the Hugging Face cache."""
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+from minigpt4.common.errors import UserError
+from minigpt4.common.files import locate, resolve_local_path
+from minigpt4.common.schema import ModelConfig
+
+KEY = "model.ckpt"
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server whose every path holds its own name; a query says how many bytes are claimed beyond those sent."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append(self.path)
+            path, _, missing = self.path.partition("?missing=")
+            self.send_response(200)
+            if missing != "unknown":
+                self.send_header("Content-Length", str(len(path) + int(missing or 0)))
+            self.end_headers()
+            self.wfile.write(path.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_files_of_one_name_have_a_download_each(server):
+    urls = [f"{server.url}{path}" for path in ("/a/x.pth", "/b/x.pth", "/b/x.pth?missing=0")]
+    files = [locate(url, KEY) for url in urls + urls]
+    assert [file.read_text() for file in files[:3]] == ["/a/x.pth", "/b/x.pth", "/b/x.pth"]
+    assert len(set(files)) == 3 and files[3:] == files[:3] and len(server.requests) == 3
+    assert {file.suffix for file in files} == {".pth"}
+    assert resolve_local_path(urls[0], KEY) == files[0] and resolve_local_path(f"{server.url}/c/x.pth", KEY) is None
+
+
+@pytest.mark.parametrize("url", [ModelConfig().vit_weights, ModelConfig().q_former_model])
+def test_downloads_of_the_published_files_are_found(server, tmp_path, url):
+    """Under the names that the reference gives them."""
+    file = tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[-1]
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert locate(url, KEY) == file and not server.requests
+
+
+def test_a_download_that_ends_early_is_none(server, tmp_path):
+    for _ in range(2):  # nothing of the first attempt counts as the file
+        with pytest.raises(UserError, match=r"model\.ckpt.*could not be downloaded.*6 of 16 bytes"):
+            locate(f"{server.url}/x.pth?missing=10", KEY)
+    assert len(server.requests) == 2 and not list((tmp_path / "hub").rglob("*x.pth"))
+
+
+def test_a_download_without_length(server):
+    assert locate(f"{server.url}/x.pth?missing=unknown", KEY).read_text() == "/x.pth"
+
+
+def test_a_download_that_was_killed_is_begun_anew(server):
+    url = f"{server.url}/x.pth"
+    file = locate(url, KEY)
+    file.rename(f"{file}.partial")
+    assert resolve_local_path(url, KEY) is None
+    assert locate(url, KEY).read_text() == "/x.pth" and not Path(f"{file}.partial").exists()
+
+
+def test_a_folder_of_the_hub_cache(tmp_path):
+    folder = tmp_path / "models--lmsys--vicuna"
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    with pytest.raises(UserError, match=r"model\.ckpt.*0 snapshots \(none\)"):
+        locate(str(folder), KEY)
+    (folder / "snapshots" / "abc").mkdir()
+    assert locate(str(folder), KEY) == folder / "snapshots" / "abc"
+    (folder / "snapshots" / "def").mkdir()
+    with pytest.raises(UserError, match=r"2 snapshots \(abc, def\); set model\.ckpt to the folder of one"):
+        locate(str(folder), KEY)
