@@ -124,9 +124,11 @@ def test_a_kernel_that_a_config_names_is_not_asked_for(llama):
 
 
 @pytest.mark.parametrize(
-    "content", [{"a": "b"}, {5: torch.ones(1)}, {"a": torch.ones(2).to_sparse()}], ids=["text", "number", "sparse"]
+    ("content", "word"),
+    [({"a": "b"}, "no tensor"), ({5: torch.ones(1)}, "no tensor"), ({"a": torch.ones(2).to_sparse()}, "sparse")],
+    ids=["text", "number", "sparse"],
 )
-def test_delta_of_other_things(llama, content):
+def test_delta_of_other_things(llama, content, word):
     (llama / "model.safetensors").unlink()
     torch.save(content, llama / "pytorch_model.bin")
-    told(lambda: read_folder(llama, "--delta"), "--delta", "pytorch_model.bin", "no tensor")
+    told(lambda: read_folder(llama, "--delta"), "--delta", "pytorch_model.bin", word)

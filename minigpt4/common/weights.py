@@ -3,7 +3,6 @@
 import fnmatch
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minigpt4.common import pickles
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.files import WEIGHT_FILES
 from minigpt4.common.utils import parse_json
@@ -201,9 +201,5 @@ def _load(path: Path) -> Any:
         from safetensors.torch import load_file
 
         return load_file(path)
-    is_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:  # torch does not compress
-            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it unpacks to more than it holds")
+    is_zip = pickles.check(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
