@@ -1,7 +1,9 @@
 """Tokenizers and prompts that somebody prepared: refused in a line, and nothing is run."""
 
+import base64
 import json
 import shutil
+import struct
 
 import pytest
 from confined import told
@@ -9,6 +11,7 @@ from golden_data import TINY
 from hostile_weights import replaced
 from sentencepiece import SentencePieceTrainer
 
+from minigpt4.models import fast_tokenizer
 from minigpt4.models import language_model as lm
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import read_prompts
@@ -107,8 +110,8 @@ TOKENIZERS = {
         "cannot be read",
     ),
     "decoder as a list": (replaced("tokenizer_config.json", '{"added_tokens_decoder": [1]}'), "cannot be read"),
-    "fast of no bytes": (fast(text=""), "cannot be read"),
-    "fast that is deep": (fast(text="[" * 10**5), "cannot be read"),
+    "fast of no bytes": (fast(text=""), "tokenizer.json", "no valid JSON"),
+    "fast that is deep": (fast(text="[" * 10**5), "tokenizer.json", "no valid JSON"),
     "fast as a list": (fast(text="[]"), "cannot be read"),
     "fast of an unknown model": (fast(content={"model": {"type": "Evil"}}), "cannot be read"),
     "fast with code of its own": (
@@ -118,6 +121,77 @@ TOKENIZERS = {
     ),
     "fast without end": (fast(eos_token=None), "no eos_token_id"),
 }
+DOUBLES = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+SEQUENCE = {"type": "Sequence", "normalizers": [DOUBLES] * 40}
+BETWEEN = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}
+CHARSMAP = base64.b64encode(struct.pack("<I", 0) + b"a" * 10**5).decode()
+GROWING = {  # memory that grows like 2^40 aborts the process, where nothing can be caught
+    "a normalizer": {"normalizer": SEQUENCE},
+    "a nested one": {"normalizer": {"type": "Sequence", "normalizers": [SEQUENCE]}},
+    "an expression": {"normalizer": {"type": "Sequence", "normalizers": [BETWEEN] * 40}},
+    "a long replacement": {"normalizer": DOUBLES | {"content": "a" * 10**6}},
+    "a long beginning": {"normalizer": {"type": "Prepend", "prepend": "a" * 10**6}},
+    "forms of Unicode": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 9}},
+    "a table": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": CHARSMAP}},
+    "bytes": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 40}},
+    "a decoder": {"decoder": {"type": "Sequence", "decoders": [DOUBLES] * 40}},
+    "a decoder of spaces": {"decoder": {"type": "Sequence", "decoders": [{"type": "BPEDecoder", "suffix": ""}] * 40}},
+}
+
+
+@pytest.mark.parametrize("case", GROWING)
+def test_tokenizer_that_makes_texts_longer(tokenizer_folder, case):
+    fast(content=GROWING[case])(tokenizer_folder)
+    told(lambda: load_tokenizer(tokenizer_folder), "model.llama_model", "tokenizer.json", "times longer", "at most 100")
+
+
+def test_tokenizer_that_makes_texts_longer_in_another_file(tokenizer_folder):
+    fast(fast_tokenizer_files=["x/tokenizer.1.json"])(tokenizer_folder)
+    (tokenizer_folder / "x").mkdir()
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_text()) | GROWING["a normalizer"]
+    (tokenizer_folder / "x" / "tokenizer.1.json").write_text(json.dumps(content))
+    told(lambda: load_tokenizer(tokenizer_folder), "x/tokenizer.1.json", "times longer")
+
+
+PANICS = {
+    "loading": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}},
+    "encoding": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+}
+
+
+@pytest.mark.parametrize("case", PANICS)
+def test_tokenizer_that_panics(tokenizer_folder, case):
+    """A panic of Rust is no Exception, so that nothing else would catch it."""
+    fast(content=PANICS[case])(tokenizer_folder)
+    told(lambda: load_tokenizer(tokenizer_folder), "model.llama_model", str(tokenizer_folder), "panicked", "again")
+
+
+def test_tokenizer_that_panics_later(tokenizer_folder):
+    """At a token that the trial does not have."""
+    fast(content={"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 2}})(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    ids = tokenizer("a", add_special_tokens=False).input_ids
+    for decode in (tokenizer.decode, lambda ids: tokenizer.batch_decode([ids])):
+        told(lambda decode=decode: decode(ids), "model.llama_model", str(tokenizer_folder), "panicked")
+
+
+def test_usual_pipelines_are_accepted(tokenizer_folder):
+    """Llama's, Gemma's, Qwen's and T5's steps."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    llama = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, space]}
+    back = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    steps = [{"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    decoder = {"type": "Sequence", "decoders": [back, *steps]}
+    split = {"type": "Split", "pattern": {"Regex": "\\d"}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    qwen = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    table = base64.b64encode(struct.pack("<I", 0) + b"ffi\0" + b"a" * 33).decode()
+    t5 = {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": table}, space]}
+    for content in ({"normalizer": llama, "decoder": decoder}, {"normalizer": {"type": "NFC"}, "pre_tokenizer": qwen}):
+        assert fast_tokenizer.max_growth(list(content.values())) <= fast_tokenizer.MAX_GROWTH / 4
+    assert fast_tokenizer.max_growth(t5) <= fast_tokenizer.MAX_GROWTH / 2
+    fast(content={"normalizer": llama, "decoder": decoder})(tokenizer_folder)
+    assert load_tokenizer(tokenizer_folder)("a", add_special_tokens=False).input_ids == [0]
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)

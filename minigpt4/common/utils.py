@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from minigpt4.common.errors import UserError
@@ -20,3 +21,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 and numbers of thousands of digits: ValueErrors
         raise UserError(f"{where} is no valid JSON ({error}).") from error
+
+
+def read_json_object(file: Path, key: str) -> dict[str, Any]:
+    """Returns the content of a JSON file, empty where there is none; a UserError if it is damaged or no object."""
+    content = parse_json(file.read_bytes(), f"{key}: {file}") if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{key}: {file} cannot be read: it holds no JSON object; copy it again.")
+    return content

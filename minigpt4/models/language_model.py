@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.utils import parse_json
+from minigpt4.common.utils import read_json_object
 from minigpt4.models import llama_tokenizer
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.packed_attention import NAME, PackedBatch
@@ -254,10 +254,6 @@ def check_folder(folder: Path, key: str = KEY) -> dict[str, Any]:
     if not folder.is_dir():
         expected = "expected the folder with config.json and the weights of the LM." + see("weights-that-do-not-fit")
         raise UserError(f"{key}: {folder} is a file ({weights.identify_file(folder)}); {expected}")
-    file = folder / "config.json"
-    if not file.is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(f"{key}: {folder} has no config.json; expected a Hugging Face model folder.")
-    config = parse_json(file.read_bytes(), f"{key}: {file}")
-    if not isinstance(config, dict):
-        raise UserError(f"{key}: {file} holds no JSON object; copy it again.")
-    return config
+    return read_json_object(folder / "config.json", key)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.utils import parse_json
+from minigpt4.common.utils import read_json_object
+from minigpt4.models import fast_tokenizer
 
 KEY = "model.llama_model"
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -26,7 +26,7 @@ class LlamaTokenizer(SentencePieceBackend):
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-        config, roles, added = (_read_json(folder / name) for name in names)
+        config, roles, added = (read_json_object(folder / name, KEY) for name in names)
         vocabulary = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
         special = {}
         for role in (*_DEFAULTS, "pad_token"):
@@ -88,7 +88,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         if is_sentencepiece:
             tokenizer: Any = LlamaTokenizer(folder)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            tokenizer = fast_tokenizer.load(folder, KEY)
     except UserError:
         raise
     except Exception as error:  # sentencepiece and transformers raise many kinds for damaged files
@@ -110,10 +110,3 @@ def _checked(token: str) -> str:
     if not token.encode():  # which raises for half a surrogate pair
         raise ValueError("a special token is empty")
     return token
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    content = parse_json(path.read_bytes(), f"{KEY}: {path}") if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise UserError(f"{KEY}: {path} cannot be read: it holds no JSON object; copy it again.")
-    return content
