@@ -6,6 +6,7 @@ import string
 from collections import Counter
 
 import hostile_data
+import hostile_images
 import picture_kinds
 from fuzz_cases import IMAGE_PLACEHOLDER, ROOM, SEEDS, TEXTS, VALUES, from_files, or_told, target, with_seed, written
 from hypothesis import strategies as st
@@ -100,7 +101,7 @@ PICTURES = [
     *(picture_kinds.saved(RED, kind) for kind in ("AVIF", "BMP", "GIF", "TIFF")),
     *(picture_kinds.saved(RED, "TIFF", compression=name) for name in ("tiff_lzw", "jpeg")),
     *picture_kinds.readable().values(),
-    *(data for data, _ in hostile_data.PICTURES.values() if data and len(data) < 50_000),
+    *(data for data, _ in hostile_images.PICTURES.values() if data and len(data) < 50_000),
 ]
 
 

@@ -21,10 +21,15 @@ def _grey(dtype, value, largest=0):
     return Image.fromarray(values)
 
 
+def _exif():
+    """EXIF of an image that is rotated by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
 def readable():
     """{file name: bytes} of images that have to be accepted."""
-    exif = RED.getexif()
-    exif[0x0112] = 6  # rotated by 90 degrees
     frames = [RED, Image.new("RGB", RED.size, (0, 0, 255))]
     return {
         "grey16.tif": saved(_grey(numpy.uint16, 32896), "TIFF"),
@@ -34,7 +39,7 @@ def readable():
         "large_floats.tif": saved(_grey(numpy.float32, 5.02, 10), "TIFF"),
         "transparent.gif": saved(Image.new("P", RED.size), "GIF", transparency=0, comment="some words"),
         "grey16.png": saved(_grey(numpy.uint16, 32896), "PNG"),
-        "rotated.jpg": saved(RED, "JPEG", exif=exif),
+        **{f"rotated.{kind}": saved(RED, kind, exif=_exif()) for kind in ("jpeg", "png", "webp", "avif", "tiff")},
         "transparent.png": saved(Image.new("RGBA", RED.size, (0, 0, 0, 0)), "PNG"),
         "palette.png": saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         "animated.gif": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),

@@ -9,17 +9,19 @@ import hostile_data
 import pytest
 from confined import Hangs, bounded, told
 from data_samples import EVAL, KEY, make_loader, texts
-from hostile_data import PICTURE, PICTURES, SHARDS, archive, good, unended
+from hostile_data import PICTURE, SHARDS, archive, good, unended
+from hostile_images import PICTURES, with_metadata
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
 from minigpt4.datasets.datasets import PairDataset, ShardDataset, shard_urls
 from minigpt4.datasets.datasets.pairs import Pair
-from minigpt4.datasets.datasets.sample import SkipSample, WorkerInfo
+from minigpt4.datasets.datasets.sample import SkipSample, WorkerInfo, decode_image
 from minigpt4.datasets.datasets.shard_urls import expand_shards
 from minigpt4.datasets.datasets.shards import key_and_suffix
 from minigpt4.processors import BlipCaptionProcessor
 
+METADATA = with_metadata()
 pytestmark = pytest.mark.usefixtures("confined")
 
 
@@ -133,6 +135,12 @@ def test_picture_in_a_chat(tmp_path, case):
     for source in (data, tmp_path / "b.jpg"):
         name = "the image" if isinstance(source, bytes) else "b.jpg"
         told(lambda source=source: read_image(source), name, *(["pixels", "100,000,000"] if "large" in kind else []))
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_metadata_is_not_read(case):
+    for decode in (read_image, decode_image):
+        assert decode(METADATA[case]).size in ((12, 10), (10, 10))
 
 
 FILES = {  # what may lie in a folder where a picture is expected

@@ -2,21 +2,31 @@
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.image_files import read_orientation, strip_metadata
 
 MAX_FILE_BYTES = 2**27
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a photo has about a quarter
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _MAX_SCAN_PIXELS = 10 * MAX_PIXELS  # a progressive JPEG is usually drawn in 10 scans
 _MIN_SCAN_PIXELS = 5_000_000  # a scan of a small image counts as this many: at most 200 scans
-_MAX_GIF_BLOCKS = 10_000  # of extensions before the first frame
+_ROTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageTooLarge(UserError):
@@ -56,20 +66,14 @@ def read_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = source
-            if not isinstance(image, Image.Image):
-                image = _open(source if isinstance(source, bytes) else read_plain_file(Path(source)))
-            if image.width * image.height > MAX_PIXELS:
-                size = f"has {image.width}x{image.height} pixels"
-                raise ImageTooLarge(f"{name} {size}; at most {MAX_PIXELS:,} are read, make it smaller.")
-            if draft_size and (size := draft_size(*image.size)) != image.size:
-                image.draft("RGB", size)
-            image.load()
-            return _to_rgb(_rotate(image))
-    except UserError:
-        raise
+            if isinstance(source, Image.Image):
+                _check_size(source)
+                return _to_rgb(ImageOps.exif_transpose(source))
+            return _to_rgb(_decode(source if isinstance(source, bytes) else read_plain_file(Path(source)), draft_size))
     except Image.DecompressionBombError as error:
-        raise ImageTooLarge(f"{name} is too large; at most {MAX_PIXELS:,} pixels are read, make it smaller.") from error
+        size = re.search(r"[\dx]+ pixels", str(error))  # in Pillow's text or that of _check_size
+        actual = size[0] if size else "too many pixels"
+        raise ImageTooLarge(f"{name} has {actual}; at most {MAX_PIXELS:,} are read, make it smaller.") from error
     except UnidentifiedImageError as error:  # its text has the address of a buffer
         formats = ", ".join(FORMATS)
         raise UserError(f"{name} cannot be read as an image (it is damaged, or not one of {formats}).") from error
@@ -78,54 +82,39 @@ def read_image(
         raise UserError(f"{name} cannot be read as an image ({cause}).") from error
 
 
-def _open(data: bytes) -> Image.Image:
-    # Formats that Pillow decodes itself, in bounded time; for others, EPS among them, it starts programs.
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
+
+
+def _decode(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | None) -> Image.Image:
+    """The first frame of an image file, upright; raises what Pillow raises."""
+    data, exif = strip_metadata(data)
     Image.init()
-    if data.startswith(b"GIF8"):
-        data = _without_comments(data)
     image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
-    if image.format in ("JPEG", "MPO"):
-        num_scans = data.count(b"\xff\xda")
-        if num_scans * max(image.width * image.height, _MIN_SCAN_PIXELS) > _MAX_SCAN_PIXELS:
-            raise OSError(f"its {image.width}x{image.height} pixels are drawn in {num_scans} scans")
-    return image
-
-
-def _without_comments(data: bytes) -> bytes:
-    """A GIF whose first frame has no extension but its transparency: Pillow takes minutes to join many comments."""
-    flags = int.from_bytes(data[10:11])
-    start = at = 13 + (3 << (flags & 7) + 1 if flags & 128 else 0)
-    control, is_extension = b"", False
-    for _ in range(_MAX_GIF_BLOCKS):
-        byte = data[at : at + 1]
-        if is_extension:  # at the size of one of its blocks; 0 ends it
-            at += 1 + int.from_bytes(byte)
-            is_extension = byte not in (b"\0", b"")
-        elif byte in (b",", b";", b""):
-            return data[:start] + control + data[at:]
-        else:
-            if data[at : at + 3] == b"!\xf9\x04":
-                control = data[at : at + 7] + b"\0"
-            is_extension = byte == b"!"
-            at += 2 if is_extension else 1
-    raise OSError(f"more than {_MAX_GIF_BLOCKS:,} blocks precede its first frame")
-
-
-def _rotate(image: Image.Image) -> Image.Image:
-    try:
-        is_upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        return image if is_upright else ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata of an undamaged image
-        return image
+    _check_size(image)
+    num_scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1
+    if num_scans * max(image.width * image.height, _MIN_SCAN_PIXELS) > _MAX_SCAN_PIXELS:
+        raise OSError(f"its {image.width}x{image.height} pixels are drawn in {num_scans} scans")
+    if any(tile[0] == "bmp_rle" for tile in image.tile):
+        raise OSError("it is a run-length encoded BMP")  # which Pillow decodes in Python
+    if draft_size and (size := draft_size(*image.size)) != image.size:
+        image.draft("RGB", size)
+    image.load()
+    method = _ROTATIONS.get(read_orientation(exif or image.info.get("exif", b"")))
+    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):  # Pillow would clip these at 255
-        values = numpy.nan_to_num(numpy.asarray(image, dtype=numpy.float32), posinf=0)
+        values = numpy.array(image, dtype=numpy.float32)
+        if image.mode == "F":
+            numpy.nan_to_num(values, copy=False, posinf=0)
         largest = 65_535 if image.mode.startswith("I;16") else values.max()
         ranges = (1,) if image.mode == "F" else (255, 65_535)
-        white = next((white for white in ranges if largest <= white), largest)
-        return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(numpy.uint8)).convert("RGB")
+        values *= 255 / next((white for white in ranges if largest <= white), largest)
+        numpy.rint(values.clip(0, 255, out=values), out=values)
+        return Image.fromarray(values.astype(numpy.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
