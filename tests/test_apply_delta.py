@@ -192,6 +192,46 @@ def spoil_nan(folders):
     tool.save_file(state, file)
 
 
+def spoil_vicuna_v0(folders):
+    for name, rows in (("base", 32001), ("delta", 32001)):
+        shutil.rmtree(folders[name])
+        model = make_model(rows, 0)
+        model.model.norm.weight.data.mul_(0.01 if name == "delta" else 1)
+        save_folder(model, folders[name], as_bin=False)
+
+
+def as_published(folders, rows=33):
+    """Base, delta and fine-tuned model as they relate in fp16: the delta is the difference of the two."""
+    base, target = make_model(32, 0), make_model(rows, 0)
+    torch.manual_seed(2)
+    difference = make_model(rows, 0)
+    for name, value in target.state_dict().items():
+        own = base.state_dict()[name]
+        noise = torch.randn_like(own, dtype=torch.float32) * own.float().std().nan_to_num().clamp(min=0.02) / 20
+        value[: len(own)] = (own.float() + noise).half()
+        copy = difference.state_dict()[name]
+        copy.copy_(value)
+        copy[: len(own)] -= own
+    for name, model in (("base", base), ("delta", difference), ("vicuna", target)):
+        folders[name] = folders["target"].with_name(name)
+        shutil.rmtree(folders[name], ignore_errors=True)
+        save_folder(model, folders[name], as_bin=name == "base")
+        (folders[name] / "tokenizer.model").write_bytes(b"tokenizer")
+    return folders.pop("vicuna")
+
+
+@pytest.mark.parametrize("rows", [33, 32], ids=["v0", "v1.1"])
+def test_a_delta_as_published(folders, rows):
+    vicuna = as_published(folders, rows)
+    assert run(folders) == 0
+    expected, found = read_weights(vicuna), read_weights(folders["target"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)  # small weights that changed much are rounded
+
+
+def spoil_vicuna_as_base(folders):
+    folders["base"] = as_published(folders, rows=32)
+
+
 def spoil_config(folders):
     (folders["delta"] / "config.json").write_text("{")
 
@@ -217,6 +257,8 @@ def spoil_config(folders):
         (spoil_no_tokenizer, "tokenizer.model"),
         (spoil_nan, "not finite"),
         (spoil_config, "no valid JSON"),
+        (spoil_vicuna_v0, "it is Vicuna v0, to which the delta is added already"),
+        (spoil_vicuna_as_base, "perhaps it is Vicuna already"),
     ],
 )
 def test_mistakes_end_in_one_message(folders, spoil, message, capsys):

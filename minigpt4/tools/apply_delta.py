@@ -28,6 +28,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_BYTES = 2 * 10**9  # of one written file, which is assembled in memory
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
 FINAL_NORM = "model.norm.weight"
+VICUNA_V0_ROWS, NUM_ROWS = 32001, 64  # LLaMA has 32000; rows of each matrix in which base and delta are compared
 EQUAL_CONFIG_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
 GENERATION_FILE = "generation_config.json"
@@ -110,10 +111,39 @@ def _check_match(base: ModelFolder, delta: ModelFolder) -> None:
     if rows - base_rows not in (0, 1):
         expected = "expected the same number (v1.1) or one more in the delta (v0)"
         raise UserError(f"--base has {base_rows} tokens and --delta {rows}; {expected}.")
+    if base_rows == VICUNA_V0_ROWS:
+        problem = f"{base.folder} has {base_rows} tokens, LLaMA 32000: it is Vicuna v0, to which the delta is added"
+        raise UserError(f"--base: {problem} already. Use it as it is, or take the first LLaMA.")
     for name, value in delta.tensors.items():
         start, shape, base_shape = int(name in VOCABULARY_TENSORS), list(value.shape), list(base.tensors[name].shape)
         if shape[start:] != base_shape[start:]:
             raise UserError(f"'{name}' is {base_shape} in --base and {shape} in --delta.")
+    if 1e-4 < (share := _share_of_inexact_sums(base, delta)) < 0.5:
+        problem = (
+            f"{base.folder} is not the model that {delta.folder} was computed from ({share:.1%} of sums are inexact)"
+        )
+        cause = "perhaps it is Vicuna already, another fine-tuned LLaMA, or was rounded to bf16"
+        raise UserError(f"--base: {problem}; {cause}. Take the first LLaMA in fp16.")
+
+
+def _share_of_inexact_sums(base: ModelFolder, delta: ModelFolder) -> float:
+    """The share of sampled sums that are no fp16 numbers.
+
+    A delta is the difference of two models in fp16. Where both numbers are of similar size their difference is exact
+    (Sterbenz, 1974), so there the sum with the right base is an fp16 number. With a fine-tuned model as base, a few per
+    cent of the sums are not, as their exponent is larger. Nearly all are inexact where base and delta are unrelated, or
+    the delta was computed in another precision.
+    """
+    num_inexact, num_sums = 0, 1
+    for name, value in delta.tensors.items():
+        other = base.tensors[name]
+        if other.ndim == 2 and other.dtype != torch.bfloat16:
+            rows = slice(0, len(other), max(1, len(other) // NUM_ROWS))
+            first, second = other[rows].float(), value[rows].float()
+            total, is_similar = first + second, second.abs() <= first.abs() / 4
+            num_sums += int(is_similar.sum())
+            num_inexact += int((is_similar & (total.half() != total)).sum())
+    return num_inexact / num_sums
 
 
 def _write_weights(base: ModelFolder, delta: ModelFolder, folder: Path, dtype: torch.dtype) -> None:
