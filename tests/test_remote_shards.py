@@ -1,22 +1,35 @@
 """Shards over the network and from commands: read while they come, failures counted and named."""
 
+import base64
 import itertools
-import shutil
+import multiprocessing
+import os
+import signal
+import socket
 import threading
+import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from data_samples import EVAL, KEY, captions, good, picture, same, shard
 
 from minigpt4.common.errors import UserError
-from minigpt4.datasets.datasets import ShardDataset
+from minigpt4.datasets.datasets import ShardDataset, shard_streams
 from minigpt4.datasets.datasets.sample import WorkerInfo
 from minigpt4.datasets.datasets.shard_urls import expand_shards
 
 WORKER = WorkerInfo(seed=0)
-needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The waits between attempts, which are not waited for."""
+    seconds = []
+    monkeypatch.setattr(shard_streams.time, "sleep", seconds.append)
+    return seconds
 
 
 @pytest.fixture
@@ -27,7 +40,7 @@ def serve():
     def start(do_get):
         handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": do_get, "log_message": lambda *_: None})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         return f"http://127.0.0.1:{server.server_port}"
 
@@ -47,13 +60,12 @@ def from_folder(folder):
     return do_get
 
 
-@needs_curl
 def test_shards_over_http(tmp_path, shards, serve, caplog):
     address = serve(from_folder(tmp_path))
     urls = expand_shards(address + "/{00000..00003}.tar", KEY)
     skipped = Counter()
     assert captions(ShardDataset("x", urls, EVAL).iter_eval(WORKER, skipped)) == [f"c{n}" for n in range(24)]
-    assert skipped == {"unreadable shard": 1} and "00003.tar cannot be read any further: the program" in caplog.text
+    assert skipped == {"unreadable shard": 1} and "00003.tar cannot be read any further: 404 Not Found" in caplog.text
     local, remote = (
         list(itertools.islice(ShardDataset("x", paths, EVAL, shuffle_buffer=5).iter_train(WorkerInfo(2)), 30))
         for paths in (shards, urls[:3])
@@ -61,7 +73,6 @@ def test_shards_over_http(tmp_path, shards, serve, caplog):
     assert same(local, remote)
 
 
-@needs_curl
 def test_a_remote_shard_is_used_while_it_comes(shards, serve):
     data, go_on = Path(shards[0]).read_bytes(), threading.Event()
 
@@ -80,7 +91,6 @@ def test_a_remote_shard_is_used_while_it_comes(shards, serve):
     assert captions(samples) == [f"c{n}" for n in range(1, 8)]
 
 
-@needs_curl
 def test_a_remote_shard_may_be_left_halfway(tmp_path, shards, serve):
     big = shard(tmp_path / "big.tar", [("0.jpg", picture(1)), ("0.txt", b"c"), ("1.txt", bytes(10**6)), *good(2)])
     for url in (serve(from_folder(tmp_path)) + "/big.tar", f"pipe:cat {big}"):
@@ -89,6 +99,135 @@ def test_a_remote_shard_may_be_left_halfway(tmp_path, shards, serve):
         next(samples)
         samples.close()
         assert not skipped
+
+
+def flaky(data, responses):
+    """A handler that ends its responses after so many bytes, or with a status above 100; then it is well."""
+    left = iter(responses)
+
+    def do_get(self):
+        size = next(left, len(data))
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if can_resume else 0
+        is_refused = 100 < size < 600
+        self.send_response(size if is_refused else 206 if start else 200)
+        self.send_header("Content-Length", "0" if is_refused else str(len(data) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(b"" if is_refused else data[start : start + size])
+
+    can_resume = len(responses) % 2 == 0
+    return do_get
+
+
+@pytest.mark.parametrize("responses", [(503, 5000, 7000, 500), (9000, 429, 12_000)], ids=["ranges", "no ranges"])
+def test_a_flaky_server_is_asked_for_the_rest(shards, serve, waits, responses):
+    data = Path(shards[0]).read_bytes()
+    url = serve(flaky(data, responses)) + "/0.tar"
+    with shard_streams.open_stream(url, 5, 5) as stream:
+        assert stream.read() == data
+    assert waits == [1, 2, 4, 8][: len(responses)]
+
+
+def test_a_resume_over_a_flaky_server(shards, serve, waits):
+    def do_get(self):
+        from_folder(Path(shards[0]).parent)(self) if next(requests) % 2 else flaky(b"x" * 9000, [503])(self)
+
+    requests = itertools.count()
+    address = serve(do_get)
+    dataset = ShardDataset("x", [f"{address}/{n:05}.tar" for n in range(3)], EVAL, shuffle_buffer=5)
+    first = dataset.iter_train(WORKER)
+    captions(next(first) for _ in range(10))
+    resumed = dataset.iter_train(WORKER, position=first.position)
+    assert captions(next(first) for _ in range(20)) == captions(next(resumed) for _ in range(20))
+    assert len(waits) > 3
+
+
+def test_a_resume_without_the_server_tells_so(shards, serve, waits):
+    def do_get(self):
+        from_folder(Path(shards[0]).parent)(self) if is_up else flaky(b"", [503] * 9)(self)
+
+    is_up = True
+    url = serve(do_get) + "/00000.tar"
+    stream = ShardDataset("x", [url], EVAL, shuffle_buffer=5).iter_train(WORKER)
+    captions(next(stream) for _ in range(10))
+    is_up = False
+    with pytest.raises(UserError, match=rf"cannot be read \(503 Service Unavailable, at attempt 3\), one of {url}"):
+        ShardDataset("x", [url], EVAL, retries=2, shuffle_buffer=5).iter_train(WORKER, position=stream.position)
+
+
+def test_a_file_that_changes_between_attempts_is_counted(serve, waits, caplog):
+    sizes = iter([9000, 8000])
+
+    def do_get(self):
+        self.send_response(200)
+        self.send_header("Content-Length", str(next(sizes)))
+        self.end_headers()
+        self.wfile.write(b"x" * 100)
+
+    skipped = Counter()
+    assert not list(ShardDataset("x", [serve(do_get) + "/0.tar"], EVAL).iter_eval(WORKER, skipped))
+    assert skipped == {"unreadable shard": 1} and "has changed while it was read" in caplog.text
+
+
+def silent(self):
+    """Begins a response and sends nothing more."""
+    self.send_response(200)
+    self.end_headers()
+    self.wfile.flush()
+    threading.Event().wait(5)
+
+
+@pytest.mark.parametrize("kind", ["silent server", "no server", "silent command"])
+def test_what_cannot_be_reached_ends_the_run_soon(serve, waits, kind, caplog):
+    address = serve(silent)
+    if kind == "no server":
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    shard = "pipe:sleep 60" if kind == "silent command" else f"{address}/0.tar"
+    skipped = Counter()
+    dataset = ShardDataset("web", [shard], EVAL, timeout=0.1, retries=3)
+    reason = "Connection refused" if kind == "no server" else "no data"
+    with pytest.raises(UserError, match=rf"^Data set web: 2 shards in a row .* {shard} .*{reason}.*build_info.timeout"):
+        next(dataset.iter_train(WORKER, skipped=skipped))
+    assert skipped == {"unreachable shard": 2}
+    assert waits == ([] if kind == "silent command" else [1, 2, 4] * 2)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_reader_leaves_no_program_behind(end):
+    seconds = 86_400 + os.getpid()  # finds the program among others
+
+    def programs():
+        return [p for p in psutil.process_iter(["cmdline"]) if str(seconds) in (p.info["cmdline"] or [])]
+
+    command = f"pipe:sleep {seconds} | cat"
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: list(ShardDataset("x", [command], EVAL).iter_eval(WORKER))
+    )
+    process.start()
+    wait_for(programs)
+    os.kill(process.pid, end)
+    process.join()
+    wait_for(lambda: not programs())
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.02)
+
+
+def test_credentials_of_a_url(shards, serve):
+    def do_get(self):
+        is_known = self.headers["Authorization"] == "Basic " + base64.b64encode(b"me:a b").decode()
+        self.send_response(200 if is_known else 401)
+        self.end_headers()
+        self.wfile.write(Path(shards[0]).read_bytes())
+
+    url = serve(do_get).replace("//", "//me:a%20b@") + "/0.tar"
+    assert len(list(ShardDataset("x", [url], EVAL).iter_eval(WORKER))) == 8
 
 
 @pytest.mark.parametrize(("scheme", "client"), [("s3", "aws"), ("gs", "gsutil")])
@@ -117,7 +256,9 @@ def test_urls_of_an_unknown_kind():
 def test_a_failing_client_is_counted_and_named(shards, caplog):
     skipped = Counter()
     found = captions(
-        ShardDataset("x", ["pipe:cat " + shards[0] + "; exit 3", shards[1]], EVAL).iter_eval(WORKER, skipped)
+        ShardDataset("x", ["pipe:cat " + shards[0] + "; echo no data today >&2; exit 3", shards[1]], EVAL).iter_eval(
+            WORKER, skipped
+        )
     )
     assert found == [f"c{n}" for n in range(16)] and skipped == {"unreadable shard": 1}
-    assert "ended with status 3" in caplog.text
+    assert "ended with status 3: no data today" in caplog.text

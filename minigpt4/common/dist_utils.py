@@ -1,6 +1,7 @@
 """Processes under torchrun: rank and world size, the process group, collectives of objects, and a clean end."""
 
 import atexit
+import ctypes
 import functools
 import itertools
 import logging
@@ -19,6 +20,14 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.schema import RunConfig, read_section
 
 Result = TypeVar("Result")
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded now, and not between fork and exec
+
+
+def end_with_parent(number: int) -> None:
+    """Has the kernel send this process a signal when the one that started it ends (on Linux)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def is_dist_avail_and_initialized() -> bool:

@@ -156,6 +156,8 @@ def _compute(name: str, dataset: Any, parts: dict[int, Path], crops: int, vision
             values = zip(features.unflatten(0, (-1, crops)), map(str.encode, batch["text"]), strict=True)
             rows |= dict(zip(batch["number"].tolist(), values, strict=True))
         skipped.update(batches.skipped)
+        if batches.skipped["unreachable shard"]:
+            raise UserError(f"{KEY}: part {part} of {name} cannot be fetched, see the log; start again to continue.")
         _write(file, [rows[number] for number in sorted(rows)], (crops, *queries.shape[1:]))
     log_skipped(skipped, name)
 

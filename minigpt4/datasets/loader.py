@@ -6,7 +6,6 @@ continue with exactly the batches of a run that was never interrupted.
 
 import atexit
 import copy
-import ctypes
 import logging
 import mmap
 import multiprocessing.util
@@ -44,7 +43,6 @@ from minigpt4.datasets.datasets.sample import StreamPosition, WorkerInfo, derive
 Batch = dict[str, Any]
 LOADER_KEY = "loader"  # in a training batch: {"source": name of the data set, "skipped": counts by kind}
 
-_PR_SET_PDEATHSIG = 1  # of prctl(2): the signal that a process gets when its parent dies
 _is_exiting = mmap.mmap(-1, 1)  # shared with forked workers
 atexit.register(_is_exiting.write, b"\1")  # before multiprocessing terminates them, and waits for them
 
@@ -62,7 +60,7 @@ def _init_worker(rank_pid: int, _: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.signal(signal.SIGTERM, on_sigterm)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        dist_utils.end_with_parent(signal.SIGTERM)
         on_sigterm()  # if the rank died before that call
 
 

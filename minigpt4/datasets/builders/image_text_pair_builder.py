@@ -42,7 +42,8 @@ class ShardBuilder(StorageBuilder):
         shards = expand_shards(storage, key)
         logging.info("%s: %d shards.", key, len(shards))
         processors = self.vis_processors[kind], self.text_processors[kind]
-        return ShardDataset(self.name, shards, *processors, self.build_info.shuffle_buffer)
+        info = self.build_info
+        return ShardDataset(self.name, shards, *processors, info.shuffle_buffer, info.timeout, info.retries)
 
 
 @registry.register_builder("laion")

@@ -1,21 +1,21 @@
-"""Shards by path, URL or command: which there are, and their bytes as webdataset's reader gets them."""
+"""Shards by path, URL or command: which there are, and their bytes as tarfile gets them."""
 
 import glob
+import io
 import logging
 import os
-import shlex
 import shutil
 import tarfile
 from pathlib import Path
 
 import braceexpand
-from webdataset.gopen import gopen
 
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.images import MAX_FILE_BYTES
+from minigpt4.datasets.datasets.shard_streams import open_stream
 
-_CURL_SCHEMES = ("http", "https", "ftps", "sftp", "scp")
-_CLIENTS = {**dict.fromkeys(_CURL_SCHEMES, "curl"), "gs": "gsutil", "s3": "aws"}  # programs that fetch a URL
+# Programs that fetch a URL; those of http(s) are read directly
+_CLIENTS = {"http": "", "https": "", "ftps": "curl", "sftp": "curl", "scp": "curl", "gs": "gsutil", "s3": "aws"}
 
 
 class ShardFile:
@@ -25,12 +25,9 @@ class ShardFile:
     both raise.
     """
 
-    def __init__(self, shard: str) -> None:
+    def __init__(self, shard: str, timeout: float, retries: int) -> None:
         self.shard = shard
-        # webdataset's gopen has no s3
-        self._opened = gopen(f"pipe:aws s3 cp {shlex.quote(shard)} -" if shard.startswith("s3://") else shard)
-        self._client = getattr(self._opened, "proc", None)
-        self._stream = getattr(self._opened, "stream", self._opened)  # its read drops data after a client's failure
+        self._stream = io.BufferedReader(open_stream(shard, timeout, retries))
         self._num_bytes = 0
 
     def __repr__(self) -> str:
@@ -46,41 +43,32 @@ class ShardFile:
         data = self._stream.read(size)
         self._num_bytes += len(data)
         if not data:
-            self._check_client()
             raise tarfile.ReadError("it is truncated")
         if self._num_bytes > MAX_FILE_BYTES:
             raise tarfile.ReadError(f"one of its files has more than {MAX_FILE_BYTES:,} bytes")
         return data
 
     def finish(self) -> None:
-        """Reads what follows the archive; raises if that is more than padding, or if the client failed.
+        """Reads what follows the archive; raises if that is more than padding, or if the command failed.
 
         More than padding remains after a damaged header, which tarfile takes for the end of the archive.
         """
         num_left = 0
-        while data := self._stream.read(1 << 20):  # to the end, as a client may fail on its last bytes
+        while data := self._stream.read(1 << 20):  # to the end, as a command may fail on its last bytes
             num_left += len(data.strip(b"\0"))
-        self._check_client()
         if num_left > 2 * tarfile.RECORDSIZE:
             raise tarfile.ReadError(f"a header is damaged, or {num_left:,} bytes follow the end of the archive")
 
-    def _check_client(self) -> None:
-        if self._client is not None and (status := self._client.wait()):
-            raise OSError(f"the program that fetches it ended with status {status}")
-
     def close(self) -> None:
-        """Also ends the client, which may wait for a server."""
-        if self._client is not None:
-            self._client.kill()
-            self._client.wait()
+        """Also ends the connection or the command."""
         self._stream.close()
 
 
 def expand_shards(storage: str | list[str], key: str) -> list[str]:
     """Expands brace patterns, globs, folders and lists of them to shard paths.
 
-    URLs and commands (``pipe:COMMAND``) are kept as they are: http(s) is read by curl, s3 by aws, gs by gsutil. If only
-    some files are missing, a warning reports how many, and the others are used.
+    URLs and commands (``pipe:COMMAND``) are kept as they are: s3 is read by aws, gs by gsutil. If only some files are
+    missing, a warning reports how many, and the others are used.
 
     Raises:
         UserError: there is no shard, or nothing that reads a URL.
@@ -112,8 +100,8 @@ def _find(path: str, key: str) -> list[str]:
             f"{key}: '{path}' is a URL of an unknown kind; expected one of {', '.join(_CLIENTS)}, or pipe:COMMAND with "
             "a command that writes the shard to its standard output."
         )
-    client = _CLIENTS.get(scheme)
-    if is_url and shutil.which(client) is None:
+    client = _CLIENTS.get(scheme) if is_url else None
+    if client and shutil.which(client) is None:
         raise UserError(f"{key}: '{path}' is read by the program {client}, which is not installed or in PATH.")
     if is_url or os.path.isfile(path):
         return [path]

@@ -30,10 +30,12 @@ from minigpt4.datasets.datasets.sample import (
     no_usable_sample,
     prepare_image,
 )
+from minigpt4.datasets.datasets.shard_streams import Unreachable
 from minigpt4.datasets.datasets.shard_urls import ShardFile
 
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
+MAX_UNREACHABLE_SHARDS_IN_A_ROW = 2  # after all attempts at each
 
 
 @dataclass(eq=False)
@@ -46,6 +48,7 @@ class ShardDataset:
         vis_processor: from an RGB image to float32 [3, S, S].
         text_processor: from caption to caption.
         shuffle_buffer: undecoded samples in the buffer from which each worker draws.
+        timeout, retries: of connections and commands, see ``open_stream``.
     """
 
     name: str
@@ -53,6 +56,8 @@ class ShardDataset:
     vis_processor: ImageProcessor
     text_processor: TextProcessor = str
     shuffle_buffer: int = 1000
+    timeout: float = 30.0
+    retries: int = 5
     collater = staticmethod(collate)
 
     def iter_train(
@@ -99,22 +104,28 @@ class ShardDataset:
         """What the features and texts in a cache depend on: the shards with their sizes and times."""
         return [file_identity(shard) for shard in self.shards]
 
-    def read(self, shards: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
-        """Undecoded samples of shards in order; unreadable shards are counted, and used as far as they go."""
+    def read(
+        self, shards: list[str], skipped: Counter, failures: list[Exception] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """Undecoded samples of shards in order; unreadable shards are counted, and used as far as they go.
+
+        What ended the reading of each of these is added to ``failures``.
+        """
         for shard in shards:
-            errors: list[str] = []
+            errors: list[Exception] = []
             is_empty = True
             try:
-                with closing(ShardFile(shard)) as file:
+                with closing(ShardFile(shard, self.timeout, self.retries)) as file:
                     for raw in _samples(file, errors, skipped):
                         is_empty = False
                         yield raw
             except Exception as error:  # of the archive, the connection or its client
-                errors.append(str(error))
+                errors.append(error)
             if errors:
-                skipped["unreadable shard"] += 1
-                text = " ".join(errors[0].split())[:200]
-                logging.warning("%s: shard %s cannot be read any further: %s", self.name, shard, text)
+                skipped["unreachable shard" if isinstance(errors[0], Unreachable) else "unreadable shard"] += 1
+                logging.warning("%s: shard %s cannot be read any further: %s", self.name, shard, _text(errors[0]))
+                if failures is not None:
+                    failures.append(errors[0])
             elif is_empty:
                 skipped["empty shard"] += 1
 
@@ -150,6 +161,7 @@ class ShardStream(Iterator[Sample]):
         self._sizes: list[int] = []  # of the shards that were read to the end
         self._known_sizes = position.shard_sizes
         self._buffer: list[_Item] = []
+        self._is_resuming = False
         self._items = self._shuffle()
         if position != StreamPosition():
             self._fast_forward(position)
@@ -172,23 +184,33 @@ class ShardStream(Iterator[Sample]):
         raise self._dataset.no_usable_sample(self._skipped)
 
     def _fast_forward(self, position: StreamPosition) -> None:
+        self._is_resuming = True
         for _ in range(position.num_samples):
             next(self._items)
         self._num_samples = position.num_samples
         missing = [item for item in self._buffer if item.raw is None]
+        failures: list[Exception] = []
         for draw in {item.draw for item in missing}:
             items = {item.index: item for item in missing if item.draw == draw}
-            raws = self._dataset.read([self._drawn[draw]], Counter())
+            raws = self._dataset.read([self._drawn[draw]], Counter(), failures)
             for index, raw in zip(range(max(items) + 1), raws, strict=False):
                 if index in items:
                     items[index].raw = raw
         if len(self._sizes) != len(position.shard_sizes) or any(item.raw is None for item in missing):
-            shards = ", ".join(sorted(set(self._drawn)))
-            raise UserError(
-                f"Data set {self._dataset.name}: a shard no longer holds the samples that it held when the checkpoint "
-                f"was written, one of {shards}; restore the old file, or resume with another run.seed."
-            )
+            raise self._cannot_resume(failures)
         self._skipped.clear()  # already counted before the resume
+        self._is_resuming = False
+
+    def _cannot_resume(self, failures: list[Exception]) -> UserError:
+        shards = ", ".join(sorted(set(self._drawn)))
+        reasons = [_text(error) for error in failures if isinstance(error, OSError)]
+        if reasons:
+            reason = f"a shard that the resumed run needs cannot be read ({reasons[0]}), one of {shards}"
+            return UserError(f"Data set {self._dataset.name}: {reason}; resume when it can.")
+        return UserError(
+            f"Data set {self._dataset.name}: a shard no longer holds the samples that it held when the checkpoint was "
+            f"written, one of {shards}; restore the old file, or resume with another run.seed."
+        )
 
     def _shuffle(self) -> Iterator[_Item]:
         # The buffer is filled to a tenth before the first sample is returned; then it grows to its full size.
@@ -202,36 +224,53 @@ class ShardStream(Iterator[Sample]):
                 yield buffer.pop()
 
     def _read(self) -> Iterator[_Item]:
-        num_empty = 0
+        num_empty = num_unreachable = 0
         for draw in itertools.count():
             shard = self._rng.choice(self._dataset.shards)
             self._drawn.append(shard)
+            failures: list[Exception] = []
             is_known = draw < len(self._known_sizes)
-            raws = [None] * self._known_sizes[draw] if is_known else self._dataset.read([shard], self._skipped)
+            raws = (
+                [None] * self._known_sizes[draw] if is_known else self._dataset.read([shard], self._skipped, failures)
+            )
             index = -1
             for index, raw in enumerate(raws):
                 yield _Item(draw, index, raw)
+            if failures and self._is_resuming:  # before the resume, this shard could be read further
+                raise self._cannot_resume(failures)
             self._sizes.append(index + 1)
             num_empty = num_empty + 1 if index < 0 else 0
+            is_unreachable = index < 0 and any(isinstance(error, Unreachable) for error in failures)
+            num_unreachable = num_unreachable + 1 if is_unreachable else 0
+            if num_unreachable == MAX_UNREACHABLE_SHARDS_IN_A_ROW:
+                raise UserError(
+                    f"Data set {self._dataset.name}: {num_unreachable} shards in a row cannot be fetched, the last one "
+                    f"is {shard} ({_text(failures[-1])}); see to its server, or raise build_info.timeout or retries."
+                )
             if num_empty == MAX_EMPTY_SHARDS_IN_A_ROW:
                 raise self._dataset.no_usable_sample(self._skipped)
 
 
-def _samples(file: ShardFile, errors: list[str], skipped: Counter) -> Iterator[dict[str, Any]]:
+def _samples(file: ShardFile, errors: list[Exception], skipped: Counter) -> Iterator[dict[str, Any]]:
     """The samples of a shard as webdataset reads and groups them; what makes it unreadable is added to ``errors``."""
 
     def handler(error: Exception) -> bool:
-        message = str(error.args[0] if error.args else error)[:1000]  # webdataset appends to args
-        if "duplicate file name" in message:
+        if "duplicate file name" in _text(error):
             skipped["duplicate file in a shard"] += 1
         else:
-            errors.append(message)
+            errors.append(error)
         return True
 
     files = tar_file_expander([{"url": file.shard, "stream": file}], handler=handler, select_files=file.start_file)
     yield from group_by_keys(files, keys=key_and_suffix, handler=handler)
     if not errors:
         file.finish()
+
+
+def _text(error: Exception) -> str:
+    first = error.args[0] if error.args else None  # webdataset appends to args
+    text = first if isinstance(first, str) else str(error)
+    return " ".join(text[:1000].split())[:200]
 
 
 def key_and_suffix(name: str) -> tuple[str | None, str | None]:
