@@ -211,7 +211,10 @@ def run_api(args: argparse.Namespace) -> None:
     engine = Engine(build_chat(args), args.batch_size, args.max_queue)
     app = build_app(engine, name, limits, args.api_key, args.host, args.allow_origin)
     print(f"Model '{name}' at {address(listener)}/v1", flush=True)
-    serve(app, listener)
+    try:
+        serve(app, listener)
+    finally:
+        engine.close(timeout_seconds=2)
 
 
 def run_terminal(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -52,10 +53,11 @@ class Engine:
         """Puts a request into the queue; raises ``queue.Full`` if there is no place."""
         self.waiting.put_nowait(request)
 
-    def close(self) -> None:
-        """Ends the thread after the waiting requests."""
-        self.waiting.put(None)
-        self._thread.join()
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """Ends the thread after the waiting requests; stops waiting for it after ``timeout_seconds``."""
+        with suppress(queue.Full):
+            self.waiting.put(None, timeout=timeout_seconds)
+            self._thread.join(timeout_seconds)
 
     def _run(self) -> None:
         batch: list[Request | None] = []

@@ -1,0 +1,92 @@
+"""The end of a server by SIGTERM, whatever its clients do."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from serving import GREEDY
+
+from minigpt4.serve import server
+from minigpt4.serve.engine import Engine, Request
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import itertools, socket
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+from minigpt4.serve import server
+
+async def read(request):
+    return PlainTextResponse(await request.body())
+
+async def stream(request):
+    async def lines():
+        for _ in itertools.count():
+            yield "data: x\\n\\n" * 1000
+    return StreamingResponse(lines())
+
+app = Starlette(routes=[Route("/read", read, methods=["POST"]), Route("/stream", stream)])
+listener = server.listen("127.0.0.1", 0)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10_000)
+print(server.address(listener), flush=True)
+server.serve(app, listener, grace_seconds=1)
+print("ended", flush=True)
+"""
+STALLED = [
+    b"POST /read HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",  # half a request
+    b"POST /read HTTP/1.1\r\nHost:",
+    b"GET /stream HTTP/1.1\r\nHost: localhost\r\n\r\n",  # nobody reads the answer
+    b"",
+]
+
+
+@pytest.mark.parametrize("requests", [[], STALLED], ids=["no clients", "stalled clients"])
+def test_sigterm_ends_the_server_with_status_0(requests):
+    command = [sys.executable, "-c", SCRIPT]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        port = int(re.search(r":(\d+)$", process.stdout.readline()).group(1))
+        clients = []
+        for data in requests:
+            clients.append(socket.create_connection(("127.0.0.1", port)))
+            clients[-1].sendall(data)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        try:
+            output, _ = process.communicate(timeout=20)
+        finally:
+            process.kill()
+            for client in clients:
+                client.close()
+    assert process.returncode == 0 and output.endswith("ended\n") and "Traceback" not in output
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
+def test_clients_that_do_not_read_lose_their_connections(monkeypatch):
+    monkeypatch.setattr(server, "UNREAD_SECONDS", 1)
+    with server.listen("127.0.0.1", 0) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2000)
+        client.connect(listener.getsockname())
+        connection, _ = listener.accept()
+        connection.settimeout(20)
+        with pytest.raises(OSError, match="Connection timed out"):
+            connection.sendall(b"x" * 10**8)
+        connection.close()
+
+
+def test_an_engine_that_is_busy_is_left(chat):
+    engine, is_busy, release = Engine(chat, max_batch=1, max_queue=1), threading.Event(), threading.Event()
+    engine.submit(Request([("user", ["Why?"])], GREEDY, lambda _: (is_busy.set(), release.wait(20))))
+    assert is_busy.wait(20)
+    begin = time.monotonic()
+    engine.close(timeout_seconds=0.2)  # the queue has a place
+    engine.close(timeout_seconds=0.2)  # and now it has none
+    assert time.monotonic() - begin < 10
+    release.set()
+    engine.close()
