@@ -83,6 +83,8 @@ def parse_args() -> argparse.Namespace:
     add, modes = parser.add_argument, parser.add_mutually_exclusive_group()
     seed, count = _number(int, 0, 2**63 - 1), _number(int, 1, 10_000)
     host = _text(r"[\w.-]+|[\da-fA-F.:]+", "{} is not a host name or an address.")
+    source = r"([\w.-]+|\[[\da-fA-F.:]+\])(:\d{1,5})?|[\da-fA-F.:]+"
+    allowed = _text(source, "{} is not a host name or an address, with or without a port.")
     question = _text(r"(?s).*\S.*", "the question is empty; write what you want to know.")
     add("--cfg-path", required=True, help="YAML file of the model")
     add("--gpu-id", type=_number(int, 0, 1023), help="index of the accelerator; default: 0")
@@ -100,7 +102,7 @@ def parse_args() -> argparse.Namespace:
     key = os.environ.get("MINIGPT4_API_KEY")
     add("--api-key", default=key, help="key that clients of the API must send; better set MINIGPT4_API_KEY")
     add("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
-    add("--allow-host", type=host, action="append", default=[], help="host that the API may fetch images from")
+    add("--allow-host", type=allowed, action="append", default=[], help="HOST or HOST:PORT that the API may fetch from")
     add("--allow-folder", type=_folder, help="folder whose images the API's clients may name as file:///NAME")
     add("--max-queue", type=count, default=64, help="requests that may wait for the API")
     add("--greedy", action="store_true", help="take the most likely token instead of sampling")
@@ -206,8 +208,7 @@ def run_api(args: argparse.Namespace) -> None:
 
     listener = open_socket(args, 8000)
     folder = Path(args.allow_folder) if args.allow_folder else None
-    hosts, name = [host.lower() for host in args.allow_host], Path(args.cfg_path).stem
-    limits = Limits(allowed_hosts=hosts, allowed_folder=folder)
+    limits, name = Limits(allowed_hosts=args.allow_host, allowed_folder=folder), Path(args.cfg_path).stem
     engine = Engine(build_chat(args), args.batch_size, args.max_queue)
     app = build_app(engine, name, limits, args.api_key, args.host, args.allow_origin)
     print(f"Model '{name}' at {address(listener)}/v1", flush=True)

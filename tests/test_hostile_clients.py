@@ -2,11 +2,9 @@
 
 import asyncio
 import base64
-import contextlib
 import json
 import os
 import queue
-import socket
 import threading
 import time
 
@@ -34,6 +32,8 @@ def client(chat, tmp_path_factory):
     os.mkfifo(folder / "pipe.png")
     os.symlink("/dev/zero", folder / "zero.png")
     os.symlink("/etc/hostname", folder / "out.png")
+    with (folder / "sparse.png").open("wb") as file:
+        file.truncate(2**40)
     limits = Limits(allowed_folder=folder, allowed_hosts=["127.0.0.1", "a b"], max_tokens=50, max_body_bytes=2**20)
     with TestClient(api.build_app(engine, NAME, limits), base_url="http://localhost") as client:
         yield client
@@ -143,6 +143,7 @@ REFUSED = {
     "a host in front of another": (shown("http://127.0.0.1@evil.example/"), 400, "evil.example"),
     "a host that is none": (shown("http://a b/x"), 400),
     "an odd port": (shown("http://127.0.0.1:99999/"), 400),
+    "a port of another service": (shown("http://127.0.0.1:6379/"), 400, "'127.0.0.1:6379' are not allowed"),
     "a port of letters": (shown("http://127.0.0.1:x/"), 400),
     "another scheme": (shown("ftp://127.0.0.1/a.png"), 400, "'ftp'"),
     "a pipe as a scheme": (shown("pipe:touch ran"), 400, "'pipe'"),
@@ -152,6 +153,7 @@ REFUSED = {
     "a link that leads out": (shown("file:///out.png"), 400, "no such image"),
     "a device": (shown("file:///zero.png"), 400, "no such image"),
     "a pipe": (shown("file:///pipe.png"), 400, "no such image"),
+    "a sparse file of a terabyte": (shown("file:///sparse.png"), 400, "larger"),
     "a zero byte in a name": (shown("file:///a%00.png"), 400, "no such image"),
     "a name of 5000 letters": (shown("file:///" + "a" * 5000), 400, "no such image"),
     "half a surrogate pair in a name": (json.dumps(shown("file:///\ud800")).encode(), 400, "no such image"),
@@ -265,49 +267,3 @@ def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):
     monkeypatch.setattr(Engine, "submit", submit)
     found = posted(client, body())
     assert found.status_code == 429 and found.json()["error"]["type"] == "rate_limit_error"
-
-
-def test_an_endless_image_is_given_up(client, confined):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        port, sent = server.getsockname()[1], []
-
-        def pour():
-            connection, _ = server.accept()
-            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
-            with contextlib.suppress(OSError):
-                for _ in range(400):
-                    connection.sendall(b"x" * 2**16)
-                    sent.append(2**16)
-            connection.close()
-
-        thread = threading.Thread(target=pour)
-        thread.start()
-        found = posted(client, shown(f"http://127.0.0.1:{port}/a.png"))
-        thread.join()
-    assert found.status_code == 400 and "larger than" in found.text and sum(sent) < 2**24
-
-
-def test_an_image_that_arrives_slowly_is_given_up(client, monkeypatch, confined):
-    monkeypatch.setattr(api_requests, "MAX_DOWNLOAD_SECONDS", 0.5)
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        port = server.getsockname()[1]
-
-        def trickle():
-            connection, _ = server.accept()
-            connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
-            with contextlib.suppress(OSError):
-                for _ in range(40):
-                    connection.sendall(b"x")
-                    time.sleep(0.1)
-            connection.close()
-
-        thread = threading.Thread(target=trickle)
-        thread.start()
-        begin = time.monotonic()
-        found = posted(client, shown(f"http://127.0.0.1:{port}/a.png"))
-        assert found.status_code == 400 and "TimeoutError" in found.text and time.monotonic() - begin < 2
-        thread.join()

@@ -20,6 +20,7 @@ from minigpt4.conversation.sampling import GenerationOptions
 
 MAX_ITEMS = 1000  # messages of a request, and parts of a message
 MAX_DOWNLOAD_SECONDS = 60  # for one image, however slowly it arrives
+_PORTS = {"http": 80, "https": 443}
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Limits:
     max_images: int = 16
     max_tokens: int = 1000
     timeout_seconds: float = 300.0  # from the arrival to the last token
-    allowed_hosts: list[str] = field(default_factory=list)  # of http(s) images
+    allowed_hosts: list[str] = field(default_factory=list)  # of http(s) images: name, for usual ports, or name:port
     allowed_folder: Path | None = None  # of file:// images
 
 
@@ -194,29 +195,58 @@ async def load_image(url: str, limits: Limits) -> bytes:
             return base64.b64decode(data, validate=True)
         except ValueError as error:
             raise UserError(f"The data URL is not base64 ({error}).") from error
-    if parts.scheme in ("http", "https") and parts.hostname in limits.allowed_hosts:
-        return await _download(url, limits.max_body_bytes)
+    if parts.scheme in ("http", "https"):
+        return await _download(_parse_address(url, limits.allowed_hosts), limits.max_body_bytes)
     if parts.scheme == "file" and limits.allowed_folder is not None:
-        folder = limits.allowed_folder.resolve()
-        try:
-            path = (folder / unquote(parts.path).lstrip("/")).resolve()
-            if path.is_relative_to(folder) and path.is_file():
-                return await asyncio.to_thread(path.read_bytes)
-        except (OSError, ValueError):  # no file can have such a name
-            pass
-        raise UserError("There is no such image in the allowed folder (file:///NAME is a path below it).")
-    source = parts.hostname if parts.scheme in ("http", "https") else parts.scheme or url[:20]
-    raise UserError(f"Images from '{source}' are not allowed here; send a data URL.")
+        return await asyncio.to_thread(_read_file, unquote(parts.path), limits.allowed_folder, limits.max_body_bytes)
+    raise _not_allowed(parts.scheme or url[:20])
 
 
-async def _download(url: str, max_bytes: int) -> bytes:
+def _not_allowed(source: str) -> UserError:
+    return UserError(f"Images from '{source}' are not allowed here; send a data URL.")
+
+
+def _read_file(name: str, folder: Path, max_bytes: int) -> bytes:
+    try:
+        path = (folder.resolve() / name.lstrip("/")).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            raise FileNotFoundError
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        text = "There is no such image in the allowed folder (file:///NAME is a path below it)."
+        raise UserError(text) from error
+    if len(data) > max_bytes:
+        raise UserError(f"The image is larger than {max_bytes} bytes.")
+    return data
+
+
+def _parse_address(url: str, allowed_hosts: Sequence[str]) -> httpx.URL:
+    """The address of an image as the client below reads it; UserError unless its host is allowed, with its port."""
+    try:
+        address = httpx.URL(url)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UserError(f"'{url[:80]}' is no URL ({error}); send a data URL.") from error
+    host, allowed = address.host, [allowed.lower() for allowed in allowed_hosts]
+    port = _PORTS[address.scheme] if address.port is None else address.port
+    with_port = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    is_usual = port in _PORTS.values()
+    if with_port not in allowed and not (is_usual and host in allowed):
+        raise _not_allowed(host if is_usual else with_port)
+    return address
+
+
+async def _download(address: httpx.URL, max_bytes: int) -> bytes:
     data = bytearray()
     try:
-        client = httpx.AsyncClient(timeout=20, trust_env=False)
-        async with asyncio.timeout(MAX_DOWNLOAD_SECONDS), client, client.stream("GET", url) as response:
+        # Decompression could take as long and as much memory as the host likes.
+        client = httpx.AsyncClient(timeout=20, trust_env=False, headers={"Accept-Encoding": "identity"})
+        async with asyncio.timeout(MAX_DOWNLOAD_SECONDS), client, client.stream("GET", address) as response:
             if response.status_code != 200:  # redirections are not followed: they could leave the allowed hosts
                 raise UserError(f"The image's address answers with status {response.status_code}.")
-            async for chunk in response.aiter_bytes():
+            if (encoding := response.headers.get("content-encoding", "identity")).lower() != "identity":
+                raise UserError(f"The image's address sends it in the encoding '{encoding}', which is not decoded.")
+            async for chunk in response.aiter_raw():
                 data += chunk
                 if len(data) > max_bytes:
                     raise UserError(f"The image is larger than {max_bytes} bytes.")
