@@ -191,11 +191,12 @@ def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
 
 def run_batch(args: argparse.Namespace) -> None:
     """Describes many images."""
-    from minigpt4.serve.batch import answer_questions, find_questions
+    from minigpt4.serve.batch import answer_questions, find_questions, read_finished
 
-    questions = find_questions(args.batch, args.ask or QUESTION)
+    questions, out = find_questions(args.batch, args.ask or QUESTION), Path(args.out)
+    read_finished(out, questions)  # an error of the file is reported before the model is loaded
     chat, options = build_chat(args), generation_options(args)
-    num_errors = answer_questions(chat, questions, Path(args.out), options, args.batch_size)
+    num_errors = answer_questions(chat, questions, out, options, args.batch_size)
     print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
 
 

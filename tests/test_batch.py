@@ -1,7 +1,11 @@
 """Describing many images: what is found, rows in order, resume, and lists that nobody hopes for."""
 
+import contextlib
+import io
 import json
 import os
+import resource
+import shutil
 
 import picture_kinds
 import pytest
@@ -10,7 +14,8 @@ from PIL import Image
 from serving import GREEDY, rows_of
 
 from minigpt4.common.errors import UserError
-from minigpt4.serve.batch import answer_questions, find_questions
+from minigpt4.serve import batch
+from minigpt4.serve.batch import answer_questions, find_questions, read_finished
 
 PNG = picture_kinds.saved(Image.new("RGB", (8, 8)), "PNG")
 
@@ -65,6 +70,82 @@ def test_resume_after_odd_line_ends_and_a_bad_target(chat, scene_folder, tmp_pat
         assert out.read_text(encoding="utf-8").count("\n") == 1
     with pytest.raises(UserError, match=r"--out.*cannot be written"):
         answer_questions(chat, find_questions(str(rows), "What?"), tmp_path, GREEDY)
+
+
+@pytest.fixture
+def questions(scene_folder):
+    return find_questions(f"{scene_folder}/[0-4].png", "What?")
+
+
+def at_third_batch(monkeypatch, action):
+    """Runs ``action`` while the third batch is answered."""
+    calls, answer = [], batch._answer
+
+    def hooked(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            action()
+        return answer(*arguments)
+
+    monkeypatch.setattr(batch, "_answer", hooked)
+
+
+@pytest.mark.parametrize("vanished", ["file", "folder"])
+def test_a_target_that_vanishes_is_written_again(chat, questions, tmp_path, monkeypatch, vanished):
+    out = tmp_path / "out" / "rows.jsonl"
+    at_third_batch(monkeypatch, out.unlink if vanished == "file" else lambda: shutil.rmtree(out.parent))
+    assert answer_questions(chat, questions, out, GREEDY, batch_size=1) == 0
+    assert [row["image"] for row in rows_of(out)] == [question["image"] for question in questions]
+
+
+def test_a_target_that_becomes_unwritable_is_reported(chat, questions, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "rows.jsonl"
+
+    def replace_folder():
+        shutil.rmtree(out.parent)
+        out.parent.write_text("")
+
+    at_third_batch(monkeypatch, replace_folder)
+    message = told(lambda: answer_questions(chat, questions, out, GREEDY, batch_size=1), "--out", "cannot be written")
+    assert "are kept" not in message
+
+
+def test_a_target_that_another_program_writes_is_reported(chat, questions, tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+    at_third_batch(monkeypatch, lambda: out.open("a").write("{}\n"))
+    told(lambda: answer_questions(chat, questions, out, GREEDY, batch_size=1), "another program", "2 rows are kept")
+    assert len(rows_of(out)) == 3
+
+
+def test_a_full_disk_keeps_the_finished_rows(chat, questions, tmp_path):
+    """A limit on the size of files replaces a full disk: with both, a write fails half way with an OSError."""
+    out, (reader, writer) = tmp_path / "rows.jsonl", os.pipe()
+    pid = os.fork()
+    if not pid:
+        with contextlib.redirect_stderr(io.StringIO()):  # pytest's file would be limited, too
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (600, resource.RLIM_INFINITY))
+                answer_questions(chat, questions, out, GREEDY, batch_size=2)
+            except BaseException as error:
+                os.write(writer, f"{type(error).__name__}: {error}".encode())
+            finally:
+                os._exit(0)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        message = pipe.read()
+    os.waitpid(pid, 0)
+    rows = rows_of(out)
+    assert message.startswith("UserError: --out: ") and f"its {len(rows)} rows are kept" in message
+    assert len(rows) in (2, 4) and out.read_bytes().endswith(b"\n")
+    assert answer_questions(chat, questions, out, GREEDY, batch_size=2) == 0 and len(rows_of(out)) == 5
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "pipe", "device", "file/rows.jsonl"])
+def test_a_target_that_cannot_be_written_is_reported_at_once(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/full", tmp_path / "device")
+    (tmp_path / "file").write_text("")
+    told(lambda: read_finished(tmp_path / name, []), "--out", "cannot be written", "give another file")
 
 
 def test_sources(scene_folder, tmp_path):

@@ -189,6 +189,11 @@ def test_an_unreadable_image_is_reported_before_the_model_is_loaded(end_of, mode
     assert "absent.jpg" in end_of(*mode, "--image", f"{tmp_path}/absent.jpg")
 
 
+def test_an_output_that_cannot_be_written_is_reported_before_the_model_is_loaded(end_of, tmp_path):
+    (tmp_path / "a.jpg").touch()
+    assert end_of("--batch", str(tmp_path), "--out", str(tmp_path)).startswith(f"error: --out: {tmp_path} cannot be")
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_an_accelerator_that_is_not_used_is_refused(end_of, device, monkeypatch):
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: None)

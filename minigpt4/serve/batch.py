@@ -2,7 +2,9 @@
 
 import glob
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -54,30 +56,32 @@ def answer_questions(
     """Answers all questions into ``out``, after the rows that an earlier run wrote; returns how many have an error.
 
     A row has ``image``, ``question`` and ``answer``, or ``error`` if the image cannot be read or the question is
-    refused. Raises UserError if ``out`` has rows of other questions, or cannot be written.
+    refused. Raises UserError as ``read_finished``, or if ``out`` cannot be written any more; its rows are kept.
     """
-    try:
-        rows = _read_finished(out, questions)
-        bar = tqdm(total=len(questions), initial=len(rows), unit="img")
-        # A name or a question may hold half a surrogate pair, which becomes an escape of JSON.
-        with out.open("a", encoding="utf-8", errors="backslashreplace") as file, bar:
-            for start in range(len(rows), len(questions), batch_size):
-                batch = _answer(chat, questions[start : start + batch_size], options)
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
-                file.flush()
-                rows += batch
-                bar.update(len(batch))
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be written ({error.strerror}); give another file.") from error
+    rows = read_finished(out, questions)
+    size = out.stat().st_size
+    with tqdm(total=len(questions), initial=len(rows), unit="img") as bar:
+        for start in range(len(rows), len(questions), batch_size):
+            batch = _answer(chat, questions[start : start + batch_size], options)
+            size = _append(out, size, rows, batch)
+            rows += batch
+            bar.update(len(batch))
     return sum("error" in row for row in rows)
 
 
-def _read_finished(out: Path, questions: list[Row]) -> list[Row]:
-    """The complete rows of an earlier run; a partial row at the end, where it was killed, is truncated."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    data = out.read_bytes() if out.exists() else b""
-    complete = data[: data.rfind(b"\n") + 1]
+def read_finished(out: Path, questions: list[Row]) -> list[Row]:
+    """The complete rows of an earlier run; a partial row at the end, where it was killed, is truncated.
+
+    Creates the file if there is none. Raises UserError if it has rows of other questions, or cannot be written.
+    """
     mismatch = UserError(f"--out: {out} holds rows of other images or questions; give another file or remove it.")
+    with _explain_failure(out, 0):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not out.is_file():
+            raise OSError("it is not a regular file")
+        with out.open("ab"):
+            data = out.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
     try:
         rows = [json.loads(line) for line in complete.decode("utf-8").split("\n")[:-1]]
         actual = [{key: row[key] for key in ("image", "question")} for row in rows]
@@ -86,9 +90,42 @@ def _read_finished(out: Path, questions: list[Row]) -> list[Row]:
     if actual != questions[: len(actual)]:
         raise mismatch
     if len(complete) < len(data):
-        with out.open("r+b") as file:
-            file.truncate(len(complete))
+        with _explain_failure(out, len(rows)):
+            os.truncate(out, len(complete))
     return rows
+
+
+def _append(out: Path, size: int, finished: list[Row], batch: list[Row]) -> int:
+    """Adds a batch to a file of the finished rows and of this size; returns its new size.
+
+    If the file has been removed, it is written again as a whole. A batch that cannot be written leaves no part of it.
+    """
+    with _explain_failure(out, len(finished)):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab", buffering=0) as file:
+            if (actual := file.tell()) not in (0, size):
+                raise OSError(f"another program has changed it from {size} to {actual} bytes")
+            rows = batch if actual else finished + batch
+            # A name or a question may hold half a surrogate pair, which becomes an escape of JSON.
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            remaining = memoryview(text.encode("utf-8", errors="backslashreplace"))
+            try:
+                while remaining:
+                    remaining = remaining[file.write(remaining) :]
+            except OSError:
+                file.truncate(actual)
+                raise
+            return file.tell()
+
+
+@contextmanager
+def _explain_failure(out: Path, num_rows: int) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+        is_kept, reason = num_rows and os.path.exists(out), getattr(error, "strerror", None) or error
+        kept = f"its {num_rows} rows are kept; run the command again to continue" if is_kept else "give another file"
+        raise UserError(f"--out: {out} cannot be written ({reason}); {kept}.") from error
 
 
 def _answer(chat: Chat, questions: list[Row], options: GenerationOptions) -> list[Row]:
