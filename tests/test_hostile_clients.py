@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import queue
@@ -229,6 +230,22 @@ def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confine
     monkeypatch.setattr(chat.model, "tokenize_prompt", lambda text: calls.append(text) or tokenize(text))
     found = posted(client, body(messages=[*LONG[:998], body()["messages"][0]], max_tokens=1))
     assert found.status_code == 200 and 2 < len(calls) < 50  # of 499 turns
+
+
+def test_nobody_learns_what_others_asked(client, chat, monkeypatch, confined):
+    """Keys and values of a chat are used for its own client only, so that neither counts nor times reveal it."""
+
+    def cached_tokens(address, *turns):
+        roles = itertools.cycle(["user", "assistant"])
+        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+        found = TestClient(client.app, base_url="http://localhost", client=(address, 5)).post(
+            "/v1/chat/completions", json=body(messages=messages, max_tokens=1)
+        )
+        return found.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    secret = ("What is in my drawer?", "A letter to Anna.", "What does it say?")
+    assert cached_tokens("192.0.2.1", *secret) == 0 < cached_tokens("192.0.2.1", *secret, "It says no.", "Why?")
+    assert cached_tokens("192.0.2.2", *secret) == cached_tokens("192.0.2.3", "What is in my bag?") == 0
 
 
 def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):

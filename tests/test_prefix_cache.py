@@ -1,6 +1,7 @@
 """Turns that continue from cached keys and values: the numbers of a full prefill, at a part of the work."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,6 +100,18 @@ def test_the_same_question_again_prefills_its_last_token_only(new_chat):
     chat.ask(QUESTIONS[0], conv)
     first, again = (list(chat.stream(conv.copy(), images, GREEDY))[-1] for _ in range(2))
     assert again.ids == first.ids and again.cached_tokens == again.prompt_tokens - 1
+
+
+def test_prefixes_are_used_for_their_owner_only(new_chat):
+    chat, conv, images = new_chat(4), CONV_VISION.copy(), []
+    upload(chat, 1, conv, images)
+    chat.ask(QUESTIONS[0], conv)
+    cached, ids = [], []
+    for owner in ("a", "b", "", "b", "a"):
+        answer = list(chat.stream(replace(conv.copy(), owner=owner), images, GREEDY))[-1]
+        cached.append(answer.cached_tokens)
+        ids.append(answer.ids)
+    assert cached == [0, 0, 0, answer.prompt_tokens - 1, answer.prompt_tokens - 1] and ids == [ids[0]] * 5
 
 
 def test_no_more_chats_are_kept_than_allowed(new_chat):

@@ -250,7 +250,7 @@ class Chat:
             for conv, images, o in zip(convs, img_lists, each, strict=True)
         ]
         each = [replace(o, stop=self._stop(conv, o.stop)) for conv, o in zip(convs, each, strict=True)]
-        prefix = self.prefixes.take(rows[0], img_lists[0]) if len(rows) == 1 else Prefix()
+        prefix = self.prefixes.take(rows[0], img_lists[0], convs[0].owner) if len(rows) == 1 else Prefix()
         num_cached = len(prefix.ids)
         answers = [
             Answer(len(row), num_cached, functools.partial(self.decode_answer, conv=conv))

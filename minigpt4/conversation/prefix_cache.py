@@ -21,11 +21,12 @@ def copy_cache(cache: DynamicCache, length: int | None = None) -> DynamicCache:
 
 @dataclass(eq=False)
 class Prefix:
-    """A context that was prefilled: token ids with image indices, the images [1, Q, L], keys and values."""
+    """A context that was prefilled: token ids with image indices, the images [1, Q, L], keys and values, its owner."""
 
     ids: list[int] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=new_cache)
+    owner: str = ""
 
     def common_length(self, ids: Sequence[int], images: Sequence[Tensor]) -> int:
         """Number of leading positions that another context shares, images included."""
@@ -60,23 +61,24 @@ class PrefixCache:
         """Forgets all chats."""
         self._prefixes.clear()
 
-    def take(self, ids: Sequence[int], images: Sequence[Tensor]) -> Prefix:
-        """The longest cached prefix of a context, or an empty one; at least the last position is left to prefill.
+    def take(self, ids: Sequence[int], images: Sequence[Tensor], owner: str = "") -> Prefix:
+        """The owner's longest cached prefix of a context, or an empty one; at least the last position is left.
 
         A chat that the context continues is removed until ``put`` stores it again. One that shares only its beginning,
         such as the system text, stays, and the caller gets a copy.
         """
-        lengths = [min(prefix.common_length(ids, images), len(ids) - 1) for prefix in self._prefixes]
+        own = [prefix for prefix in self._prefixes if prefix.owner == owner]
+        lengths = [min(prefix.common_length(ids, images), len(ids) - 1) for prefix in own]
         if not (length := max(lengths, default=0)):
-            return Prefix()
-        prefix = self._prefixes[lengths.index(length)]
+            return Prefix(owner=owner)
+        prefix = own[lengths.index(length)]
         has_all_images = ids[:length].count(IMAGE_TOKEN_INDEX) == prefix.ids.count(IMAGE_TOKEN_INDEX)
         if not has_all_images or 2 * length <= len(prefix.ids):
-            return Prefix(prefix.ids[:length], prefix.images, copy_cache(prefix.cache, length))
+            return Prefix(prefix.ids[:length], prefix.images, copy_cache(prefix.cache, length), owner)
         self._prefixes.remove(prefix)
         if length < len(prefix.ids):
             prefix.cache.crop(length - len(prefix.ids))
-        return Prefix(prefix.ids[:length], prefix.images, prefix.cache)
+        return Prefix(prefix.ids[:length], prefix.images, prefix.cache, owner)
 
     def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
         """Stores a chat; ``ids`` are all its tokens, of which the last ones may be missing in its cache."""

@@ -26,7 +26,8 @@ class Conversation:
     """System text, two roles and their messages [role, text]; text None is the answer to come.
 
     ``role_delimiter`` goes between role and message. ``render`` maps system text and turns to a prompt; consecutive
-    messages of one role, such as several images, are one turn.
+    messages of one role, such as several images, are one turn. Keys and values are cached for conversations of the same
+    ``owner`` only: from time and count of cached tokens, others could learn what was asked.
     """
 
     system: str
@@ -40,6 +41,7 @@ class Conversation:
     conv_id: Any = None
     role_delimiter: str = ": "
     render: Callable[[str, list[Turn]], str] | None = None
+    owner: str = ""
 
     @property
     def stop_string(self) -> str:

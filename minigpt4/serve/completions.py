@@ -80,7 +80,7 @@ class Completions:
             with suppress(RuntimeError):  # the loop is closed, as the server has ended
                 loop.call_soon_threadsafe(updates.put_nowait, update)
 
-        request = EngineRequest(messages, options, on_update, self.limits.timeout_seconds, arrival=arrival)
+        request = EngineRequest(messages, options, on_update, self.limits.timeout_seconds, client, arrival=arrival)
         try:
             self.engine.submit(request)
         except queue.Full:

@@ -20,13 +20,14 @@ class Request:
     """A conversation to answer: its messages are (role, parts), a part being a text or a processed image [3, S, S].
 
     ``on_update`` is called on the engine's thread with the growing Answer or, at the end, with an exception. Setting
-    ``cancelled`` ends the answer at its next token.
+    ``cancelled`` ends the answer at its next token. Keys and values of earlier turns are used for the same ``client``.
     """
 
     messages: list[tuple[str, list[str | Tensor]]]
     options: GenerationOptions
     on_update: Callable[[Answer | Exception], None]
     timeout_seconds: float = 300.0
+    client: str = ""
     cancelled: threading.Event = field(default_factory=threading.Event)
     arrival: float = field(default_factory=time.monotonic)
 
@@ -87,7 +88,7 @@ class Engine:
         """Encodes a request's images and checks its length; raises whatever makes it unanswerable."""
         if request.is_over:
             raise TimeoutError
-        conv, images = self.chat.template.copy(), []
+        conv, images = replace(self.chat.template.copy(), owner=request.client), []
         for role, parts in request.messages:
             text = " ".join(part for part in parts if isinstance(part, str))
             if role in ("system", "developer"):

@@ -214,6 +214,7 @@ class _Page:
             job.view,
             [localized(request, "received")],
         )
+        conv.owner = request.session_hash
         for image in job.images:
             self.chat.upload_img(image, conv, images)
         if job.question:
