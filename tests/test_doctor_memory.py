@@ -45,6 +45,7 @@ def test_training_memory_is_what_an_exact_device_measures(world, tmp_path, setti
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {row["check"]: row["numbers"] for row in json.loads(done.stdout)["findings"]}
+    assert max(found["attention"].values()) < 0.01
     measured = found["memory, measured"]
     assert measured["predicted"] == pytest.approx(measured["measured"], rel=0.1)
     assert measured["measured"] < sum(found["memory, training"].values())  # which is for the longest texts

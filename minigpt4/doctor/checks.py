@@ -11,7 +11,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.schema import RunConfig, read_section
 from minigpt4.common.torch_setup import PACKAGES, npu_mismatch, package_version
-from minigpt4.doctor import resources, samples
+from minigpt4.doctor import attention, resources, samples
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect, refused, size
 from minigpt4.doctor.language import CHECK, lm_loss_check, sampled_weights_check
@@ -37,6 +37,7 @@ def run_checks(args: Any) -> list[Finding]:
         findings.append(refused("run.device", error))
         device = torch.device("cpu")
     findings += collect("run.device", _device, run_cfg, device)
+    findings += collect("attention", attention.self_test, device)
     files = ModelFiles(cfg.model_cfg, device)
     findings += files.check()
     drawn, more = samples.draw(cfg, args.samples)
