@@ -38,9 +38,9 @@ def diagnose(world, tmp_path, monkeypatch):
         storage = {1: "shards", 2: "align"}[stage]
         options = [f"datasets.{STAGES[stage]}.build_info.storage={world / storage}", "run.device=cpu"]
         options += [f"run.output_dir={tmp_path / 'output'}", *([f"model.ckpt={world}/checkpoint_3.pth"] * (stage == 2))]
-        settings = {"deep": False, "steps": 0, "samples": 8, "sheet": tmp_path / "sheet.png"} | arguments
+        settings = {"deep": False, "steps": 0, "samples": 8, "memory": None, "sheet": tmp_path / "sheet.png"}
         file = f"train_configs/quickstart_stage{stage}.yaml"
-        found = run_checks(Namespace(cfg_path=file, options=[*options, *changes], **settings))
+        found = run_checks(Namespace(cfg_path=file, options=[*options, *changes], **settings | arguments))
         assert len({f.check for f in found}) == len(found)
         return {f.check: f for f in found}
 

@@ -40,7 +40,7 @@ def test_sound_set_ups(diagnose, tmp_path, stage):
 def test_an_evaluation_file_asks_for_no_training(monkeypatch, world, tmp_path):
     monkeypatch.chdir(ROOT)
     options = [f"datasets.cc_sbu_align.build_info.storage={world}/align", f"model.ckpt={world}/checkpoint_3.pth"]
-    arguments = {"deep": False, "steps": 0, "samples": 8, "sheet": tmp_path / "sheet.png"}
+    arguments = {"deep": False, "steps": 0, "samples": 8, "sheet": tmp_path / "sheet.png", "memory": None}
     found = run_checks(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, **arguments))
     assert worst(found) == OK
     assert "memory, chat" in {f.check for f in found} and "memory, training" not in {f.check for f in found}

@@ -124,7 +124,12 @@ def is_from_backend(error: Exception) -> bool:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Returns the default precision of the LM and of autocast: bf16 where native, else fp16, on CPUs fp32."""
+    """Returns the default precision of the LM and of autocast: bf16 where native, else fp16, on CPUs fp32.
+
+    The meta device stands for a current accelerator that is not present, as do the functions below.
+    """
+    if device.type == "meta":
+        return torch.bfloat16
     if device.type == "cpu":
         return torch.bfloat16 if _has_native_bf16() else torch.float32
     has_bf16 = getattr(torch.get_device_module(device), "is_bf16_supported", lambda: False)()
@@ -160,7 +165,7 @@ def has_fused_optimizer(device: torch.device) -> bool:
 
 def has_int8(device: torch.device) -> bool:
     """Whether 8-bit weights are known to work there."""
-    return device.type in ("cpu", "cuda")
+    return device.type in ("cpu", "cuda", "meta")
 
 
 def compiles(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 python -m minigpt4.doctor --cfg-path train_configs/minigpt4_stage1_pretrain.yaml
 python -m minigpt4.doctor --cfg-path F --deep                   # the LM's true loss, whatever its size
 python -m minigpt4.doctor --cfg-path F --steps 5                # trains five steps: time, and memory measured
+python -m minigpt4.doctor --cfg-path F --memory 24GB            # would it fit on such a card?
 python -m minigpt4.doctor --cfg-path F --json                   # for programs
 
 The exit status is 1 if there is an error, else 0. docs/TROUBLESHOOTING.md has the causes in full.
@@ -10,9 +11,20 @@ The exit status is 1 if there is an error, else 0. docs/TROUBLESHOOTING.md has t
 
 import argparse
 import logging
+import re
 import sys
 import time
 from pathlib import Path
+
+
+def num_bytes(text: str) -> float:
+    """Bytes of a size such as 24GB, 80 GiB or 512MB."""
+    units = {"gb": 1e9, "mb": 1e6, "gib": 2**30, "mib": 2**20}
+    match = re.fullmatch(r"([\d.]+) *([a-z]+)", text.strip().lower())
+    try:
+        return float(match[1]) * units[match[2]]
+    except (TypeError, ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"'{text}' is no size; expected one such as 24GB or 24GiB") from None
 
 
 def parse_args() -> argparse.Namespace:
@@ -25,6 +37,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--deep", action="store_true", help="read the whole language model and compute its loss")
     parser.add_argument("--steps", type=int, default=0, help="train so many steps, for the time that is left")
+    help_text = "judge memory by a card of this size, as 24GB, that need not be present; a tenth is kept for the card"
+    parser.add_argument("--memory", type=num_bytes, help=help_text)
     parser.add_argument("--samples", type=int, default=16, help="samples drawn from each source")
     parser.add_argument("--sheet", type=Path, help="file of the contact sheet (output/doctor/NAME.png)")
     return parser.parse_args()

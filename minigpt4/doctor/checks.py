@@ -52,14 +52,26 @@ def run_checks(args: Any) -> list[Finding]:
     is_training = "init_lr" in given or "max_epoch" in given
     if is_training and files.model is not None:
         findings += collect("disk", resources.disk, run_cfg, files, drawn)
-    if files.tensors:
-        if is_training:
-            texts = max((part.captions for part in drawn), key=len, default=[])
-            findings += collect("memory, training", resources.training_memory, run_cfg, files, texts)
-        findings += collect("memory, chat", resources.chat_memory, files, is_training)
+    findings += _memory(args.memory, run_cfg, cfg, files, drawn, is_training)
     if is_training and args.steps:
         findings += collect("time", resources.timed_steps, run_cfg, cfg, files, args.steps)
     return findings
+
+
+def _memory(
+    given: float | None, run_cfg: RunConfig, cfg: Config, files: ModelFiles, drawn: list[Any], is_training: bool
+) -> list[Finding]:
+    card, capacity = files.on_accelerator() if given else files, resources.memory_capacity(files.device, given)
+    own_sizes = [section.get("batch_size") or 1 for section in (cfg.config.get("datasets") or {}).values()]
+    rows = run_cfg.batch_size_train or max(own_sizes, default=1)
+    if files.model is None:
+        rows = rows if is_training else 1
+        return collect("memory, vision", resources.vision_memory, card, rows, capacity)
+    findings = []
+    if is_training:
+        texts = max((part.captions for part in drawn), key=len, default=[])
+        findings += collect("memory, training", resources.training_memory, run_cfg, card, texts, rows, capacity)
+    return findings + collect("memory, chat", resources.chat_memory, card, is_training, capacity)
 
 
 def _versions() -> Finding:

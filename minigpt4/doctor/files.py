@@ -1,5 +1,6 @@
 """The files of a ``model`` section, read by the functions that load a run's model."""
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ class ModelFiles:
         self.cfg, self.device = read_section(ModelConfig, cfg, "model"), device
         self.dtype = loading.language_model_dtype(self.cfg, device)
         self.paths: dict[str, Path | None] = dict.fromkeys(FILES)
+        self.config_folder: Path | None = None  # of the language model, perhaps without its weights
         self.tensors: dict[str, torch.Tensor] = {}  # of the language model
         self.model: Any = None
 
@@ -42,7 +44,7 @@ class ModelFiles:
         findings = []
         for name in FILES:
             findings += collect(f"model.{name}", self._locate, name) if getattr(self.cfg, name) is not None else []
-        if self.paths["llama_model"] is not None:
+        if self.config_folder is not None:
             try:
                 self.model = self.build()
             except UserError as error:
@@ -50,7 +52,7 @@ class ModelFiles:
                 findings.append(refused(key.group() if key else lm.KEY, error))
         model, files = self.model, loading.ModelFiles(**self.paths)
         if model is None:  # the vision side can be compared; of the checkpoint only its kind
-            model = VisionEncoder(*build_vision(self.cfg), **vision_settings(self.cfg, self.device))
+            model = self.build_vision()
             if files.ckpt is not None:
                 message = f"{identify_file(files.ckpt)}; whether it matches is checked once {lm.KEY} is right"
                 findings.append(Finding(loading.CKPT, WARNING, message, f"First correct {lm.KEY}."))
@@ -59,7 +61,7 @@ class ModelFiles:
             findings += collect(key, self._read, key, read)
         if self.model is not None:
             config = self.model.llama_model.config
-            arguments = files.llama_model, self.model.llama_tokenizer, config.vocab_size
+            arguments = self.config_folder, self.model.llama_tokenizer, config.vocab_size
             findings += collect("tokenizer", tokenizer_check, *arguments)
             findings += collect("Vicuna version", version_check, self.cfg, config.model_type, config.vocab_size)
         return findings
@@ -71,16 +73,32 @@ class ModelFiles:
 
     def build(self, has_vision: bool = True) -> MiniGPT4:
         """A new model without weights, in the precisions of the run; without vision as a feature cache allows."""
-        model = MiniGPT4.build(self.cfg, loading.ModelFiles(**self.paths), self.device, has_vision)
+        files = loading.ModelFiles(**self.paths | {"llama_model": self.config_folder})
+        model = MiniGPT4.build(self.cfg, files, self.device, has_vision)
         if loading.is_int8(self.cfg, self.device):
             to_int8(model.llama_model)
         if has_vision:
             round_vision(model, self.cfg, self.device)
         return model
 
+    def build_vision(self) -> VisionEncoder:
+        """The vision side alone, without weights, in the precisions of the run."""
+        vision = VisionEncoder(*build_vision(self.cfg), **vision_settings(self.cfg, self.device))
+        round_vision(vision, self.cfg, self.device)
+        return vision
+
+    def on_accelerator(self) -> "ModelFiles":
+        """The same files for an accelerator: this machine's, else one that is not present."""
+        files = copy.copy(self)
+        files.device = torch.device("meta") if self.device.type == "cpu" else self.device
+        files.dtype = loading.language_model_dtype(self.cfg, files.device)
+        return files
+
     def _locate(self, name: str) -> list[Finding]:
         key, spec = f"model.{name}", getattr(self.cfg, name)
         self.paths[name] = resolve_local_path(spec, key)
+        if name == "llama_model":
+            self.config_folder = self.paths[name] or lm.cached_config_folder(spec)
         if self.paths[name] is not None:
             return []
         message = f"'{spec}' is not on this machine: it is downloaded when the run starts and cannot be checked before"

@@ -61,6 +61,11 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
+def _computing(device: torch.device) -> torch.device:
+    """Where fake tensors are computed; a card that is not present computes the same shapes as the CPU."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def training(
     model: nn.Module, device: torch.device, amp: torch.dtype, image_size: int, samples: Mapping[str, Any]
 ) -> dict[str, int]:
@@ -72,7 +77,9 @@ def training(
         image_size: S.
         samples: ``text_input`` and perhaps ``instruction`` of a batch.
     """
-    parts, rows = weight_bytes(model), len(samples["text_input"])
+    device, parts, rows = _computing(device), weight_bytes(model), len(samples["text_input"])
+    if getattr(model, "prompt_list", None):  # of which a step draws one
+        model.prompt_list = [max(model.prompt_list, key=len)]
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     tracker = MemoryTracker(device)
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
@@ -92,7 +99,8 @@ def training(
 
 def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: int) -> dict[str, int]:
     """Bytes by part at the peak of an answer whose context has ``num_tokens``; arguments as for ``training``."""
-    parts, tracker, cache = weight_bytes(model.eval()), MemoryTracker(device), new_cache()
+    device, parts, cache = _computing(device), weight_bytes(model.eval()), new_cache()
+    tracker = MemoryTracker(device)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), tracker:
         model.to_empty(device=device)
         tracker.peak = before = tracker.current
@@ -105,3 +113,14 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
         del images, logits, embeds
         stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return parts | {"keys and values": stored, "activations": max(0, tracker.peak - before - stored)}
+
+
+def vision(encoder: nn.Module, device: torch.device, image_size: int, rows: int) -> dict[str, int]:
+    """Bytes by part at the peak of encoding that many images with a frozen ``VisionEncoder`` on the meta device."""
+    device, parts = _computing(device), {"vision": weight_bytes(encoder)["vision"]}
+    tracker = MemoryTracker(device)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), tracker:
+        encoder.to_empty(device=device)
+        tracker.peak = before = tracker.current
+        encoder.encode_images(torch.empty(rows, 3, image_size, image_size, device=device))
+    return parts | {"activations": tracker.peak - before}

@@ -9,8 +9,9 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -21,8 +22,10 @@ from minigpt4.doctor import memory
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, size
 from minigpt4.doctor.samples import SampleStats
-from minigpt4.models.language_model import decoder_layers
+from minigpt4.models.language_model import KEY, decoder_layers
 
+# Share of a card that is not present for its context and libraries, for fragmentation, and for errors of prediction.
+RESERVE = 0.1
 CHAT_TOKENS = 2000  # of a full chat, Chat.answer's max_length
 _OUT_OF_MEMORY = see("out-of-memory")
 
@@ -55,22 +58,40 @@ def _space(check: str, folder: str, needed: float, message: str) -> Finding:
     return Finding(check, verdict, evidence, remedy * (verdict != OK), {"needed": needed, "free": free})
 
 
-def _listed(parts: Mapping[str, int], capacity: int) -> str:
+class Capacity(NamedTuple):
+    """Memory with which predictions are compared, in bytes, and in words."""
+
+    num_bytes: int
+    text: str
+
+
+def memory_capacity(device: torch.device, memory_bytes: float | None) -> Capacity:
+    """The memory of a device, or of a card of ``memory_bytes`` that is not present, less a tenth."""
+    if memory_bytes is None:
+        total, _ = devices.memory_left(device)
+        return Capacity(total, size(total))
+    usable = int(memory_bytes * (1 - RESERVE))
+    return Capacity(usable, f"{size(usable)} ({size(memory_bytes)} less {RESERVE:.0%} for the card itself)")
+
+
+def _listed(parts: Mapping[str, int], capacity: Capacity) -> str:
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
-    return f"{size(sum(parts.values()))} predicted of {size(capacity)}: {listed}"
+    return f"{size(sum(parts.values()))} predicted of {capacity.text}: {listed}"
 
 
-def training_memory(run_cfg: RunConfig, files: ModelFiles, captions: list[str]) -> Finding:
-    """Memory of a step with the longest texts, compared with the device's."""
-    rows, words = run_cfg.batch_size_train, " ".join(captions) or "a picture of something"
+def training_memory(
+    run_cfg: RunConfig, files: ModelFiles, captions: list[str], rows: int, capacity: Capacity
+) -> Finding:
+    """Memory of a step of ``rows`` rows with the longest texts, compared with the device's."""
+    words = " ".join(captions) or "a picture of something"
     longest = (words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)
     model = files.build(has_vision=not run_cfg.feature_cache)
     layers = decoder_layers(model.llama_model)
     sharded = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
     parts = predict(run_cfg, files, model, {"text_input": [longest] * rows})
-    capacity, _ = devices.memory_left(files.device)
     total, verdict, remedy = sum(parts.values()), OK, ""
     evidence = f"{_listed(parts, capacity)} ({rows} rows of the longest texts)"
+    capacity = capacity.num_bytes
     # A layer is whole while it computes, and the next one while it is gathered.
     space = capacity - (total - sharded) - 2 * sharded // len(layers)
     if run_cfg.parallel == "fsdp" and space > 0:
@@ -94,16 +115,23 @@ def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Ma
     return memory.training(model, files.device, amp, files.cfg.image_size, samples)
 
 
-def chat_memory(files: ModelFiles, is_training: bool) -> Finding:
+def chat_memory(files: ModelFiles, is_training: bool, capacity: Capacity) -> Finding:
     """Memory of a full chat, compared with the device's."""
     parts = memory.chat(files.build(), files.device, files.cfg.image_size, CHAT_TOKENS)
-    capacity, _ = devices.memory_left(files.device)
     stored = size(parts["keys and values"])
     evidence = f"{_listed(parts, capacity)} (a chat of {CHAT_TOKENS} tokens; each further one that is kept {stored})"
-    if sum(parts.values()) <= capacity:
+    if sum(parts.values()) <= capacity.num_bytes:
         return Finding("memory, chat", OK, evidence, numbers=parts)
     remedy = "model.low_resource: True, model.llm_dtype in a half precision, or a larger card." + _OUT_OF_MEMORY
     return Finding("memory, chat", WARNING if is_training else ERROR, evidence, remedy, parts)
+
+
+def vision_memory(files: ModelFiles, rows: int, capacity: Capacity) -> Finding:
+    """Memory of the vision side alone, where the language model's configuration is not on this machine."""
+    parts = memory.vision(files.build_vision(), files.device, files.cfg.image_size, rows)
+    evidence = f"{_listed(parts, capacity)} ({rows} images); the language model, which is unknown, comes on top"
+    remedy = f"For all of it, set {KEY} to a folder with the language model's config.json and tokenizer."
+    return Finding("memory, vision", WARNING, evidence, remedy, parts)
 
 
 def timed_steps(run_cfg: RunConfig, cfg: Any, files: ModelFiles, num_steps: int) -> list[Finding]:

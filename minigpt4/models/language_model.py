@@ -5,6 +5,7 @@ This is the only module that touches transformers' model classes.
 Shapes: B rows, S tokens in the cache, t new tokens, N tokens of packed rows, L width of the LM, V vocabulary.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -247,6 +248,17 @@ def load_tokenizer(llm: PreTrainedModel, folder: Path) -> Any:
     for role in ("bos", "eos", "pad"):  # published generation_config.json files name other ids
         setattr(llm.generation_config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
     return tokenizer
+
+
+def cached_config_folder(spec: str) -> Path | None:
+    """The folder in the Hugging Face cache with config.json and tokenizer of a repository, perhaps without weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # it is no repository's id
+        config, *tokenizers = (try_to_load_from_cache(spec, n) for n in ("config.json", *llama_tokenizer.FILES))
+        if isinstance(config, str) and any(isinstance(file, str) for file in tokenizers):
+            return Path(config).parent
+    return None
 
 
 def check_folder(folder: Path, key: str = KEY) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from minigpt4.common.utils import read_json_object
 from minigpt4.models import fast_tokenizer
 
 KEY = "model.llama_model"
+FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # of which a folder needs one
 _DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -81,7 +82,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     is_sentencepiece = (folder / "tokenizer.model").is_file()
-    if not is_sentencepiece and not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+    if not any((folder / name).is_file() for name in FILES):
         problem = f"{folder} holds neither tokenizer.model nor tokenizer.json"
         raise UserError(f"{KEY}: {problem}; copy the tokenizer files of the same model there.")
     try:
