@@ -56,7 +56,7 @@ class FeatureDataset(Dataset):
     def __init__(self, name: str, files: list[Path]) -> None:
         self.name = name
         self.files = files
-        self.ends = list(itertools.accumulate(_num_samples(file) for file in files))
+        self.ends = list(itertools.accumulate(num_samples(file) for file in files))
         if not self.ends or not self.ends[-1]:
             raise UserError(f"{KEY}: {name} has no usable sample, see the warnings; then remove {files[0].parent}.")
 
@@ -83,7 +83,8 @@ def _open(file: Path) -> Any:
     return safe_open(file, "pt")
 
 
-def _num_samples(file: Path) -> int:
+def num_samples(file: Path) -> int:
+    """The number of samples in a file of a cache; a UserError if it is damaged."""
     try:
         with safe_open(file, "pt") as opened:
             shape, ends = opened.get_slice("features").get_shape(), opened.get_tensor("text_ends").tolist()
@@ -120,22 +121,13 @@ def with_features(cfg: Any, datasets: Mapping[str, Mapping[str, Any]], device: t
         raise UserError(f"{KEY} requires a frozen vision side; set model.freeze_vit and model.freeze_qformer to True.")
     vision, replaced = None, {}
     for name, split, dataset in [(n, split, d) for n, splits in datasets.items() for split, d in splits.items()]:
-        if missing := [attribute for attribute in _PROTOCOL if not hasattr(dataset, attribute)]:
-            raise UserError(
-                f"{KEY}: features of datasets.{name} cannot be cached, as its {type(dataset).__name__} has no "
-                f"{', '.join(missing)}; set run.feature_cache to null, or write them as PairDataset has them."
-            )
-        crops = run_cfg.feature_crops if split == "train" else 1
-        folder = Path(run_cfg.feature_cache) / f"{name}-{split}"
-        check = functools.partial(check_fingerprint, folder)
-        dist_utils.run_on_main(lambda: check(fingerprint(cfg, name, split, dataset, crops)))  # noqa: B023
-        files = [folder / f"part-{i:05}.safetensors" for i in range(dataset.num_parts)]
+        files = dist_utils.run_on_main(functools.partial(_prepare, cfg, name, split, dataset))
         parts = dist_utils.broadcast_object([i for i, file in enumerate(files) if not file.is_file()])
         if parts:
             vision = vision or VisionEncoder.from_config(cfg.model_cfg, device)
             logging.info("Computing features of %d of %d parts of %s.", len(parts), len(files), name)
             own = {part: files[part] for part in parts[dist_utils.get_rank() :: dist_utils.get_world_size()]}
-            _compute(name, dataset, own, crops, vision, run_cfg)
+            _compute(name, dataset, own, num_crops(run_cfg, split), vision, run_cfg)
             dist_utils.gather_objects(None)  # the other ranks' parts are needed as well
         replaced.setdefault(name, {})[split] = FeatureDataset(name, files)
         logging.info("%s/%s: features of %d samples.", name, split, len(replaced[name][split]))
@@ -201,8 +193,30 @@ def _write(file: Path, rows: list[tuple[Tensor, bytes]], shape: tuple[int, ...])
         raise UserError(f"{KEY}: cannot write {file} ({error}); make room, then start again to continue.") from error
 
 
+def num_crops(run_cfg: RunConfig, split: str) -> int:
+    """K: how many crops of each image are cached; only training draws them at random."""
+    return run_cfg.feature_crops if split == "train" else 1
+
+
+def check_cache(cfg: Any, name: str, split: str, dataset: Any) -> tuple[list[Path], dict[str, Any]]:
+    """Returns the files of a split's features, which need not exist yet, and the fingerprint that belongs to them.
+
+    Changes nothing. Raises UserError if the data set cannot be cached, or the folder holds other features.
+    """
+    run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
+    if missing := [attribute for attribute in _PROTOCOL if not hasattr(dataset, attribute)]:
+        raise UserError(
+            f"{KEY}: features of datasets.{name} cannot be cached, as its {type(dataset).__name__} has no "
+            f"{', '.join(missing)}; set run.feature_cache to null, or write them as PairDataset has them."
+        )
+    folder = Path(run_cfg.feature_cache) / f"{name}-{split}"
+    digests = fingerprint(cfg, name, split, dataset, num_crops(run_cfg, split))
+    check_fingerprint(folder, digests)
+    return [folder / f"part-{i:05}.safetensors" for i in range(dataset.num_parts)], digests
+
+
 def check_fingerprint(folder: Path, digests: Mapping[str, Any]) -> None:
-    """Writes the fingerprint into a new folder; raises UserError if the folder has another one, or other files."""
+    """Raises UserError if a folder of features has another fingerprint, or other files."""
     file = folder / "fingerprint.json"
     try:
         if file.is_file():
@@ -212,15 +226,29 @@ def check_fingerprint(folder: Path, digests: Mapping[str, Any]) -> None:
                     f"{KEY}: {folder} holds features with other {', '.join(other)} than this run's; set another "
                     "folder, or remove this one."
                 )
-            for partial in folder.glob("*.tmp"):
-                partial.unlink()
-            return
-        if folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{KEY}: {folder} holds files but no fingerprint.json; set another folder.")
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(digests, indent=1), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{KEY}: {folder} cannot be used ({error}); set another folder.") from error
+        raise _unusable(folder, error) from error
+
+
+def _prepare(cfg: Any, name: str, split: str, dataset: Any) -> list[Path]:
+    """``check_cache``, then a folder with its fingerprint and without the partial files of an interrupted run."""
+    files, digests = check_cache(cfg, name, split, dataset)
+    folder = Path(cfg.run_cfg.feature_cache) / f"{name}-{split}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for partial in folder.glob("*.tmp"):
+            partial.unlink()
+        if not (folder / "fingerprint.json").is_file():
+            (folder / "fingerprint.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise _unusable(folder, error) from error
+    return files
+
+
+def _unusable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{KEY}: {folder} cannot be used ({error}); set another folder.")
 
 
 def fingerprint(cfg: Any, name: str, split: str, dataset: Any, crops: int) -> dict[str, Any]:

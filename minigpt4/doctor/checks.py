@@ -47,6 +47,8 @@ def run_checks(args: Any) -> list[Finding]:
     findings += more
     for part in drawn:
         findings += collect(f"datasets.{part.name}", samples.check_samples, part, files)
+        if run_cfg.feature_cache:
+            findings += collect(f"run.feature_cache, {part.name}", resources.feature_cache, cfg, files, part)
     path = args.sheet or Path("output") / "doctor" / f"{Path(args.cfg_path).stem}.png"
     findings += collect("contact sheet", samples.sheet, drawn, path)
     is_training = "init_lr" in given or "max_epoch" in given

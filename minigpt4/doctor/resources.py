@@ -18,11 +18,12 @@ from torch import nn
 from minigpt4.common import device as devices
 from minigpt4.common.errors import see
 from minigpt4.common.schema import RunConfig
+from minigpt4.datasets.feature_cache import KEY, FeatureDataset, check_cache, num_samples
 from minigpt4.doctor import memory
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, size
 from minigpt4.doctor.samples import SampleStats
-from minigpt4.models.language_model import KEY, decoder_layers
+from minigpt4.models import language_model as lm
 
 # Share of a card that is not present for its context and libraries, for fragmentation, and for errors of prediction.
 RESERVE = 0.1
@@ -58,6 +59,22 @@ def _space(check: str, folder: str, needed: float, message: str) -> Finding:
     return Finding(check, verdict, evidence, remedy * (verdict != OK), {"needed": needed, "free": free})
 
 
+def feature_cache(cfg: Any, files: ModelFiles, part: SampleStats) -> Finding:
+    """The run's own check of a data set's feature cache, and how much of it is there."""
+    check = f"{KEY}, {part.name}"
+    if files.paths["vit_weights"] is None or files.paths["q_former_model"] is None:
+        message = "whether its features are those of this run can be told when the vision weights are on this machine"
+        return Finding(check, WARNING, message, "First download them.")
+    expected, _ = check_cache(cfg, *part.name.rsplit("/", 1), part.dataset)
+    found = [file for file in expected if file.is_file()]
+    count = sum(num_samples(file) for file in found)
+    if len(found) == len(expected):
+        FeatureDataset(part.name, found)
+    evidence = f"{len(found)} of {len(expected)} parts with {count:,} samples, of this run's weights, settings and data"
+    missing = f"; the run computes the other {len(expected) - len(found)} first"
+    return Finding(check, OK, evidence + missing * (len(found) < len(expected)), numbers={"parts": len(found)})
+
+
 class Capacity(NamedTuple):
     """Memory with which predictions are compared, in bytes, and in words."""
 
@@ -86,7 +103,7 @@ def training_memory(
     words = " ".join(captions) or "a picture of something"
     longest = (words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)
     model = files.build(has_vision=not run_cfg.feature_cache)
-    layers = decoder_layers(model.llama_model)
+    layers = lm.decoder_layers(model.llama_model)
     sharded = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
     parts = predict(run_cfg, files, model, {"text_input": [longest] * rows})
     total, verdict, remedy = sum(parts.values()), OK, ""
@@ -130,7 +147,7 @@ def vision_memory(files: ModelFiles, rows: int, capacity: Capacity) -> Finding:
     """Memory of the vision side alone, where the language model's configuration is not on this machine."""
     parts = memory.vision(files.build_vision(), files.device, files.cfg.image_size, rows)
     evidence = f"{_listed(parts, capacity)} ({rows} images); the language model, which is unknown, comes on top"
-    remedy = f"For all of it, set {KEY} to a folder with the language model's config.json and tokenizer."
+    remedy = f"For all of it, set {lm.KEY} to a folder with the language model's config.json and tokenizer."
     return Finding("memory, vision", WARNING, evidence, remedy, parts)
 
 

@@ -17,7 +17,7 @@ from minigpt4.common.errors import see
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.sample import SkipSample
 from minigpt4.doctor.files import ModelFiles
-from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect
+from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect, refused
 
 NUM_SHARDS = 3  # opened of a source
 COLUMNS, SIDE, TEXT_HEIGHT = 8, 160, 48  # of the contact sheet, in pixels but the first
@@ -35,6 +35,7 @@ class SampleStats:
     captions: list[str] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)  # [3, S, S], as the model gets them
     skipped: Counter = field(default_factory=Counter)
+    dataset: Any = None
 
     def add(self, read: Callable[[Any], Any], source: Any) -> None:
         """Reads a sample and keeps it, or counts why it is unusable."""
@@ -69,7 +70,7 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Findi
 
 
 def _draw_pairs(name: str, dataset: Any, num_samples: int) -> SampleStats:
-    drawn = SampleStats(name, f"{len(dataset):,} pairs", len(dataset))
+    drawn = SampleStats(name, f"{len(dataset):,} pairs", len(dataset), dataset=dataset)
     for index in random.Random(0).sample(range(len(dataset)), min(num_samples, len(dataset))):
         drawn.add(dataset.__getitem__, index)
     return drawn
@@ -77,7 +78,7 @@ def _draw_pairs(name: str, dataset: Any, num_samples: int) -> SampleStats:
 
 def _draw_shards(name: str, dataset: Any, num_samples: int) -> SampleStats:
     local = [shard for shard in dataset.shards if Path(shard).is_file()]
-    drawn = SampleStats(name, f"{len(dataset.shards):,} shards, {len(local):,} of them local")
+    drawn = SampleStats(name, f"{len(dataset.shards):,} shards, {len(local):,} of them local", dataset=dataset)
     shards = random.Random(0).sample(local, min(NUM_SHARDS, len(local)))
     for i, shard in enumerate(shards):
         share = num_samples // len(shards) + (i < num_samples % len(shards))
@@ -104,7 +105,10 @@ def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
     if num_good:
         evidence += f"; images of {drawn.images[0].shape[-1]} pixels; captions such as '{_cut(drawn.captions[0])}'"
     verdict, remedy = OK, ""
-    if bad:
+    if not num_good and hasattr(drawn.dataset, "no_usable_sample"):  # what the run itself says of it
+        refusal = refused(check, drawn.dataset.no_usable_sample(drawn.skipped))
+        verdict, evidence, remedy = refusal.verdict, f"{evidence}; {refusal.evidence}", refusal.remedy
+    elif bad:
         verdict = ERROR if bad >= 0.5 else WARNING
         remedy = "Download or copy what is missing again; the run counts and skips such samples." + see(_ANCHOR)
     if verdict != ERROR and (suspicion := _suspicion(drawn, files)):
