@@ -65,7 +65,7 @@ def convert(source: Path, target: Path) -> tuple[int, int]:
     num_rows = num_empty = 0
     try:
         with (
-            source.open(encoding="utf-8") as stream,
+            source.open(encoding="utf-8-sig") as stream,
             partial.open("w", encoding="utf-8", errors="replace", newline="") as output,
         ):
             writer = csv.writer(output, delimiter="\t", quoting=csv.QUOTE_MINIMAL, lineterminator="\n")

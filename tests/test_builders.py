@@ -161,5 +161,15 @@ def test_they_train(own, num_workers, time_limit):
     assert [sorted(batch["image_id"].tolist()) for batch in batches] == [[0, 1, 2], [0, 1, 2]]
     assert batches[0]["image"].shape == (3, 3, 8, 8) and batches[0]["text_input"][0].startswith("a dog")
     (own / f"{1:012}.jpg").unlink()
-    with pytest.raises(UserError, match=r"Data set x failed with FileNotFoundError: .*000000000001\.jpg"):
+    with pytest.raises(UserError, match=r"000000000001\.jpg' cannot be read as an image"):
         list(make_loader({"x": dataset}, batch_size=3, num_workers=num_workers).iter_epoch(0))
+
+
+def test_processors_without_a_name_are_those_of_the_split():
+    sections = {"vis_processor": {"train": {"image_size": 28}}, "text_processor": {"train": {"max_words": 3}}}
+    builder = BaseDatasetBuilder(sections)
+    builder.build_processors()
+    found = [type(builder.vis_processors[split]) for split in ("train", "eval")]
+    assert found == [Blip2ImageTrainProcessor, Blip2ImageEvalProcessor]
+    assert {processor.image_size for processor in builder.vis_processors.values()} == {28}
+    assert builder.text_processors["eval"].max_words == 3

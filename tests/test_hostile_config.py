@@ -61,8 +61,8 @@ FILES = {
     "key twice": (HEAD + "run: {seed: 1, seed: 2}", "YAML", "duplicate"),
     "two megabytes": (HEAD + "#" * 2**21, "2,0", "1,048,576"),
     "zero byte": (HEAD + 'run: {task: "\0"}', "YAML"),
-    "latin-1": ((HEAD + "run: {task: caf\xe9}").encode("latin-1"), "YAML", "utf-8"),
-    "utf-16": (HEAD.encode("utf-16"), "YAML", "utf-8"),
+    "latin-1": ((HEAD + "run: {task: caf\xe9}").encode("latin-1"), "UTF-8", "0xe9 in line"),
+    "utf-16": (HEAD.encode("utf-16"), "UTF-8", "0xff in line 1"),
     "half a surrogate pair": (HEAD + 'run: {task: "\\ud800"}', "YAML"),
     "number of 5000 digits": (HEAD + "run: {max_epoch: " + "9" * 5000 + "}", "YAML", "digits"),
     # keys

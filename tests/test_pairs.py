@@ -114,3 +114,113 @@ def test_bad_folder_of_ones_own(tmp_path, files, words):
     with pytest.raises(UserError) as error:
         read_pairs(tmp_path, KEY)
     assert all(word in str(error.value) for word in (KEY, *words))
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder of own images: one with a text in it, and one in a folder that is linked twice."""
+    for name, text in (("own/a.jpg", b"of a"), ("elsewhere/b.jpg", b"of b")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(picture(1))
+        (tmp_path / name).with_suffix(".txt").write_bytes(text)
+    for name in ("link", "link again"):
+        (tmp_path / "own" / name).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "cycle").symlink_to(tmp_path / "own")
+    return tmp_path / "own"
+
+
+def test_linked_folders_are_followed_once(own):
+    assert [pair.caption for pair in read_pairs(own, KEY)] == ["of a", "of b"]
+
+
+def test_images_without_a_readable_text_are_counted(own, caplog):
+    (own / "c.jpg").write_bytes(picture(1))
+    for name, text in (("d", b"caf\xe9"), ("e", b"\xef\xbb\xbfof e"), ("f", b" ")):
+        (own / f"{name}.jpg").write_bytes(picture(1))
+        (own / f"{name}.txt").write_bytes(text)
+    assert [pair.caption for pair in read_pairs(own, KEY)] == ["of a", "of e", "", "of b"]
+    assert f"1 of 6 images have no .txt of the same name and are ignored (first: {own / 'c.jpg'})" in caplog.text
+    assert f"1 texts are ignored, the first: {own / 'd.txt'} is not UTF-8 text (byte 0xe9 in line 1)" in caplog.text
+
+
+ROW = '{"image": "a.jpg", "caption": "of the list"}'
+
+
+@pytest.mark.parametrize(
+    ("lists", "expected"),
+    [
+        ({"log.jsonl": '{"step": 1}'}, ["of a", "of b"]),
+        ({"log.jsonl": "no JSON"}, ["of a", "of b"]),
+        ({"log.jsonl": '{"step": 1}', "own.jsonl": ROW}, ["of the list"]),
+        ({"own.jsonl": f"\n{ROW}\n"}, ["of the list"]),
+    ],
+)
+def test_jsonl_files_that_are_no_lists_are_ignored(own, caplog, lists, expected):
+    for name, content in lists.items():
+        (own / name).write_text(content)
+    assert [pair.caption for pair in read_pairs(own, KEY)] == expected
+    assert ("log.jsonl has no rows of image and caption; it is ignored" in caplog.text) == ("log.jsonl" in lists)
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<ImageHere>"])
+def test_instructions_must_not_place_the_image(tmp_path, mark):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"image": "a", "caption": "b", "instruction": f"{mark}\nWhat?"}))
+    with pytest.raises(UserError, match=f"line 1 of .*{mark} What.*<ImageHere> and <image>, as the image .* first"):
+        read_pairs(tmp_path, KEY)
+
+
+TURNS = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a dog"}]
+FORMATS = {
+    "a.json": (json.dumps([{"id": "1", "image": "a.jpg", "conversations": TURNS}]), "is in the format of LLaVA"),
+    "b.json": (json.dumps([{"id": "1", "conversations": TURNS}]), "is in the format of ShareGPT"),
+    "c.json": (json.dumps({"info": {}, "images": [], "annotations": []}), "is in the format of COCO"),
+    "d.jsonl": (json.dumps({"image": "a.jpg", "conversations": TURNS}), "is in the format of LLaVA"),
+    "e.parquet": ("PAR1", "is a Parquet file"),
+    "filter_cap.json": ("{}", "belongs to the data set cc_sbu_align"),
+    "f.jsonl": ('{"image": "https://host/a.jpg", "caption": "a"}', "download it first"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_other_formats_are_named(tmp_path, name, form):
+    content, words = FORMATS[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^{KEY}: .*{name}.* {words}"):
+        read_pairs(tmp_path if form == "folder" else tmp_path / name, KEY)
+
+
+def test_paths_of_windows(tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"image": "sub\\\\a.jpg", "caption": "a"}')
+    assert read_pairs(tmp_path, KEY) == [Pair(tmp_path / "sub" / "a.jpg", "a")]
+
+
+def test_ids_of_align_images(tmp_path):
+    (tmp_path / "image").mkdir()
+    for name in ("1.png", "2.JPG", "3.jpg", "3.png", "4.webp"):
+        (tmp_path / "image" / name).write_bytes(picture(1))
+    ids = {"1": "1.png", 2: "2.JPG", "3": "3.jpg", "3.png": "3.png", "image\\4.webp": "4.webp", "image/1": "1.png"}
+    content = {"annotations": [{"image_id": image_id, "caption": "c"} for image_id in ids]}
+    (tmp_path / "filter_cap.json").write_text(json.dumps(content))
+    assert [pair.image.name for pair in read_align_folder(tmp_path, KEY)] == list(ids.values())
+    (tmp_path / "filter_cap.json").write_text(json.dumps(content | {"images": []}))
+    with pytest.raises(UserError, match="is in the format of COCO"):
+        read_align_folder(tmp_path, KEY)
+
+
+@pytest.mark.parametrize("name", ["image_text", "cc_sbu_align"])
+def test_storage_may_be_a_list(tmp_path, name, caplog):
+    folders = [tmp_path / "1", tmp_path / "2"]
+    for folder in folders:
+        (folder / "image").mkdir(parents=True)
+        (folder / "image" / "a.jpg").write_bytes(picture(1))
+        rows = [{"image_id": image, "image": f"image/{image}.jpg", "caption": folder.name} for image in "ab"]
+        (folder / "filter_cap.json").write_text(json.dumps({"annotations": rows}))
+        (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    build = registry.get_builder_class(name)
+    dataset = build({"build_info": {"storage": list(map(str, folders))}}, name).build_datasets()["train"]
+    assert [pair.caption for pair in dataset.pairs] == ["1", "1", "2", "2"]
+    assert f"2 of 4 images that were looked for are missing (first: {folders[0] / 'image' / 'b.jpg'})" in caplog.text
+    (folders[0] / "image" / "a.jpg").unlink()
+    with pytest.raises(UserError, match=r"2 of 2 images .* missing .* correct the paths"):
+        build({"build_info": {"storage": str(folders[0])}}, name).build_datasets()

@@ -1,5 +1,6 @@
 """YAML files and ``--options``, merged: model defaults < data set defaults < the file < ``--options``."""
 
+import io
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from minigpt4.common.config_checks import check_sections
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import DatasetConfig, ModelConfig, RunConfig, choices_of, type_hints
+from minigpt4.common.utils import decode_text
 
 SECTIONS = {"run": RunConfig, "model": ModelConfig, "preprocess": DatasetConfig}
 SECTIONS |= {"datasets": DatasetConfig, "evaluation_datasets": None}  # these hold a section for each data set
@@ -94,7 +96,9 @@ def _read_yaml(path: Path) -> DictConfig:
     if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{path} has {size:,} bytes; expected a configuration of at most {MAX_BYTES:,}.")
     with _explained(str(path)):
-        content = OmegaConf.load(path)  # refuses tags, cycles, and aliases that expand to more than 10,000 nodes
+        text = decode_text(path.read_bytes(), str(path))
+        # OmegaConf refuses tags, cycles, and aliases that expand to more than 10,000 nodes
+        content = OmegaConf.load(io.StringIO(text))
     if not isinstance(content, DictConfig):
         raise UserError(f"{path} holds no sections; expected {', '.join(SECTIONS)}.")
     for name, section in list(content.items_ex(resolve=False)):

@@ -16,6 +16,7 @@ from minigpt4.common.image_files import read_orientation, strip_metadata
 MAX_FILE_BYTES = 2**27
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a photo has about a quarter
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _MAX_SCAN_PIXELS = 10 * MAX_PIXELS  # a progressive JPEG is usually drawn in 10 scans
 _MIN_SCAN_PIXELS = 5_000_000  # a scan of a small image counts as this many: at most 200 scans
 _ROTATIONS = {

@@ -1,6 +1,8 @@
-"""Job ids and JSON."""
+"""Job ids, texts and JSON."""
 
+import io
 import json
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,33 @@ def now() -> str:
     return datetime.now().strftime("%Y%m%d%H%M%S")
 
 
+def decode_text(data: bytes, where: str) -> str:
+    """Decodes a text of a user: UTF-8, a byte order mark is ignored; a UserError that begins with ``where`` if not."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = f"byte 0x{data[error.start]:02x} in line {line}"
+        raise UserError(f"{where} is not UTF-8 text ({problem}); save it as UTF-8.") from error
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
     """Returns the value of a JSON text; a UserError that begins with ``where`` if it is not valid."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # invalid UTF-8 and numbers of thousands of digits: ValueErrors
+        return json.loads(text if isinstance(text, str) else decode_text(text, f"{where} is no valid JSON, as it"))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # a ValueError, too, for numbers of thousands of digits
         raise UserError(f"{where} is no valid JSON ({error}).") from error
+
+
+def read_json_lines(file: Path, key: str) -> Iterator[tuple[str, Any]]:
+    """Returns (location, value) of each line that is not blank; a UserError with the location if one is invalid."""
+    text = decode_text(file.read_bytes(), f"{key}: {file}")
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # splitlines() would also split at U+2028
+        if line.strip():
+            where = f"{key}: line {number} of {file}"
+            yield where, parse_json(line, where)
 
 
 def read_json_object(file: Path, key: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from minigpt4.common.config_checks import is_prompt_template
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.files import locate
 from minigpt4.common.schema import ModelConfig
-from minigpt4.common.utils import IMAGE_PLACEHOLDER
+from minigpt4.common.utils import IMAGE_PLACEHOLDER, decode_text
 from minigpt4.models import language_model as lm
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.parallel import shard_language_model
@@ -153,9 +153,9 @@ def read_prompts(path: str | None, template: str) -> list[str]:
         return []
     file = locate(path, PROMPTS)
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{PROMPTS}: {file} cannot be read as UTF-8 text ({error}).") from error
+        text = decode_text(file.read_bytes(), f"{PROMPTS}: {file}")
+    except OSError as error:
+        raise UserError(f"{PROMPTS}: {file} cannot be read ({error}).") from error
     lines = [line for line in text.splitlines() if IMAGE_PLACEHOLDER in line]
     if not lines:
         raise UserError(f"{PROMPTS}: no line of {file} contains {IMAGE_PLACEHOLDER}; each prompt needs it once.")

@@ -10,11 +10,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.utils import parse_json
+from minigpt4.common.images import EXTENSIONS
+from minigpt4.common.utils import read_json_lines
 from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat
 from minigpt4.conversation.generation import GenerationOptions
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 Row = dict[str, str]  # "image" (a path) and "question", later "answer" or "error"
 
 
@@ -32,22 +32,16 @@ def find_questions(source: str, question: str) -> list[Row]:
     else:
         files = sorted(map(Path, glob.glob(source, recursive=True)))
     if not files:
-        kinds = ", ".join(sorted(EXTENSIONS))
+        kinds = ", ".join(EXTENSIONS)
         raise UserError(f"--batch: '{source}' holds no images ({kinds}); give a folder or a glob.")
     return [{"image": str(file), "question": question} for file in files]
 
 
 def _read_rows(path: Path, question: str) -> Iterator[Row]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also split at U+2028 in a text
-    except UnicodeDecodeError as error:
-        raise UserError(f"--batch: {path} is not UTF-8 text ({error}).") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            row = parse_json(line, f"--batch: line {number} of {path}")
-            if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-                raise UserError(f'--batch: line {number} of {path} is not a row such as {{"image": "a.jpg"}}.')
-            yield {"image": str(path.parent / row["image"]), "question": str(row.get("question", question))}
+    for where, row in read_json_lines(path, "--batch"):
+        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+            raise UserError(f'{where} is not a row such as {{"image": "a.jpg"}}.')
+        yield {"image": str(path.parent / row["image"]), "question": str(row.get("question", question))}
 
 
 def answer_questions(

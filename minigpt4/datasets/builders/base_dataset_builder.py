@@ -60,13 +60,17 @@ class BaseDatasetBuilder:
     def build_processors(self) -> None:
         """Builds the processors of the section; those of ``eval`` follow from ``train`` where they are not given."""
         images, texts = (self.config.get(key) or {} for key in ("vis_processor", "text_processor"))
-        train = images.get("train") or {"name": "blip2_image_train"}
-        size = {"image_size": train.image_size} if "image_size" in train else {}
-        sections = {"train": train, "eval": images.get("eval") or {"name": "blip2_image_eval", **size}}
-        self.vis_processors = {split: load_processor(cfg["name"], cfg) for split, cfg in sections.items()}
-        train = texts.get("train") or {"name": "blip_caption"}
+        train = images.get("train") or {}
+        size = {"image_size": train["image_size"]} if "image_size" in train else {}
+        sections = {"train": train, "eval": images.get("eval") or size}
+        self.vis_processors = {
+            split: load_processor(cfg.get("name", f"blip2_image_{split}"), cfg) for split, cfg in sections.items()
+        }
+        train = texts.get("train") or {}
         sections = {"train": train, "eval": texts.get("eval") or train}
-        self.text_processors = {split: load_processor(cfg["name"], cfg) for split, cfg in sections.items()}
+        self.text_processors = {
+            split: load_processor(cfg.get("name", "blip_caption"), cfg) for split, cfg in sections.items()
+        }
 
     def _download_data(self) -> None:
         self._download_ann()

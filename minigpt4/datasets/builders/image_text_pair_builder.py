@@ -9,7 +9,7 @@ from minigpt4.common.registry import registry
 from minigpt4.common.schema import SPLITS, BuildInfo, read_section
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets import PairDataset, ShardDataset
-from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
+from minigpt4.datasets.datasets.pairs import check_images, read_align_folder, read_pairs
 from minigpt4.datasets.datasets.shard_urls import expand_shards
 
 
@@ -61,13 +61,15 @@ class CCSBUBuilder(ShardBuilder):
 
 
 class PairBuilder(StorageBuilder):
-    """Listed pairs from a folder or file."""
+    """Listed pairs from a folder or file, or a list of these."""
 
     read = staticmethod(read_pairs)
 
     def build_split(self, storage: Any, key: str, kind: str) -> PairDataset:
         """Builds a data set of pairs; captions are used as they are."""
-        pairs = self.read(locate(storage, key), key)
+        places = [storage] if isinstance(storage, str) else storage
+        pairs = [pair for place in places for pair in self.read(locate(place, key), key)]
+        check_images(pairs, key)
         logging.info("%s: %d pairs.", key, len(pairs))
         return PairDataset(self.name, pairs, self.vis_processors[kind])
 

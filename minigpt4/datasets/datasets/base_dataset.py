@@ -1,12 +1,13 @@
 """The reference's base class of map-style data sets, for data sets that users define."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import ConcatDataset as TorchConcatDataset
 from torch.utils.data import Dataset, default_collate
+
+from minigpt4.common.utils import parse_json
 
 
 class BaseDataset(Dataset):
@@ -22,7 +23,7 @@ class BaseDataset(Dataset):
         self, vis_processor: Any = None, text_processor: Any = None, vis_root: str | None = None, ann_paths: Any = ()
     ) -> None:
         self.vis_root = vis_root
-        contents = [json.loads(Path(path).read_text(encoding="utf-8")) for path in ann_paths]
+        contents = [parse_json(Path(path).read_bytes(), str(path)) for path in ann_paths]
         self.annotation = [entry for content in contents for entry in content["annotations"]]
         for number, entry in enumerate(self.annotation):
             entry["instance_id"] = str(number)

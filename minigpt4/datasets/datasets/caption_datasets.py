@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from minigpt4.common.images import read_image
 from minigpt4.datasets.datasets.base_dataset import BaseDataset
 
 
@@ -23,9 +22,9 @@ class CaptionDataset(BaseDataset):
         self.img_ids = {image_id: number for number, image_id in enumerate(ids)}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reads and processes one image and its caption; raises OSError if the image cannot be read."""
+        """Reads and processes one image and its caption; raises UserError if the image cannot be read."""
         image_id, caption = self.annotation[index]["image_id"], self.annotation[index]["caption"]
-        image = Image.open(Path(self.vis_root or "") / self.FILE_NAME.format(image_id)).convert("RGB")
+        image = read_image(Path(self.vis_root or "") / self.FILE_NAME.format(image_id))
         text = self.prepare_caption(caption)
         return {"image": self.vis_processor(image), "text_input": text, "image_id": self.img_ids[image_id]}
 

@@ -1,5 +1,7 @@
 """Image files and their texts from a list: cc_sbu_align and own images."""
 
+import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,8 +12,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.images import read_plain_file
-from minigpt4.common.utils import IMAGE_PLACEHOLDER, parse_json
+from minigpt4.common.images import EXTENSIONS, read_plain_file
+from minigpt4.common.utils import IMAGE_PLACEHOLDER, decode_text, parse_json, read_json_lines
 from minigpt4.datasets.datasets.sample import (
     ImageProcessor,
     Sample,
@@ -23,7 +25,7 @@ from minigpt4.datasets.datasets.sample import (
     prepare_image,
 )
 
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp")
+_IMAGE_MARKS = (IMAGE_PLACEHOLDER, "<image>")  # ours, and that of LLaVA
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class PairDataset(Dataset):
 
 
 def read_align_folder(folder: Path, key: str) -> list[Pair]:
-    """Reads a folder as cc_sbu_align is one: filter_cap.json and image/ID.jpg.
+    """Reads a folder as cc_sbu_align is one: filter_cap.json and image/ID.jpg, or another extension.
 
     Raises:
         UserError: the file is missing or of another form.
@@ -101,20 +103,23 @@ def read_align_folder(folder: Path, key: str) -> list[Pair]:
         raise UserError(f"{key}: {folder} has no filter_cap.json; expected it beside a folder image/ of ID.jpg files.")
     content = parse_json(file.read_bytes(), f"{key}: {file}")
     annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list) or not annotations:
+    if not isinstance(annotations, list) or not annotations or _name_format(content):
         expected = '{"annotations": [{"image_id", "caption"}, …]}'
-        raise UserError(f"{key}: {file} has no annotations; expected {expected}.")
+        raise UserError(f"{key}: {file} {_name_format(content) or 'has no annotations'}; expected {expected}.")
+    images = sorted((folder / "image").iterdir()) if (folder / "image").is_dir() else []
+    by_id = {image.stem: image for image in images if image.suffix.lower() in EXTENSIONS}
+    by_id |= {image.stem: image for image in images if image.suffix == ".jpg"} | {image.name: image for image in images}
     pairs = []
     for i, entry in enumerate(annotations):
         if not isinstance(entry, dict) or not entry.keys() >= {"image_id", "caption"}:
             raise UserError(f"{key}: annotation {i} of {file} is {str(entry)[:80]}; expected image_id and caption.")
-        image_id = str(entry["image_id"])
-        if "/" in image_id or "\\" in image_id or image_id in ("", ".", ".."):
+        image_id = str(entry["image_id"]).replace("\\", "/").removeprefix("image/")
+        if "/" in image_id or image_id in ("", ".", ".."):
             raise UserError(
-                f"{key}: image_id of annotation {i} of {file} is '{image_id[:80]}'; expected the name of a file in "
-                "image/ without its .jpg."
+                f"{key}: image_id of annotation {i} of {file} is '{entry['image_id']!s:.80}'; expected the name of a "
+                "file in image/, with or without its extension."
             )
-        pairs.append(Pair(folder / "image" / f"{image_id}.jpg", entry["caption"]))
+        pairs.append(Pair(by_id.get(image_id, folder / "image" / f"{image_id}.jpg"), entry["caption"]))
     return pairs
 
 
@@ -125,36 +130,109 @@ def read_pairs(path: Path, key: str) -> list[Pair]:
     Raises:
         UserError: nothing is found, or a row is of another form.
     """
-    lists = [path] if path.is_file() else sorted(path.glob("*.jsonl"))
+    if path.is_file():
+        return _read_rows(path, key)
+    lists, files = sorted(path.glob("*.jsonl")), _find_files(path)
+    images = [file for file in files if file.suffix.lower() in EXTENSIONS]
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    found = {image: texts.get(image.with_suffix("")) or texts.get(image) for image in images}
+    chosen = [file for file in lists if _is_list(file)]
+    if chosen or any(found.values()):
+        for file in set(lists) - set(chosen):
+            logging.warning("%s: %s has no rows of image and caption; it is ignored.", key, file)
+        lists = chosen
     if len(lists) > 1:
         names = ", ".join(file.name for file in lists)
         raise UserError(f"{key}: {path} has several JSONL files ({names}); name the one that is meant.")
     if lists:
-        return _read_jsonl(lists[0], key)
-    images = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_TYPES)
-    texts = {image: image.with_suffix(".txt") for image in images if image.with_suffix(".txt").is_file()}
-    if not texts:
+        return _read_rows(lists[0], key)
+    if not any(found.values()):
+        other = next((f"; {file} {text}" for file in files if (text := _name_file(file))), "")
         raise UserError(
-            f"{key}: {path} has {len(images)} images and none has a .txt of the same name beside it; "
-            "expected that, or one JSONL file."
+            f"{key}: {path} has {len(images)} images and none has a .txt of the same name beside it{other}; "
+            "expected that, or one JSONL file, see dataset/README_OWN_DATA.md."
         )
-    return [Pair(image, text.read_text(encoding="utf-8", errors="replace").strip()) for image, text in texts.items()]
+    if without := [image for image, text in found.items() if text is None]:
+        counts = len(without), len(images), without[0]
+        logging.warning("%s: %d of %d images have no .txt of the same name and are ignored (first: %s).", key, *counts)
+    pairs, unreadable = [], []
+    for image, text in found.items():
+        try:
+            pairs += [Pair(image, decode_text(text.read_bytes(), str(text)).strip())] if text else []
+        except (UserError, OSError) as error:
+            unreadable.append(str(error))
+    if unreadable:
+        logging.warning("%s: %d texts are ignored, the first: %s", key, len(unreadable), unreadable[0])
+    return pairs
 
 
-def _read_jsonl(file: Path, key: str) -> list[Pair]:
+def check_images(pairs: list[Pair], key: str) -> None:
+    """Warns of pairs without an image file, among at most 1,000 of them; raises UserError if none has one."""
+    drawn = pairs[:: -(-len(pairs) // 1000)]
+    if missing := [pair.image for pair in drawn if not os.path.isfile(pair.image)]:
+        text = f"{key}: {len(missing)} of {len(drawn)} images that were looked for are missing (first: {missing[0]})"
+        if len(missing) == len(drawn):
+            raise UserError(f"{text}; correct the paths.")
+        logging.warning("%s; they are skipped.", text)
+
+
+def _find_files(folder: Path) -> list[Path]:
+    """All files below a folder; linked folders are followed, each once."""
+    files, seen = [], {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=logging.warning, followlinks=True):
+        targets = {name: os.path.realpath(os.path.join(parent, name)) for name in sorted(folders)}
+        folders[:] = [name for name, target in targets.items() if target not in seen and not seen.add(target)]
+        files += [Path(parent, name) for name in names]
+    return sorted(files)
+
+
+def _is_list(file: Path) -> bool:
+    with file.open("rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    return b'"image"' in first and b'"caption"' in first
+
+
+def _name_format(content: Any) -> str:
+    """What a JSON value is, if it is an annotation file of another project; else an empty text."""
+    first = content[0] if isinstance(content, list) and content else content
+    keys = first.keys() if isinstance(first, dict) else set()
+    if {"images", "annotations"} <= keys:
+        return "is in the format of COCO"
+    if keys & {"conversations", "messages"}:
+        return f"is in the format of {'LLaVA' if 'image' in keys else 'ShareGPT'}"
+    return ""
+
+
+def _name_file(file: Path) -> str:
+    if file.suffix == ".parquet":
+        return "is a Parquet file"
+    if file.name == "filter_cap.json":
+        return "belongs to the data set cc_sbu_align"
+    try:
+        return _name_format(parse_json(file.read_bytes(), "")) if file.suffix == ".json" else ""
+    except UserError:
+        return ""
+
+
+def _read_rows(file: Path, key: str) -> list[Pair]:
+    if other := _name_file(file):
+        raise UserError(f"{key}: {file} {other}; expected JSONL rows of image and caption.")
     pairs = []
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {file}"
-        row = parse_json(line, f"{key}: {where}")
+    for where, row in read_json_lines(file, key):
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in ("image", "caption")):
-            raise UserError(f"{key}: {where} is {str(row)[:80]}; expected image and caption as texts.")
-        instruction = row.get("instruction")
-        if not isinstance(instruction, str | None) or IMAGE_PLACEHOLDER in (instruction or ""):
-            actual, expected = str(instruction)[:80], f"a text without {IMAGE_PLACEHOLDER}"
-            raise UserError(f"{key}: instruction in {where} is '{actual}'; expected {expected}.")
-        pairs.append(Pair(file.parent / row["image"], row["caption"], instruction))
+            actual = _name_format(row) or f"is {str(row)[:80]}"
+            raise UserError(f"{where} {actual}; expected image and caption as texts.")
+        image, instruction = row["image"], row.get("instruction")
+        if "://" in image or image.startswith("data:"):
+            raise UserError(f"{where} has the image '{image[:80]}'; expected a file: download it first.")
+        if not isinstance(instruction, str | None) or any(mark in (instruction or "") for mark in _IMAGE_MARKS):
+            raise UserError(
+                f"{where} has the instruction '{str(instruction)[:80]}'; expected a text without "
+                f"{' and '.join(_IMAGE_MARKS)}, as the image always comes first."
+            )
+        if "\\" in image and not os.path.isfile(file.parent / image):  # as Windows writes paths
+            image = image.replace("\\", "/")
+        pairs.append(Pair(file.parent / image, row["caption"], instruction))
     if not pairs:
         raise UserError(f"{key}: {file} is empty; expected a row an image.")
     return pairs

@@ -1,7 +1,6 @@
 """Shards of img2dataset in the webdataset format: laion and cc_sbu of stage 1."""
 
 import itertools
-import json
 import logging
 import random
 from collections import Counter
@@ -15,6 +14,8 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import UserError
+from minigpt4.common.images import EXTENSIONS
+from minigpt4.common.utils import decode_text, parse_json
 from minigpt4.datasets.datasets.sample import (
     MAX_BAD_IN_A_ROW,
     ImageProcessor,
@@ -33,7 +34,7 @@ from minigpt4.datasets.datasets.sample import (
 from minigpt4.datasets.datasets.shard_streams import Unreachable
 from minigpt4.datasets.datasets.shard_urls import ShardFile
 
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
+IMAGE_KEYS = tuple(extension[1:] for extension in EXTENSIONS)
 MAX_EMPTY_SHARDS_IN_A_ROW = 20
 MAX_UNREACHABLE_SHARDS_IN_A_ROW = 2  # after all attempts at each
 
@@ -285,9 +286,12 @@ def key_and_suffix(name: str) -> tuple[str | None, str | None]:
 
 def _caption(raw: dict[str, Any]) -> Any:
     try:
-        content = json.loads(raw.get("json", "null"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(raw.get("json", "null"), "it")
+    except UserError as error:
         raise SkipSample("unreadable json") from error
     if isinstance(content, dict) and content.get("caption") is not None:
         return content["caption"]
-    return raw["txt"].decode("utf-8", errors="replace").strip() if "txt" in raw else None
+    try:
+        return decode_text(raw["txt"], "it").strip() if "txt" in raw else None
+    except UserError as error:
+        raise SkipSample("unreadable text") from error
