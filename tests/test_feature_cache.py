@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -270,3 +271,22 @@ def test_own_data_sets_are_refused_with_what_they_need(config):
     cfg = config()
     with pytest.raises(UserError, match=r"datasets\.mine cannot be cached, as its list has no num_parts, .*null"):
         feature_cache.with_features(cfg, {"mine": {"train": [1]}}, CPU)
+
+
+def test_a_full_disk_costs_only_the_part_that_is_written(config, tmp_path):
+    cfg = config()
+    datasets_of(cfg)
+    folder = tmp_path / "cache" / "cc_sbu-train"
+    expected = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "part-00001.safetensors").unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        words = r"cannot write .*part-00001\.safetensors \(.*it needs 1\d,\d{3} bytes, .* are free; make"
+        with pytest.raises(UserError, match=words):
+            datasets_of(cfg)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {file.name for file in folder.iterdir()} == expected.keys() - {"part-00001.safetensors"}
+    datasets_of(cfg)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected

@@ -204,3 +204,49 @@ def test_streams_leave_the_random_state_outside_alone(shards):
     state = torch.get_rng_state()
     next(ShardDataset("x", shards, Blip2ImageTrainProcessor(8)).iter_train(WORKER))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [("a.image.jpg", picture(1)), ("a.caption.txt", b"a dog")],
+        [("a.1.jpg", picture(1)), ("a.1.json", b'{"caption": "a dog"}')],
+        [("a.jpg", picture(1)), ("a.json", b'{"text": "a dog", "url": "x"}')],
+        [("a.tiff", picture(1, "TIFF")), ("a.TXT", b"a dog")],
+        [("a.jpg", picture(1)), ("a.seg.png", picture(2, "PNG")), ("a.txt", b"a dog")],
+    ],
+    ids=["compound keys", "a dot in the key", "caption as text", "other extensions", "further images"],
+)
+def test_layouts_that_are_read(tmp_path, entries):
+    (sample,) = ShardDataset("x", [shard(tmp_path / "0.tar", entries)], EVAL).iter_eval(WORKER)
+    assert sample["text_input"] == "a dog"
+
+
+OTHER_LAYOUTS = {
+    "unsorted": (
+        [("a.jpg", picture(1)), ("b.jpg", picture(2)), ("a.txt", b"a"), ("b.txt", b"b")],
+        "begins with a.jpg, b.jpg, a.txt, b.txt. Expected KEY.jpg beside KEY.json",
+    ),
+    "dotted keys": (
+        [(f"a.{number}.{kind}", data) for number in range(2) for kind, data in (("jpg", picture(1)), ("txt", b"a"))],
+        "begins with a.0.jpg, a.0.txt, a.1.jpg, a.1.txt. Expected KEY.jpg beside",
+    ),
+    "a list as caption": (
+        [("a.jpg", picture(1)), ("a.json", b'{"url": "x", "caption": ["a", "b"]}')],
+        "begins with a.jpg, a.json; a JSON file has url of type str, caption of type list. Expected",
+    ),
+    "another key": (
+        [("a.jpg", picture(1)), ("a.json", b'{"url": "x", "title": "a"}')],
+        "begins with a.jpg, a.json; a JSON file has url of type str, title of type str. Expected",
+    ),
+    "no images": ([("a.cls", b"1"), ("a.npy", b"2")], "begins with a.cls, a.npy. Expected"),
+}
+
+
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_what_a_shard_of_another_layout_holds_is_told(tmp_path, layout):
+    entries, words = OTHER_LAYOUTS[layout]
+    path = shard(tmp_path / "0.tar", entries)
+    with pytest.raises(UserError) as error:
+        next(ShardDataset("web", [path], EVAL, shuffle_buffer=10).iter_train(WORKER))
+    assert f"{path}, which {words}" in str(error.value)

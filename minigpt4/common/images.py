@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.image_files import read_orientation, strip_metadata
@@ -19,15 +19,6 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _MAX_SCAN_PIXELS = 10 * MAX_PIXELS  # a progressive JPEG is usually drawn in 10 scans
 _MIN_SCAN_PIXELS = 5_000_000  # a scan of a small image counts as this many: at most 200 scans
-_ROTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageTooLarge(UserError):
@@ -102,8 +93,9 @@ def _decode(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | Non
     if draft_size and (size := draft_size(*image.size)) != image.size:
         image.draft("RGB", size)
     image.load()
-    method = _ROTATIONS.get(read_orientation(exif or image.info.get("exif", b"")))
-    return image if method is None else image.transpose(method)
+    image.getexif()[ExifTags.Base.Orientation] = read_orientation(exif or image.info.pop("exif", b""))
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

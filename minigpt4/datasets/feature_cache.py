@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -188,9 +189,13 @@ def _write(file: Path, rows: list[tuple[Tensor, bytes]], shape: tuple[int, ...])
     try:
         save_file(content, partial)
         partial.replace(file)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{KEY}: cannot write {file} ({error}); make room, then start again to continue.") from error
+        size, free = sum(tensor.nbytes for tensor in content.values()), shutil.disk_usage(file.parent).free
+        raise UserError(
+            f"{KEY}: cannot write {file} ({error}): it needs {size:,} bytes, {free:,} are free; make room, then start "
+            "again to continue."
+        ) from error
 
 
 def num_crops(run_cfg: RunConfig, split: str) -> int:

@@ -60,17 +60,11 @@ class BaseDatasetBuilder:
     def build_processors(self) -> None:
         """Builds the processors of the section; those of ``eval`` follow from ``train`` where they are not given."""
         images, texts = (self.config.get(key) or {} for key in ("vis_processor", "text_processor"))
-        train = images.get("train") or {}
-        size = {"image_size": train["image_size"]} if "image_size" in train else {}
-        sections = {"train": train, "eval": images.get("eval") or size}
-        self.vis_processors = {
-            split: load_processor(cfg.get("name", f"blip2_image_{split}"), cfg) for split, cfg in sections.items()
-        }
-        train = texts.get("train") or {}
-        sections = {"train": train, "eval": texts.get("eval") or train}
-        self.text_processors = {
-            split: load_processor(cfg.get("name", "blip_caption"), cfg) for split, cfg in sections.items()
-        }
+        size = {key: value for key, value in (images.get("train") or {}).items() if key == "image_size"}
+        for split in ("train", "eval"):
+            image, text = images.get(split) or size, texts.get(split) or texts.get("train") or {}
+            self.vis_processors[split] = load_processor(image.get("name", f"blip2_image_{split}"), image)
+            self.text_processors[split] = load_processor(text.get("name", "blip_caption"), text)
 
     def _download_data(self) -> None:
         self._download_ann()

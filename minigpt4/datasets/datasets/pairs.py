@@ -161,6 +161,8 @@ def read_pairs(path: Path, key: str) -> list[Pair]:
             pairs += [Pair(image, decode_text(text.read_bytes(), str(text)).strip())] if text else []
         except (UserError, OSError) as error:
             unreadable.append(str(error))
+    if not pairs:
+        raise UserError(f"{key}: {unreadable[0]}")
     if unreadable:
         logging.warning("%s: %d texts are ignored, the first: %s", key, len(unreadable), unreadable[0])
     return pairs

@@ -51,7 +51,12 @@ def open_stream(shard: str, timeout: float, retries: int) -> io.RawIOBase:
     return io.FileIO(shard.removeprefix("file://"))
 
 
-class _HttpStream(io.RawIOBase):
+class _Stream(io.RawIOBase):
+    def readable(self) -> bool:
+        return True
+
+
+class _HttpStream(_Stream):
     """The body of a GET request, which is sent again for the rest where the connection fails."""
 
     def __init__(self, url: str, timeout: float, retries: int) -> None:
@@ -60,10 +65,6 @@ class _HttpStream(io.RawIOBase):
         self._num_failures = 0
         self._position = 0
         self._versions: set[tuple[int | None, str | None]] = set()  # size and Last-Modified, of each response
-
-    def readable(self) -> bool:
-        """True."""
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         """Reads what there is; raises OSError, or Unreachable after the last attempt."""
@@ -141,7 +142,7 @@ class _HttpStream(io.RawIOBase):
         super().close()
 
 
-class _CommandStream(io.RawIOBase):
+class _CommandStream(_Stream):
     """The standard output of a shell command, which ends with the process that reads it."""
 
     def __init__(self, command: str, timeout: float) -> None:
@@ -155,10 +156,6 @@ class _CommandStream(io.RawIOBase):
             start_new_session=True,
             preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
-
-    def readable(self) -> bool:
-        """True."""
-        return True
 
     def readinto(self, buffer: memoryview) -> int:
         """Reads what there is; raises Unreachable after a time without data, and OSError if the command fails."""

@@ -4,8 +4,8 @@ import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ MAX_UNREACHABLE_SHARDS_IN_A_ROW = 2  # after all attempts at each
 
 @dataclass(eq=False)
 class ShardDataset:
-    """Tar files of KEY.jpg (jpeg, png, webp) with KEY.json ({"caption": …}) or KEY.txt.
+    """Tar files of KEY.jpg (or another extension of images) beside KEY.json ({"caption": …}) or KEY.txt.
 
     Args:
         name: of the data set, for seeds and messages.
@@ -86,8 +86,7 @@ class ShardDataset:
 
     def process(self, raw: dict[str, Any]) -> Sample:
         """Decodes and processes one undecoded sample; raises SkipSample if it is unusable."""
-        image = next((raw[key] for key in IMAGE_KEYS if key in raw), None)
-        if image is None:
+        if (image := _pick(raw, IMAGE_KEYS)) is None:
             raise SkipSample("no image")
         caption = self.text_processor(check_caption(_caption(raw)))
         return {"image": prepare_image(image, self.vis_processor), "text_input": caption, "instruction": None}
@@ -132,8 +131,22 @@ class ShardDataset:
 
     def no_usable_sample(self, skipped: Counter) -> UserError:
         """The error for shards without any usable sample."""
-        hint = "Expected tar files of KEY.jpg with KEY.json or KEY.txt; see dataset/README_1_STAGE.md"
-        return no_usable_sample(self.name, skipped, f" in {len(self.shards)} shards, such as {self.shards[0]}. {hint}")
+        actual = f" in {len(self.shards)} shards, such as {self.shards[0]}{self._describe_first()}. Expected "
+        expected = (
+            'KEY.jpg beside KEY.json ({"caption": text}) or KEY.txt, KEY without dot; see dataset/README_1_STAGE.md'
+        )
+        return no_usable_sample(self.name, skipped, actual + expected)
+
+    def _describe_first(self) -> str:
+        """What the first shard begins with: names of its files, and the types of the values of a JSON file."""
+        raws = list(itertools.islice(self.read(self.shards[:1], Counter()), 4))
+        names = [f"{raw['__key__']}.{key}" for raw in raws for key in raw if not key.startswith("__")][:6]
+        text = f", which begins with {', '.join(names)}" if names else ""
+        with suppress(UserError, StopIteration):
+            content = parse_json(next(raw["json"] for raw in raws if "json" in raw), "")
+            types = {key: type(value).__name__ for key, value in content.items()} if isinstance(content, dict) else {}
+            text += f"; a JSON file has {', '.join(map(' of type '.join, types.items())) or type(content).__name__}"
+        return text
 
 
 @dataclass
@@ -284,14 +297,24 @@ def key_and_suffix(name: str) -> tuple[str | None, str | None]:
     return (folder + slash + key, suffix) if key and dot else (None, None)
 
 
+def _pick(raw: dict[str, Any], kinds: Sequence[str]) -> bytes | None:
+    """The file of one of the kinds: KEY.jpg, or the only one such as KEY.image.jpg."""
+    exact = next((raw[kind] for kind in kinds if kind in raw), None)
+    others = [raw[key] for key in raw if key.rpartition(".")[2] in kinds]
+    return others[0] if exact is None and len(others) == 1 else exact
+
+
 def _caption(raw: dict[str, Any]) -> Any:
     try:
-        content = parse_json(raw.get("json", "null"), "it")
+        data = _pick(raw, ("json",))
+        content = None if data is None else parse_json(data, "it")
     except UserError as error:
         raise SkipSample("unreadable json") from error
-    if isinstance(content, dict) and content.get("caption") is not None:
-        return content["caption"]
+    for key in ("caption", "text"):
+        if isinstance(content, dict) and content.get(key) is not None:
+            return content[key]
     try:
-        return decode_text(raw["txt"], "it").strip() if "txt" in raw else None
+        text = _pick(raw, ("txt",))
+        return None if text is None else decode_text(text, "it").strip()
     except UserError as error:
         raise SkipSample("unreadable text") from error
