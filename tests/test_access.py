@@ -1,6 +1,7 @@
 """Who may use a server: host names, origins of web pages, and API keys."""
 
 import queue
+import socket
 import sys
 from argparse import Namespace
 
@@ -47,6 +48,7 @@ def client(api_key=None, **access):
         ("0.0.0.0", {"Host": "203.0.113.5:8000", "Origin": "http://203.0.113.5:8000"}, None),
         ("0.0.0.0", {"Host": "203.0.113.5:8000", "Origin": "http://198.51.100.7"}, "bad_origin"),
         ("0.0.0.0", {"Host": "evil.example"}, "bad_host"),
+        ("0.0.0.0", {"Host": socket.gethostname()}, None),
         ("::", {"Host": "[2001:db8::1]:8000"}, None),
     ],
 )

@@ -134,13 +134,27 @@ def test_clients_take_turns(monkeypatch):
     jobs = [image_decoder._Job(b"", name, None, client=name[0]) for name in names]
     for job in jobs:
         lane.put(job)
-        while job is jobs[0] and len(lane):  # it is being decoded
+        while job is jobs[0] and lane.num_waiting("a"):  # it is being decoded
             time.sleep(0.01)
     is_free.set()
     for job in jobs:
         job.image.result(20)
     lane.close()
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+
+
+def test_waiting_images_are_counted_by_client(monkeypatch, new_decoder):
+    is_free = threading.Event()
+    monkeypatch.setattr(image_decoder, "_ask", lambda *_: is_free.wait(20))
+    decoder = new_decoder()
+    images = [decoder.submit(b"", client=client) for client in "aaaaab"]
+    deadline = time.monotonic() + 20
+    while decoder.num_waiting("a") + decoder.num_waiting("b") > 4:  # two are being decoded
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert (decoder.num_waiting("a"), decoder.num_waiting("b")) in ((3, 1), (4, 0)) and not decoder.num_waiting("c")
+    is_free.set()
+    assert all(image.result(20) for image in images)
 
 
 def test_cancelling_ends_the_process(decoder, scene_folder):
@@ -198,11 +212,14 @@ class Endless:
     """A decoder that never ends."""
 
     def __init__(self):
-        self.futures, self.num_waiting = [], 0
+        self.futures, self.waiting = [], 0
 
     def submit(self, *_, **__):
         self.futures.append(Future())
         return self.futures[-1]
+
+    def num_waiting(self, client):
+        return self.waiting if client == "127.0.0.1" else 0
 
     def close(self):
         pass
@@ -239,7 +256,7 @@ def test_a_client_that_leaves_ends_the_decoding(chat, endless, scene_folder):
 
 
 def test_images_that_wait_fill_the_queue(chat, endless, scene_folder):
-    server, endless.num_waiting = Server(chat, allowed_folder=scene_folder, max_queue=8), 8
+    server, endless.waiting = Server(chat, allowed_folder=scene_folder, max_queue=8), 8
     try:
         with pytest.raises(openai.RateLimitError):
             server.ask(content("file:///0.png"))

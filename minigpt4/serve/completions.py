@@ -88,8 +88,7 @@ class Completions:
         return self._receive(request, updates)
 
     async def _process_image(self, data: bytes, client: str) -> Tensor:
-        waiting = self.engine.waiting
-        if self.decoder.num_waiting + waiting.qsize() >= waiting.maxsize:
+        if self.decoder.num_waiting(client) >= self.engine.waiting.maxsize:
             raise ApiError(**_QUEUE_FULL)
         size = getattr(self.engine.chat.vis_processor, "first_size", None)
         try:

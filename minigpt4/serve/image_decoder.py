@@ -44,10 +44,9 @@ class ImageDecoder:
         self._slow = _Lane(1, MAX_SECONDS, _refuse)
         self._quick = _Lane(2, QUICK_SECONDS, self._slow.put)
 
-    @property
-    def num_waiting(self) -> int:
-        """The number of images that no process decodes yet."""
-        return len(self._quick) + len(self._slow)
+    def num_waiting(self, client: str) -> int:
+        """The number of a client's images that no process decodes yet."""
+        return self._quick.num_waiting(client) + self._slow.num_waiting(client)
 
     def decode(
         self, data: bytes, name: str = "the image", size: tuple[int, int] | None = None, client: str = ""
@@ -95,8 +94,9 @@ class _Lane:
         for _ in range(num_processes):
             threading.Thread(target=self._run, name="image decoder", daemon=True).start()
 
-    def __len__(self) -> int:
-        return len(self._jobs)
+    def num_waiting(self, client: str) -> int:
+        with self._changed:
+            return sum(job.client == client for *_, job in self._jobs)
 
     def put(self, job: _Job) -> None:
         with self._changed:
@@ -130,7 +130,7 @@ class _Lane:
                 process = process or self._start()
                 if not self._decode(job, process):
                     process = self._end(process)
-            except OSError as error:
+            except Exception as error:  # no process or thread can be started
                 _finish(job, error)
         self._end(process)
 
