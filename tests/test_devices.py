@@ -39,14 +39,22 @@ def test_no_other_module_names_a_vendor():
 
 
 @on_cpu
-def test_an_unavailable_device_is_replaced_and_logged_once(caplog):
+def test_an_unavailable_device_is_replaced_with_one_warning(caplog):
     devices._log_once.cache_clear()
-    with caplog.at_level("INFO"):
-        assert [devices.pick("cuda").type for _ in range(2)] == ["cpu", "cpu"]
-        assert devices.pick("npu", index=1) == torch.device("cpu")
+    assert [devices.pick("cuda").type for _ in range(2)] == ["cpu", "cpu"]
+    assert devices.pick("npu", index=1) == torch.device("cpu")
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     cuda, npu = caplog.messages
-    assert cuda.startswith("run.device is cuda, which is not available (") and cuda.endswith("Using cpu.")
+    assert cuda.startswith("run.device is cuda, which is not available (") and "Using the CPU" in cuda
     assert "torch_npu is not installed: pip install -r requirements-npu.txt" in npu
+
+
+@on_cpu
+def test_rank_0_alone_warns_of_an_unavailable_device(caplog, monkeypatch):
+    devices._log_once.cache_clear()
+    monkeypatch.setenv("RANK", "1")
+    assert devices.pick("cuda").type == "cpu" and not caplog.records
+    devices._log_once.cache_clear()
 
 
 @on_cpu

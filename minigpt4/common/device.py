@@ -27,8 +27,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    logging.info(message)
+def _log_once(message: str, level: int = logging.INFO) -> None:
+    if os.environ.get("RANK", "0") == "0":  # the process group is not there yet
+        logging.log(level, message)
 
 
 def best() -> str:
@@ -53,7 +54,11 @@ def pick(wanted: str = "auto", index: int = 0, is_strict: bool = False) -> torch
         reason = _why_unavailable(kind)  # the reference's YAML files all say cuda
         if is_strict:
             raise UserError(f"run.device is {wanted} and run.strict_device is set, but {reason}")
-        _log_once(f"run.device is {kind}, which is not available ({reason}) Using {chosen}.")
+        if chosen == "cpu":
+            advice = "Using the CPU, which takes many times as long; run.strict_device: True makes this an error."
+            _log_once(f"run.device is {kind}, which is not available ({reason}) {advice}", logging.WARNING)
+        else:
+            _log_once(f"run.device is {kind}, which is not available ({reason}) Using {chosen}.")
     if chosen in ("cpu", "mps"):
         return torch.device(chosen)
     device = torch.device(chosen, int(number or index))
