@@ -204,6 +204,9 @@ def test_a_data_set_without_keys_has_its_defaults(load):
         (["model.prompt_template=no place"], ["model.prompt_template is 'no place'"]),
         (["run.lr_sched=linear_warmup_cosin_lr"], ["run.lr_sched", "Did you mean 'linear_warmup_cosine_lr'?"]),
         (["run.runner=x"], ["run.runner is 'x'", "runner_base"]),
+        (["run.task=captioning"], ["run.task is 'captioning'", "image_text_pretrain", "imported", "registered"]),
+        (["run.max_epoch=0"], ["run.max_epoch is 0", "at least 1"]),
+        (["run.evaluate=True"], ["run.evaluate", "run.valid_splits"]),
     ],
     ids=lambda value: value[-1],
 )
@@ -211,15 +214,17 @@ def test_settings_that_contradict_each_other(load, options, words):
     refused(lambda: load(*options), "run.yaml", *words)
 
 
+VALIDATION = ["run.valid_splits=[val]", "datasets.cc_sbu_align.build_info.val_storage=y"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ["run.warmup_steps=20"],
         ["run.warmup_steps=21", "run.iters_per_epoch=null"],
-        ["run.warmup_steps=21", "run.max_epoch=0"],
-        ["run.valid_splits=[val]", "datasets.cc_sbu_align.build_info.val_storage=y"],
+        VALIDATION,
         ["run.valid_splits=[own]", "datasets.own_pairs.sample_ratio=1"],
-        ["run.evaluate=True", "datasets.cc_sbu_align.build_info.storage=null"],
+        ["run.evaluate=True", "run.max_epoch=0", "datasets.cc_sbu_align.build_info.storage=null", *VALIDATION],
         ["model.image_size=448", "datasets.cc_sbu_align.vis_processor.train.image_size=448"],
         ["model.image_size=448", "datasets.cc_sbu_align.vis_processor.train.name=own_image"],
         ["run.feature_cache=x"],

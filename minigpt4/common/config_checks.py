@@ -48,9 +48,14 @@ def _is_own(cls: type) -> bool:
 
 
 def _run_problems(run: RunConfig) -> Iterator[str]:
-    yield from _name_problems("run.task", run.task, registry.list_tasks())
+    own = " An own one has to be imported, and so registered, before the configuration is checked."
+    yield from (f"{problem}{own}" for problem in _name_problems("run.task", run.task, registry.list_tasks()))
     yield from _name_problems("run.runner", run.runner, registry.list_runners())
     yield from _name_problems("run.lr_sched", run.lr_sched, registry.list_lr_schedulers())
+    if run.evaluate and not (run.valid_splits or run.test_splits):
+        yield "run.evaluate is True, but no split is named; set run.valid_splits or run.test_splits, as in [val]."
+    if not run.evaluate and run.max_epoch == 0:
+        yield "run.max_epoch is 0, so nothing would be trained; set at least 1, or run.evaluate: True."
     if run.warmup_steps > (total := run.max_epoch * (run.iters_per_epoch or 0)) > 0:
         total = f"{total} steps (max_epoch {run.max_epoch} × iters_per_epoch {run.iters_per_epoch})"
         yield f"run.warmup_steps is {run.warmup_steps}, but the run has only {total}; lower warmup_steps."
