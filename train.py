@@ -62,7 +62,8 @@ def main() -> None:
     except UserError as error:
         dist_utils.abort(str(error))
     except RuntimeError as error:
-        known = dist_utils.explain_lost_peer(error) or devices.explain_out_of_memory(error, "run.batch_size_train")
+        keys = "run.batch_size_train or run.batch_size_eval"
+        known = dist_utils.explain_lost_peer(error) or devices.explain_out_of_memory(error, keys)
         if known is None:
             raise
         dist_utils.abort(known)

@@ -23,6 +23,7 @@ from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.datasets.datasets.pairs import read_align_folder
 from minigpt4.models import MiniGPT4
 from minigpt4.processors import eval_image_processor
+from minigpt4.runners.checkpoints import newest
 from quickstart import scenes
 
 matplotlib.use("Agg")
@@ -48,8 +49,7 @@ def train(stage: int) -> None:
     print(f"\n$ {' '.join(['python', *command[1:]])}", flush=True)
     subprocess.run(command, check=True, cwd=ROOT)
     folder = OUTPUT / f"stage{stage}"
-    newest = max(folder.glob("*/checkpoint_*.pth"), key=lambda file: file.stat().st_mtime)
-    shutil.copy(newest, folder / "checkpoint.pth")
+    shutil.copy(newest(folder), folder / "checkpoint.pth")
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """The runner: the reference's recorded trajectories, checkpoints in both directions, resume, failures."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -121,6 +122,45 @@ def test_updates_with_nonfinite_losses_are_skipped_and_then_end_the_run(make_run
     with pytest.raises(UserError, match="not finite 3 updates in a row"):
         runner.train()
     assert torch.equal(runner.model.llama_proj.weight, before)
+
+
+def means_of(runner):
+    """The losses that a run has logged, by step and by epoch."""
+    rows = [json.loads(line) for line in (runner.output_dir / "metrics.jsonl").read_text().splitlines()]
+    epochs = [json.loads(line) for line in (runner.output_dir / "log.txt").read_text().splitlines()[1:]]
+    return [row["loss"] for row in rows], [row["train_loss"] for row in epochs]
+
+
+def test_means_leave_out_losses_that_are_not_finite(make_runner):
+    runner = make_runner(run_of("stage1", iters_per_epoch=3, max_epoch=2, log_freq=2))
+    losses = iter([2.0, math.nan, 3.0, math.inf, math.nan, math.nan])
+    step = runner.task.train_step
+    runner.task.train_step = lambda model, samples: (loss := step(model, samples)) / loss.detach() * next(losses)
+    runner.train()
+    windows, epochs = means_of(runner)  # reported at the first iteration of an epoch, every second, and at the last
+    assert windows == [2.0, 3.0, None, None] and epochs == [2.5, None]
+
+
+@pytest.mark.parametrize("is_earlier", [False, True], ids=["this version", "an earlier one"])
+def test_means_continue_after_a_resume(make_runner, is_earlier):
+    settings = run_of("stage1", iters_per_epoch=4, max_epoch=1, log_freq=4, save_every_iters=2)
+    whole = make_runner(settings, job_id="whole")
+    whole.train()
+    file = whole.output_dir / "checkpoint_step_2.pth"
+    content = torch.load(file, weights_only=True)
+    if is_earlier:  # it counted all losses as finite
+        del content["ranks"][0]["progress"]["num_losses"], content["ranks"][0]["progress"]["num_window_losses"]
+        torch.save(content, file)
+    resumed = make_runner({**settings, "resume_ckpt_path": str(file)}, job_id="resumed")
+    resumed.train()
+    (_, *windows), epochs = means_of(whole)
+    assert means_of(resumed) == (windows, epochs)
+
+
+def test_two_splits_of_one_data_set_are_not_mixed_up(make_runner):
+    """One of them would be left out."""
+    with pytest.raises(UserError, match="train_splits names train and more, both of data set own"):
+        make_runner(run_of("stage1", train_splits=["train", "more"]), datasets={"own": {"train": [1], "more": [2]}})
 
 
 def test_only_the_projection_learns(make_runner):

@@ -57,7 +57,8 @@ def _init_worker(rank_pid: int, _: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in set(dist_utils.STOP_SIGNALS) - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         signal.signal(signal.SIGTERM, on_sigterm)
         dist_utils.end_with_parent(signal.SIGTERM)

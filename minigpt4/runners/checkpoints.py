@@ -1,25 +1,28 @@
-"""The folder of a run and its checkpoints: written atomically, found again, pruned."""
+"""Checkpoints of a run: written atomically, ordered by step, found again, pruned."""
 
 import contextlib
-import itertools
-import json
+import errno
+import functools
 import logging
 import os
+import shutil
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from minigpt4.common import dist_utils, weights
+from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.files import locate
-from minigpt4.common.schema import RunConfig
 
 RESUME_KEY = "run.resume_ckpt_path"
 BEST = "checkpoint_best.pth"
-_PARTIAL = ".tmp"
+PATTERN = "checkpoint_*.pth"
+PARTIAL = ".tmp"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of file systems without fsync
 
 
 @dataclass
@@ -34,105 +37,134 @@ class TrainState:
     num_nonfinite_in_a_row: int = 0
 
 
-def find_resume_checkpoint(run_cfg: RunConfig) -> Path | None:
-    """Returns the checkpoint to resume from: with ``run.resume: auto`` the newest one, else the one that is named."""
-    root = Path(run_cfg.output_dir)
-    if run_cfg.resume == "auto":
-        if path := dist_utils.run_on_main(lambda: newest(root)):
-            return path
-        logging.info("run.resume: auto found no checkpoint below %s: starting from the beginning.", root)
-    return locate(run_cfg.resume_ckpt_path, RESUME_KEY) if run_cfg.resume_ckpt_path else None
-
-
-def find_folder(run_cfg: RunConfig, job_id: str, resumed: Path | None, config: Any) -> tuple[Path, bool]:
-    """Returns a run's folder and whether it is new: that of the checkpoint if ``run.resume: auto`` found it.
-
-    Raises:
-        UserError: no folder can be created below ``run.output_dir``.
-    """
-    root = Path(run_cfg.output_dir)
-    if resumed is not None and run_cfg.resume == "auto" and root in resumed.parents:
-        return resumed.parent, False
-
-    def create() -> Path:
-        folder = root / job_id
-        try:
-            for number in itertools.count(2):
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir(parents=True)
-                    config.save(folder / "config.yaml")
-                    return folder
-                folder = root / f"{job_id}-{number}"
-        except OSError as error:
-            raise UserError(f"run.output_dir: {folder} cannot be created or written ({error}).") from error
-
-    return dist_utils.run_on_main(create), True
-
-
-def write(content: dict[str, Any], path: Path) -> None:
+def write(content: dict[str, Any], path: Path, keep_last: int | None = None) -> None:
     """Writes a checkpoint atomically: after a crash at any moment, ``path`` has its old or its new content.
 
+    On a full disk, older checkpoints that ``keep_last`` allows to delete make room; the newest intact one never does.
+
     Raises:
-        UserError: the disk is full or read-only; what was there before is unchanged.
+        UserError: the disk is full or read-only.
     """
-    partial = path.with_suffix(_PARTIAL)
+    partial = path.with_suffix(PARTIAL)
     try:
-        torch.save(content, partial)
-        _sync(partial)
+        with partial.open("wb") as file:  # with a path, torch would hide the system's error number
+            torch.save(content, file)
+            file.flush()
+            _sync(file.fileno())
         partial.replace(path)
-        _sync(path.parent)  # makes the new name durable
-    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's message
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error
         with contextlib.suppress(OSError):
             partial.unlink()
-        cause = str(error.__cause__ or error).strip().split("\n")[0][:160]
-        raise UserError(
-            f"run.output_dir: {path} cannot be written ({cause}); earlier checkpoints are unchanged. Free some space "
-            "or set run.keep_last, then resume with run.resume: auto." + see("disk-full")
-        ) from error
+        is_full = _system_error(error).errno in _NO_SPACE
+        intact = newest(path.parent, PATTERN) if is_full and keep_last is not None else None
+        if intact is not None and prune(path.parent, max(1, keep_last - 1), intact):
+            return write(content, path)
+        raise unwritable(path, error, _size(content)) from error
+    with contextlib.suppress(OSError):  # not every network file system can; the file is complete
+        descriptor = os.open(path.parent, os.O_RDONLY)  # makes the new name durable
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
-def newest(output_dir: Path) -> Path | None:
+def _system_error(error: BaseException | None) -> OSError:
+    """The error of the system from which an exception arose."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return OSError()
+
+
+def _size(content: dict[str, Any]) -> int:
+    """Bytes that a checkpoint takes."""
+
+    class Counter:
+        size = 0
+
+        def write(self, data: bytes) -> int:
+            self.size += len(data)
+            return len(data)
+
+        def flush(self) -> None:
+            pass
+
+    counter = Counter()
+    torch.save(content, counter)
+    return counter.size
+
+
+def unwritable(path: Path, error: Exception, size: int) -> UserError:
+    """Returns what to raise when a file of a run cannot be written; ``size`` is in bytes, 0 if unknown."""
+    system = _system_error(error)
+    cause = (system.strerror or str(error)).strip().split("\n")[0][:160]
+    if system.errno in _NO_SPACE:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(path.parent).free
+            needed = f"{size:,} bytes are needed, " if size else ""
+            cause = f"no space left: {needed}{free:,} are available ({cause})"
+    return UserError(
+        f"run.output_dir: {path} cannot be written: {cause}. The newest complete checkpoint is unchanged. Free some "
+        "space, or set or lower run.keep_last, then resume with run.resume: auto." + see("disk-full")
+    )
+
+
+def newest(folder: Path, pattern: str = f"*/{PATTERN}") -> Path | None:
     """Returns the intact checkpoint with the highest step below a ``run.output_dir``, None if there is none."""
-    candidates = []
-    for path in (path for path in output_dir.glob("*/checkpoint_*.pth") if path.name != BEST):
-        try:
-            step = int(weights.read_file(path, "run.resume")["state"]["step"])
-            candidates.append((step, path.stat().st_mtime_ns, path))
-        except (KeyError, TypeError, ValueError) as error:
-            logging.warning("Skipping %s, which is damaged or has weights only (%s).", path, error)
-    for _, _, path in sorted(candidates, reverse=True):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+    for path in reversed(_by_step(folder.glob(pattern))):
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
             if archive.testzip() is None:  # torch.load does not verify checksums
                 return path
         logging.warning("Skipping a damaged checkpoint: the contents of %s do not match their checksums.", path)
     return None
 
 
-def prune(folder: Path, keep_last: int | None) -> None:
-    """Removes all but the last ``keep_last`` checkpoints of a folder, and never the best one."""
-    if keep_last is not None:
-        files = [path for path in folder.glob("checkpoint_*.pth") if path.name != BEST]
-        for path in sorted(files, key=lambda file: file.stat().st_mtime_ns)[:-keep_last]:
-            path.unlink(missing_ok=True)
+def _by_step(paths: Iterable[Path]) -> list[Path]:
+    """The checkpoints among ``paths`` that hold a step, the best one excepted, from the lowest step to the highest.
+
+    Times of files would tell nothing: clocks are set back, and copies are younger than their originals.
+    """
+    positions = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by another run
+            status = path.stat()
+            positions[path] = _position(path, status.st_ino, status.st_size, status.st_mtime_ns)
+    known = [path for path, position in positions.items() if position is not None and path.name != BEST]
+    return sorted(known, key=lambda path: (positions[path], path))
 
 
-def truncate_logs(folder: Path, epoch: int, step: int) -> None:
-    """Truncates the logs of a run's folder to a checkpoint's epoch and step, and deletes partial files."""
-    for path in folder.glob(f"checkpoint_*{_PARTIAL}"):
-        path.unlink()
-    for name, key, limit in (("metrics.jsonl", "step", step), ("log.txt", "epoch", epoch)):
-        path = folder / name
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line).get(key, -1) < limit]
-            partial = path.with_suffix(_PARTIAL)
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+@functools.lru_cache(maxsize=4096)
+def _position(path: Path, *_version: int) -> tuple[int, int] | None:
+    """Step and epoch that a file holds; None, which is logged, if it is damaged or has weights only."""
+    if path.name == BEST:
+        return None
+    try:
+        state = weights.read_file(path, "run.resume")["state"]
+        return int(state["step"]), int(state["epoch"])
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        logging.warning("Skipping %s, which is damaged or has weights only (%s).", path, error)
+        return None
+
+
+def prune(folder: Path, keep_last: int | None, intact: Path) -> int:
+    """Removes checkpoints older than ``intact``, so that ``keep_last`` remain with it, and returns their number.
+
+    Neither the best one is removed, nor a file without a step, nor one with a higher step, which is of another run.
+    """
+    files = _by_step(folder.glob(PATTERN)) if keep_last is not None else []
+    if intact not in files:
+        return 0
+    older = files[: files.index(intact)]
+    removed = older[: max(0, len(older) - (keep_last - 1))]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return len(removed)

@@ -1,5 +1,8 @@
 """Evaluates one split of the data sets by the methods of a task."""
 
+import copy
+import itertools
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,23 +16,33 @@ from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import eval_batches
 
 
-class SplitLoader:
-    """This rank's share of a split of several data sets: batches with their tensors on the device, each sample once."""
+def splits_of(run_cfg: RunConfig) -> list[str]:
+    """Returns the splits that are evaluated after each epoch."""
+    return [*run_cfg.valid_splits, *run_cfg.test_splits]
 
-    def __init__(self, datasets: Mapping[str, Any], run_cfg: RunConfig, device: torch.device) -> None:
+
+class SplitLoader:
+    """This rank's share of a split of several data sets: batches with their tensors on the device, each sample once.
+
+    ``limit`` is the largest number of batches of each data set; None: all.
+    """
+
+    def __init__(
+        self, datasets: Mapping[str, Any], run_cfg: RunConfig, device: torch.device, limit: int | None = None
+    ) -> None:
         settings = run_cfg.batch_size_eval, run_cfg.num_workers, run_cfg.seed, devices.has_own_memory(device)
         self.loaders = [eval_batches(name, dataset, *settings) for name, dataset in datasets.items()]
         self.is_sharded = run_cfg.parallel == "fsdp"
-        self.device = device
+        self.device, self.limit = device, limit
 
     def __len__(self) -> int:
-        return sum(map(len, self.loaders))
+        return sum(len(range(len(loader))[: self.limit]) for loader in self.loaders)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for loader in self.loaders:
+            own = itertools.islice(loader, self.limit)
             # With a sharded model, every forward needs all ranks.
-            batches = dist_utils.lockstep(loader) if self.is_sharded else ((batch, True) for batch in loader)
-            for batch, is_own in batches:
+            for batch, is_own in dist_utils.lockstep(own) if self.is_sharded else ((batch, True) for batch in own):
                 yield devices.move_to(batch, self.device) | ({} if is_own else {"is_filler": True})
 
 
@@ -50,18 +63,57 @@ def evaluate_split(
     Raises:
         UserError: no data set has the split.
     """
-    chosen = {name: splits[split] for name, splits in datasets.items() if split in splits}
-    if not chosen:
-        raise UserError(f"No data set has a split '{split}'; set build_info.{split}_storage.")
-    model.eval()
-    task.before_evaluation(model=model, dataset=[*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values())))
-    loader = SplitLoader(chosen, run_cfg, device)
-    dtype = devices.amp_dtype(run_cfg, device)
-    with torch.no_grad(), devices.local_seed(run_cfg.seed), devices.autocast(device, dtype):
-        results = task.evaluation(model, loader, cuda_enabled=device.type != "cpu")
+    results = _run_task(task, model, datasets, split, run_cfg, device)
     if results is None:
         return {}
     results = [row for rank_results in dist_utils.gather_objects(results) for row in rank_results]
     metrics = task.after_evaluation(val_result=results, split_name=split, epoch=epoch) or {}
     values = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
     return dist_utils.broadcast_object(values)
+
+
+def try_evaluation(
+    task: Any, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], run_cfg: RunConfig, device: torch.device
+) -> None:
+    """Evaluates a batch of each data set of each split: an evaluation that cannot run then fails before the training.
+
+    A copy of the task does it, and the random state is restored: the run is as without it. ``after_evaluation``, which
+    may need all results, is not called. Raises what the evaluation raises.
+    """
+    if not (splits := splits_of(run_cfg)):
+        return
+    logging.info("Trying one batch of every split to evaluate: %s.", ", ".join(splits))
+    parts = [datasets, *model.modules(), *model.parameters(), *model.buffers()]
+    parts += [dataset for splits in datasets.values() for dataset in splits.values()]
+    try:
+        trial = copy.deepcopy(task, {id(part): part for part in parts})  # which may refer to them
+    except Exception as error:  # any that the task's attributes raise
+        logging.warning("No evaluation is tried before the training: the task cannot be copied (%s).", error)
+        return
+    state = devices.random_state(device)
+    try:
+        for split in splits:
+            _run_task(trial, model, datasets, split, run_cfg, device, limit=1)
+    finally:
+        devices.set_random_state(state, device)
+
+
+def _run_task(
+    task: Any,
+    model: nn.Module,
+    datasets: Mapping[str, Mapping[str, Any]],
+    split: str,
+    run_cfg: RunConfig,
+    device: torch.device,
+    limit: int | None = None,
+) -> list[Any] | None:
+    """The task's results of this rank's share of a split."""
+    chosen = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    if not chosen:
+        raise UserError(f"No data set has a split '{split}'; set build_info.{split}_storage.")
+    model.eval()
+    task.before_evaluation(model=model, dataset=[*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values())))
+    loader = SplitLoader(chosen, run_cfg, device, limit)
+    dtype = devices.amp_dtype(run_cfg, device)
+    with torch.no_grad(), devices.local_seed(run_cfg.seed), devices.autocast(device, dtype):
+        return task.evaluation(model, loader, cuda_enabled=device.type != "cpu")

@@ -1,12 +1,11 @@
 """Reports of a run: console lines, a progress bar, metrics.jsonl, TensorBoard or wandb."""
 
 import contextlib
-import json
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import LOADER_KEY
+from minigpt4.runners.checkpoints import unwritable
+from minigpt4.runners.run_folder import append_line
 
 
 class Tracker:
@@ -54,20 +55,27 @@ class Tracker:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Records named numbers at a global step."""
         if self._file is not None:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}, default=str) + "\n")
+            append_line(self._file, {"step": step, **values})
         if self._send is not None:
-            self._send(step, {name: value for name, value in values.items() if isinstance(value, int | float)})
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self._reported(lambda: self._send(step, numbers))
 
     def close(self) -> None:
         """Ends the tracker's run, whose threads would otherwise delay the end of the process."""
         if self._finish is not None:
-            self._finish()
+            self._reported(self._finish)
+
+    def _reported(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:  # TensorBoard's, whose thread writes: perhaps for an earlier call
+            raise unwritable(self._file.parent, error, 0) from error
 
 
 class EpochProgress:
     """Sums of an epoch, reported every ``log_freq`` iterations; losses stay on the device until then.
 
+    Losses that are not finite are left out of the means; a mean of none is NaN.
     The sums can be saved, so that a resumed epoch reports the same means.
     """
 
@@ -79,27 +87,33 @@ class EpochProgress:
 
     def _clear(self) -> None:
         self.skipped: dict[str, Counter] = {}  # samples by data set and kind
-        self._loss_sum, self._window_loss = torch.zeros(2, device=self.device)
+        # Sum and number of the finite losses, of the epoch and since the last report.
+        self._losses, self._window_losses = torch.zeros(2, 2, device=self.device)
         self._lr_sum = 0.0
         self._window: Counter = Counter()  # since the last report
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the sums of this rank as plain numbers."""
         return {
-            "loss_sum": self._loss_sum.item(),
-            "window_loss": self._window_loss.item(),
+            "loss_sum": self._losses[0].item(),
+            "num_losses": self._losses[1].item(),
+            "window_loss": self._window_losses[0].item(),
+            "num_window_losses": self._window_losses[1].item(),
             "window_iters": self._window["iters"],
             "lr_sum": self._lr_sum,
             "skipped": {name: dict(counts) for name, counts in self.skipped.items()},
         }
 
-    def load_state_dict(self, ranks: Sequence[Mapping[str, Any]]) -> None:
-        """Restores the sums of all ranks of a run; with another number of ranks, each takes their mean."""
+    def load_state_dict(self, ranks: Sequence[Mapping[str, Any]], iteration: int) -> None:
+        """Restores the sums of all ranks at an iteration; with another number of ranks, each takes their mean."""
         self._clear()
         rank, is_same = dist_utils.get_rank(), len(ranks) == dist_utils.get_world_size()
         mine = ranks[rank : rank + 1] if is_same else ranks
-        self._loss_sum += sum(saved["loss_sum"] for saved in mine) / len(mine)
-        self._window_loss += sum(saved["window_loss"] for saved in mine) / len(mine)
+        for saved in mine:  # earlier versions counted losses that were not finite as 0
+            epoch = saved["loss_sum"], saved.get("num_losses", iteration)
+            window = saved["window_loss"], saved.get("num_window_losses", saved["window_iters"])
+            self._losses += torch.tensor(epoch, device=self.device) / len(mine)
+            self._window_losses += torch.tensor(window, device=self.device) / len(mine)
         self._window["iters"] = mine[0]["window_iters"]
         self._lr_sum = mine[0]["lr_sum"]
         if is_same or rank == 0:
@@ -134,9 +148,10 @@ class EpochProgress:
         Returns:
             Whether a report was made, which synchronises with the device.
         """
-        finite = torch.where(loss.isfinite(), loss, 0.0)
-        self._loss_sum += finite
-        self._window_loss += finite
+        is_finite = loss.isfinite()
+        finite = torch.stack([torch.where(is_finite, loss, 0.0), is_finite.to(loss.dtype)])
+        self._losses += finite
+        self._window_losses += finite
         self._lr_sum += lr
         world = dist_utils.get_world_size()
         self._window.update(
@@ -156,13 +171,13 @@ class EpochProgress:
         return is_reported
 
     def _report(self, i: int, step: int, lr: float) -> None:
-        loss = dist_utils.all_reduce_sum(self._window_loss).item() / dist_utils.get_world_size()
+        loss = _mean(self._window_losses)
         now = time.perf_counter()
         seconds, window = max(now - self._window_start, 1e-9), self._window
         values = {
             "epoch": self.epoch,
             "lr": lr,
-            "loss": loss / window["iters"],
+            "loss": loss,
             "time": seconds / window["timed"],
             "data": window["data_time"] / window["timed"],
             "images/s": window["images"] / seconds,
@@ -180,7 +195,7 @@ class EpochProgress:
         )
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{lr:.3g}", images=f"{values['images/s']:.1f}/s")
         self.tracker.log(step, values)
-        self._window_loss.zero_()
+        self._window_losses.zero_()
         self._window.clear()
         self._window_start = now
 
@@ -189,12 +204,18 @@ class EpochProgress:
         self.skipped = _add_counts(dist_utils.gather_objects(self.skipped))
         for name, counts in self.skipped.items():
             log_skipped(counts, name)
-        mean = dist_utils.all_reduce_sum(self._loss_sum.clone()) / (self.num_iters * dist_utils.get_world_size())
+        mean = _mean(self._losses)
         seconds = time.perf_counter() - self._start
         per_iteration = seconds / max(1, self.num_iters - self._first)
         total = timedelta(seconds=int(seconds))
         logging.info("Train: data epoch: [%d] Total time: %s (%.4f s / it)", self.epoch, total, per_iteration)
-        return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean.item()}
+        return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean}
+
+
+def _mean(losses: torch.Tensor) -> float:
+    """The mean over all ranks from a rank's sum and number."""
+    total, number = dist_utils.all_reduce_sum(losses.clone()).tolist()
+    return total / number if number else float("nan")
 
 
 def _add_counts(parts: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, Counter]:

@@ -1,6 +1,6 @@
 """The training loop: epochs of a fixed number of iterations, evaluation, checkpoints, resume."""
 
-import json
+import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -22,9 +22,9 @@ from minigpt4.common.registry import registry
 from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
 from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
-from minigpt4.runners import checkpoints
+from minigpt4.runners import checkpoints, run_folder
 from minigpt4.runners.checkpoints import BEST, RESUME_KEY, TrainState
-from minigpt4.runners.evaluation import evaluate_split
+from minigpt4.runners.evaluation import evaluate_split, splits_of, try_evaluation
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.signals import StopRequest
 from minigpt4.runners.updater import Updater
@@ -58,8 +58,7 @@ class RunnerBase:
         self.run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
         self.task = task
         self.datasets = datasets
-        splits = self.run_cfg.train_splits
-        self._sources = {name: data[split] for name, data in datasets.items() for split in splits if split in data}
+        self._sources = self._training_sources()
         self.device = task.device or devices.from_config(self.run_cfg)
         self.model = model.to(self.device)
         self.wrapped_model = replicate(model, self.device)
@@ -74,12 +73,20 @@ class RunnerBase:
         self.lr_scheduler = self._build_lr_scheduler()
         self._compile()
         self.train_loader = train_loader
-        self.resumed = checkpoints.find_resume_checkpoint(self.run_cfg)
-        self.output_dir, is_new = checkpoints.find_folder(self.run_cfg, job_id, self.resumed, cfg)
-        if is_new:
-            self._log_line({"config": cfg.to_dict()})
+        self.output_dir, self.resumed, self.lock = run_folder.open_folder(self.run_cfg, job_id, cfg)
         self.tracker = Tracker(self.run_cfg, self.output_dir, cfg.to_dict())
         self.progress = EpochProgress(self.device, self.tracker, self.run_cfg.log_freq)
+
+    def _training_sources(self) -> dict[str, Any]:
+        sources = {}
+        for name, data in self.datasets.items():
+            found = [split for split in dict.fromkeys(self.run_cfg.train_splits) if split in data]
+            if len(found) > 1:
+                advice = "name one of them, with all its files in the list build_info.storage."
+                raise UserError(f"run.train_splits names {' and '.join(found)}, both of data set {name}; {advice}")
+            if found:
+                sources[name] = data[found[0]]
+        return sources
 
     def _record_token_counts(self, _: nn.Module, __: Any, output: Any) -> None:
         """Forward hook: tasks return the loss alone, while the model also reports numbers of tokens."""
@@ -119,29 +126,36 @@ class RunnerBase:
         num_batches = sum(Fraction(len(data), self._batch_size(name)) for name, data in self._sources.items())
         return max(1, int(num_batches / dist_utils.get_world_size()))
 
-    @dist_utils.main_process
-    def _log_line(self, content: dict[str, Any]) -> None:
-        with (self.output_dir / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content, default=str) + "\n")
-
     def train(self) -> None:
         """Trains the remaining epochs, or with ``run.evaluate`` only evaluates.
 
-        SIGTERM and SIGINT end the training after a step, with a checkpoint.
+        The signals of ``dist_utils.STOP_SIGNALS`` end the training after a step, with a checkpoint.
         """
         logging.info("Writing to %s", self.output_dir)
-        if self.train_loader is None and not self.run_cfg.evaluate:
-            self.train_loader = self.build_train_loader()
-        if self.resumed is not None:
-            self.load_checkpoint(self.resumed)
         try:
+            if self.train_loader is None and not self.run_cfg.evaluate:
+                self.train_loader = self.build_train_loader()
+            if self.resumed is not None:
+                self.load_checkpoint(self.resumed)
             self.evaluate() if self.run_cfg.evaluate else self._train_epochs()
         finally:
+            if self.lock is not None:
+                self.lock.release()
             self.tracker.close()
 
     def _train_epochs(self) -> None:
         if not self.updater.parameters:
             raise UserError("Nothing in this model is trained: all parameters are frozen.")
+        if self.state.epoch >= self.max_epoch:
+            logging.warning(
+                "Nothing is left to train: %s has finished %d epochs, and run.max_epoch is %d. Raise run.max_epoch to "
+                "continue, or set another run.output_dir to start anew.",
+                self.resumed,
+                self.state.epoch,
+                self.max_epoch,
+            )
+            return
+        try_evaluation(self.task, self.model, self.datasets, self.run_cfg, self.device)
         logging.info("Start training")
         start = time.time()
         with StopRequest() as stop:
@@ -150,11 +164,19 @@ class RunnerBase:
                 if stats is None:
                     logging.info("Stopped at step %d; run.resume: auto resumes from here.", self.state.step)
                     return
-                stats |= self.evaluate()
-                self._log_line({"epoch": self.state.epoch, **stats})
-                self.state.epoch, self.state.iteration = self.state.epoch + 1, 0
-                self.save_checkpoint(f"checkpoint_{self.state.epoch - 1}.pth", stats)
+                self._finish_epoch(stats)
         logging.info("Training time %s", timedelta(seconds=int(time.time() - start)))
+
+    def _finish_epoch(self, stats: dict[str, Any]) -> None:
+        """Validates, logs and saves a trained epoch; it is saved before, too, as a validation may fail or be killed."""
+        epoch, name = self.state.epoch, f"checkpoint_{self.state.epoch}.pth"
+        if splits_of(self.run_cfg):
+            self.save_checkpoint(name)
+        stats |= self.evaluate()
+        if dist_utils.is_main_process():
+            run_folder.append_line(self.output_dir / "log.txt", {"epoch": epoch, **stats})
+        self.state.epoch, self.state.iteration = epoch + 1, 0
+        self.save_checkpoint(name, stats)
 
     def build_train_loader(self) -> TrainLoader:
         """Builds the loader over the training splits, with this run's batch size and sample ratios."""
@@ -218,8 +240,7 @@ class RunnerBase:
     def evaluate(self) -> dict[str, Any]:
         """Evaluates every validation and test split over all ranks; returns the metrics as ``{split}_{name}``."""
         stats: dict[str, Any] = {}
-        splits = [*self.run_cfg.valid_splits, *self.run_cfg.test_splits]
-        if not splits:
+        if not (splits := splits_of(self.run_cfg)):
             logging.info("No validation splits found.")
         for split in splits:
             settings = self.state.epoch, self.run_cfg, self.device
@@ -258,16 +279,17 @@ class RunnerBase:
             "model": self.model.trainable_state_dict(),
             **self.updater.state_dict(),
             "config": self.config.to_dict(),
-            "epoch": self.state.epoch - 1,  # the last complete one, as in the reference
+            "epoch": self.state.epoch - (self.state.iteration < self.iters_per_epoch),  # the last complete one
             "state": asdict(self.state),
             "ranks": dist_utils.gather_objects(rank_state),
         }
 
         def write() -> None:
-            for file in [BEST] * is_best + [name]:
-                logging.info("Saving step %d to %s.", self.state.step, self.output_dir / file)
-                checkpoints.write(devices.move_to(content, torch.device("cpu")), self.output_dir / file)
-            checkpoints.prune(self.output_dir, self.run_cfg.keep_last)
+            self.lock.check()
+            for path in [self.output_dir / BEST] * is_best + [self.output_dir / name]:
+                logging.info("Saving step %d to %s.", self.state.step, path)
+                checkpoints.write(devices.move_to(content, torch.device("cpu")), path, self.run_cfg.keep_last)
+            checkpoints.prune(self.output_dir, self.run_cfg.keep_last, path)
 
         dist_utils.run_on_main(write)
 
@@ -277,7 +299,7 @@ class RunnerBase:
         Raises:
             UserError: the file is damaged, of another model, or has weights only.
         """
-        content = weights.read_file(path, RESUME_KEY)
+        content = copy.deepcopy(weights.read_file(path, RESUME_KEY))  # a mapped file, once pruned, still takes space
         if "optimizer" not in content or "epoch" not in content:
             raise UserError(f"{RESUME_KEY}: {path} has weights only; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
@@ -289,8 +311,12 @@ class RunnerBase:
                 "another model or version. To start from its weights set model.ckpt instead."
             ) from error
         if self.output_dir == path.parent:
-            dist_utils.run_on_main(lambda: checkpoints.truncate_logs(path.parent, self.state.epoch, self.state.step))
+            dist_utils.run_on_main(lambda: self._clean_folder(path))
         logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)
+
+    def _clean_folder(self, resumed: Path) -> None:
+        checkpoints.prune(self.output_dir, self.run_cfg.keep_last, resumed)  # first: the disk may be full
+        run_folder.truncate_logs(self.output_dir, self.state)
 
     def _restore(self, content: Mapping[str, Any]) -> None:
         epoch = content["epoch"] + 1
@@ -301,7 +327,7 @@ class RunnerBase:
         self.updater.load_state_dict(content, self.state)
         ranks, world = content.get("ranks") or [], dist_utils.get_world_size()
         if ranks:
-            self.progress.load_state_dict([rank["progress"] for rank in ranks])
+            self.progress.load_state_dict([rank["progress"] for rank in ranks], self.state.iteration)
         if ranks and self.train_loader is not None:
             data = [rank["data"] for rank in ranks]
             self.train_loader.load_state_dict(data, self.state.epoch, self.state.iteration)

@@ -16,7 +16,7 @@ _REPEAT_SECONDS = 2.0  # torchrun repeats a signal that a terminal or scheduler 
 
 
 class StopRequest:
-    """Context in which the first SIGTERM or SIGINT only sets a flag; a later one ends the process.
+    """Context in which the first of the ``STOP_SIGNALS`` only sets a flag; a later one ends the process.
 
     Schedulers signal the ranks during different steps, so every step starts an asynchronous sum of the ranks' flags in
     host memory, whose result is read at the next step.
@@ -29,7 +29,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {n: signal.signal(n, self._handle) for n in (signal.SIGTERM, signal.SIGINT)}
+            is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            numbers = [n for n in dist_utils.STOP_SIGNALS if n != signal.SIGHUP or not is_nohup]
+            self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
