@@ -45,7 +45,7 @@ def test_an_unavailable_device_is_replaced_with_one_warning(caplog):
     assert devices.pick("npu", index=1) == torch.device("cpu")
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     cuda, npu = caplog.messages
-    assert cuda.startswith("run.device is cuda, which is not available (") and "Using the CPU" in cuda
+    assert cuda.startswith("run.device is cuda, which is not available (") and "Using cpu; run.strict_device" in cuda
     assert "torch_npu is not installed: pip install -r requirements-npu.txt" in npu
 
 

@@ -54,11 +54,9 @@ def pick(wanted: str = "auto", index: int = 0, is_strict: bool = False) -> torch
         reason = _why_unavailable(kind)  # the reference's YAML files all say cuda
         if is_strict:
             raise UserError(f"run.device is {wanted} and run.strict_device is set, but {reason}")
-        if chosen == "cpu":
-            advice = "Using the CPU, which takes many times as long; run.strict_device: True makes this an error."
-            _log_once(f"run.device is {kind}, which is not available ({reason}) {advice}", logging.WARNING)
-        else:
-            _log_once(f"run.device is {kind}, which is not available ({reason}) Using {chosen}.")
+        advice = "; run.strict_device: True makes this an error" if chosen == "cpu" else ""
+        level = logging.WARNING if chosen == "cpu" else logging.INFO
+        _log_once(f"run.device is {kind}, which is not available ({reason}) Using {chosen}{advice}.", level)
     if chosen in ("cpu", "mps"):
         return torch.device(chosen)
     device = torch.device(chosen, int(number or index))

@@ -49,8 +49,7 @@ def write(content: dict[str, Any], path: Path, keep_last: int | None = None) -> 
     try:
         with partial.open("wb") as file:  # with a path, torch would hide the system's error number
             torch.save(content, file)
-            file.flush()
-            _sync(file.fileno())
+        _sync(partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error
         with contextlib.suppress(OSError):
@@ -59,21 +58,21 @@ def write(content: dict[str, Any], path: Path, keep_last: int | None = None) -> 
         intact = newest(path.parent, PATTERN) if is_full and keep_last is not None else None
         if intact is not None and prune(path.parent, max(1, keep_last - 1), intact):
             return write(content, path)
-        raise unwritable(path, error, _size(content)) from error
-    with contextlib.suppress(OSError):  # not every network file system can; the file is complete
-        descriptor = os.open(path.parent, os.O_RDONLY)  # makes the new name durable
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        torch.save(content, counter := _Counter())
+        raise unwritable(path, error, counter.size) from error
+    with contextlib.suppress(OSError):  # the file is complete
+        _sync(path.parent)  # makes the new name durable
 
 
-def _sync(descriptor: int) -> None:
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _CANNOT_SYNC:
             raise
+    finally:
+        os.close(descriptor)
 
 
 def _system_error(error: BaseException | None) -> OSError:
@@ -85,22 +84,17 @@ def _system_error(error: BaseException | None) -> OSError:
     return OSError()
 
 
-def _size(content: dict[str, Any]) -> int:
-    """Bytes that a checkpoint takes."""
+class _Counter:
+    """Stands for a file, to learn its size."""
 
-    class Counter:
-        size = 0
+    size = 0
 
-        def write(self, data: bytes) -> int:
-            self.size += len(data)
-            return len(data)
+    def write(self, data: bytes) -> int:
+        self.size += len(data)
+        return len(data)
 
-        def flush(self) -> None:
-            pass
-
-    counter = Counter()
-    torch.save(content, counter)
-    return counter.size
+    def flush(self) -> None:
+        pass
 
 
 def unwritable(path: Path, error: Exception, size: int) -> UserError:
