@@ -1,5 +1,6 @@
 """demo.py: its command line, which processor it uses, and which mode it runs."""
 
+import inspect
 import socket
 import subprocess
 import sys
@@ -7,10 +8,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from omegaconf import OmegaConf
 
 import demo
 from minigpt4.processors import eval_image_processor
+from minigpt4.serve import web
 
 ROOT = Path(__file__).parents[1]
 
@@ -180,6 +183,59 @@ def test_an_address_that_cannot_be_used_is_reported_before_the_model_is_loaded(e
         assert end_of(*mode, "--port", port).startswith(f"error: --host 127.0.0.1 --port {port} cannot be used (Addr")
     assert end_of(*mode, "--host", "host.invalid").startswith("error: --host host.invalid --port ")
     assert "cannot be used" in end_of(*mode, "--host", "x" * 70)
+
+
+@pytest.fixture
+def run_server(chat, monkeypatch, capsys):
+    """Runs demo.py until it would serve; returns its address, the application and what it printed."""
+    from minigpt4.serve import server
+
+    def run(*arguments):
+        with server.listen("127.0.0.1", 0) as probe:
+            port = probe.getsockname()[1]
+        served = []
+
+        def load(args):  # clients wait meanwhile
+            socket.create_connection(("127.0.0.1", port)).close()
+            assert "http" not in capsys.readouterr().out
+            return chat
+
+        def serve(app, listener, **_):
+            served.extend((server.address(listener), app, capsys.readouterr().out))
+            listener.close()
+
+        monkeypatch.setattr(demo, "build_chat", load)
+        monkeypatch.setattr(server, "serve", serve)
+        name = "eval_configs/quickstart_eval.yaml"
+        monkeypatch.setattr(sys, "argv", ["demo.py", "--cfg-path", name, "--port", str(port), *arguments])
+        demo.main()
+        return served
+
+    return run
+
+
+@pytest.mark.parametrize(("mode", "path"), [([], ""), (["--api"], "/v1")])
+def test_the_address_is_printed_when_it_can_be_used(run_server, mode, path):
+    address, _, printed = run_server(*mode)
+    assert printed == f"Model 'quickstart_eval' at {address}{path}\n"
+
+
+def test_the_tunnel_of_share_is_opened_before_the_model_is_loaded(run_server, end_of, monkeypatch):
+    def open_tunnel(local_host, local_port, share_token, share_server_address, share_server_tls_certificate):
+        assert local_host == "127.0.0.1" and len(share_token) > 30
+        return "http://1234.gradio.live"
+
+    assert list(inspect.signature(open_tunnel).parameters) == list(inspect.signature(web.setup_tunnel).parameters)
+    monkeypatch.setattr(web, "setup_tunnel", open_tunnel)
+    address, app, printed = run_server("--share", "--allow-origin", "https://chat.example")
+    assert printed == f"Model 'quickstart_eval' at {address} and https://1234.gradio.live\n"
+    with TestClient(app, base_url="https://1234.gradio.live") as client:
+        for host in ("1234.gradio.live", "chat.example"):
+            assert client.get("/", headers={"Host": host, "Origin": f"https://{host}"}).status_code == 200
+        assert client.get("/", headers={"Host": "5678.gradio.live"}).status_code == 403
+        assert client.get("/", headers={"Origin": "https://5678.gradio.live"}).status_code == 403
+    monkeypatch.setattr(web, "setup_tunnel", lambda *_: 1 / 0)
+    assert end_of("--share", "--port", "0").startswith("error: --share: no public tunnel can be opened (division")
 
 
 @pytest.mark.parametrize("mode", [["--terminal"], ["--ask", "Why?"]])

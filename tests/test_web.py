@@ -169,6 +169,35 @@ def test_answers_stream_and_stop(visit, images):
     assert not page.answers and page.num_images == 0
 
 
+TYPED = "a*b*c **d** <script>e</script> <b>f</b> &lt; <img src='http://evil.example/1.png'> # g"
+TYPED += " ![h](http://evil.example/2.png) [i](http://evil.example) http://evil.example/3.png $$j$$ `k`"
+
+
+def test_texts_are_shown_as_they_are_and_nothing_comes_from_other_hosts(visit, address, images, chat, monkeypatch):
+    page, hosts, messages = visit(), set(), []
+    page.context.on("request", lambda request: hosts.add(re.sub(r"^(\w+:(//[^/]*)?).*", r"\1", request.url)))
+    page.page.on("console", lambda message: messages.append(message.text))
+    monkeypatch.setattr(chat, "decode_answer", lambda ids, conv: TYPED)
+    page.page.reload()
+    page.page.wait_for_selector("#box textarea")
+    page.upload(images / "0.png")
+    page.send(TYPED)
+    page.wait(lambda: page.num_tokens)
+    page.press("stop")
+    page.wait(lambda: "stopped" in page.status)
+    assert page.questions == page.answers == [TYPED]
+    (strange := images / "[a](b) _c_.png").write_bytes(b"no image")
+    page.upload(strange)
+    page.send()
+    page.wait(lambda: "cannot be read" in page.status)
+    assert f"'{strange.name}'" in page.status and f"'{strange.name}'" in page.page.inner_text(".toast-wrap")
+    page.send("Is <ImageHere> *an* image?")
+    page.wait(lambda: "A question cannot contain <ImageHere>" in page.page.inner_text(".toast-wrap"))
+    assert "cannot contain <ImageHere>" in page.status
+    assert page.page.input_value("#box textarea") == "Is <ImageHere> *an* image?"  # the question is not lost
+    assert hosts <= {address, "data:", f"blob:{address}"} and address in hosts and not messages
+
+
 def test_browsers_do_not_see_each_other_and_wait_in_turn(visit, images):
     one, other = visit(), visit()
     for page, question in ((one, "First?"), (other, "Second?")):

@@ -28,7 +28,7 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # each thread would reserve addres
 class _Job:
     data: bytes
     name: str
-    size: tuple[int, int] | None
+    size: tuple[int, int] | int | None
     client: str
     image: Future[Image.Image] = field(default_factory=Future)
 
@@ -49,14 +49,15 @@ class ImageDecoder:
         return self._quick.num_waiting(client) + self._slow.num_waiting(client)
 
     def decode(
-        self, data: bytes, name: str = "the image", size: tuple[int, int] | None = None, client: str = ""
+        self, data: bytes, name: str = "the image", size: tuple[int, int] | int | None = None, client: str = ""
     ) -> Image.Image:
         """Decodes the bytes of an image file to RGB; waits for its turn and its end.
 
         Args:
             data: the content of the file.
             name: the image's name in messages.
-            size: width and height to resize it to (bicubic); by default it keeps its own.
+            size: width and height to resize it to (bicubic), or the side that the larger one of a larger image is
+                reduced to; by default it keeps its own.
             client: whoever takes turns with the other clients, such as an address.
 
         Raises:
@@ -65,7 +66,7 @@ class ImageDecoder:
         return self.submit(data, name, size, client).result()
 
     def submit(
-        self, data: bytes, name: str = "the image", size: tuple[int, int] | None = None, client: str = ""
+        self, data: bytes, name: str = "the image", size: tuple[int, int] | int | None = None, client: str = ""
     ) -> Future[Image.Image]:
         """``decode`` without waiting; cancelling the future ends the work."""
         job = _Job(data, name, size, client)

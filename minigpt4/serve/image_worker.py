@@ -1,8 +1,8 @@
 """Decodes images for ``image_decoder`` in a process of its own, with limits on memory and CPU time.
 
-A request is a line of JSON, ``{"num_bytes": n, "name": …, "size": [w, h] or null, "seconds": s}``, and the n bytes of a
-file; the answer is ``{"size": [w, h]}`` and the RGB pixels, or ``{"error": …}``. Run by its path: the import of
-``minigpt4`` would load torch, which takes longer than most images.
+A request is a line of JSON, ``{"num_bytes": n, "name": …, "size": [w, h], a side, or null, "seconds": s}``, and the n
+bytes of a file; the answer is ``{"size": [w, h]}`` and the RGB pixels, or ``{"error": …}``. Run by its path: the import
+of ``minigpt4`` would load torch, which takes longer than most images.
 """
 
 import json
@@ -34,7 +34,9 @@ def decode(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]
 
     try:
         image = read_image(data, request["name"])
-        if request["size"]:
+        if isinstance(request["size"], int):
+            image.thumbnail((request["size"], request["size"]))
+        elif request["size"]:
             image = image.resize(request["size"], Image.Resampling.BICUBIC)
         return {"size": image.size}, image.tobytes()
     except UserError as error:

@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from minigpt4.serve.page_texts import localized
+
 MAX_FILE_BYTES = 2**25  # of an uploaded file
 MAX_UPLOAD_BYTES = 2**27  # of the files that are selected together
 MAX_BODY_BYTES = 2**20  # of other requests
@@ -54,11 +56,11 @@ class PageGuard(BaseHTTPMiddleware):
         if not length.isdecimal():
             return "A Content-Length is required.", 411
         if int(length) > limit:
-            return f"{length} bytes are too many; at most {limit} are accepted.", 413
+            return localized(request, "too_large").format(size=int(length) >> 20, limit=limit >> 20), 413
         if is_upload:
             num_bytes = await asyncio.to_thread(self._delete_old_uploads)
             is_full = num_bytes + int(length) > MAX_STORED_BYTES
-            return ("The server holds too many uploads; try again later.", 507) if is_full else None
+            return (localized(request, "full"), 507) if is_full else None
         try:
             is_valid = self._has_own_files(json.loads(await request.body() or b"null"))
         except (ValueError, RecursionError):

@@ -1,6 +1,6 @@
 """The texts of the web page, in English and Chinese."""
 
-import gradio as gr
+from typing import Any
 
 from minigpt4.conversation.conversation import Answer
 
@@ -25,6 +25,11 @@ TEXTS = {
     ),
     "gone": ("{name} is no longer on the server: add it again.", "服务器上已没有 {name}：请重新添加。"),
     "failed": ("The model failed; the server's log has the reason.", "模型出错，原因见服务器日志。"),
+    "too_large": (
+        "{size} MiB are too much; at most {limit} MiB can be sent together.",
+        "共 {size} MiB，一次最多发送 {limit} MiB。",
+    ),
+    "full": ("The server holds too many uploads; try again later.", "服务器上的上传文件过多，请稍后再试。"),
     "no_answer": ("There is no answer to retry yet.", "还没有可以重试的回答。"),
     "stopped": ("stopped", "已停止"),
     "received": ("image received", "已收到图片"),
@@ -36,12 +41,12 @@ TEXTS = {
 ENGLISH, CHINESE = ({key: texts[i] for key, texts in TEXTS.items()} for i in range(2))
 
 
-def localized(request: gr.Request, key: str) -> str:
-    """A text in the browser's language."""
+def localized(request: Any, key: str) -> str:
+    """A text in the language of the browser that sent a request of gradio or Starlette."""
     return (CHINESE if (request.headers.get("accept-language") or "").lower().startswith("zh") else ENGLISH)[key]
 
 
-def describe_numbers(request: gr.Request, answer: Answer) -> str:
+def describe_numbers(request: Any, answer: Answer) -> str:
     """Length and speed of an answer."""
     count, first = len(answer.ids), answer.seconds_to_first_token
     speed = (count - 1) / (answer.seconds - first) if answer.seconds > first else count / answer.seconds

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from minigpt4.common.images import read_image
 from minigpt4.conversation.conversation import Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve.access import OriginCheck
+from minigpt4.serve.image_decoder import ImageDecoder
 from minigpt4.serve.page_guard import MAX_BODY_BYTES, MAX_FILE_BYTES, PageGuard
 from minigpt4.serve.page_texts import CHINESE, ENGLISH, describe_numbers, localized
 
@@ -76,7 +78,7 @@ class _Page:
     """Layout and event handlers, which change the session in place."""
 
     def __init__(self, chat: Chat, description: str, examples: Sequence[str | Path], folder: Path) -> None:
-        self.chat, self.description, self.folder = chat, description, folder
+        self.chat, self.description, self.folder, self.decoder = chat, description, folder, ImageDecoder()
         (folder / "kept").mkdir()
         self.examples = [_save_for_display(read_image(path), folder / "kept") for path in examples]
 
@@ -164,15 +166,14 @@ class _Page:
         return session, EMPTY_BOX, view, self.status()
 
     def read(self, path: Path, request: gr.Request) -> tuple[Tensor, Image.Image]:
-        """An uploaded image, processed and in the size of the page; the image itself may take 300 MB."""
+        """An uploaded image, processed for the model, and in the size of the page."""
         try:
             data = path.read_bytes()
         except OSError as error:  # it is old, or another chat had the same file
             raise UserError(localized(request, "gone").format(name=path.name)) from error
-        image = read_image(data, f"'{path.name}'")
-        pixels = self.chat.vis_processor(image)
-        image.thumbnail((MAX_SHOWN_SIDE, MAX_SHOWN_SIDE))
-        return pixels, image
+        decode = partial(self.decoder.decode, data, f"'{path.name}'", client=request.session_hash)
+        pixels = self.chat.preprocess_image(decode(size=getattr(self.chat.vis_processor, "first_size", None)))
+        return pixels, decode(size=MAX_SHOWN_SIDE)
 
     def retry(self, session: Session, seed: float, request: gr.Request) -> tuple[Any, float]:
         """Removes the last answer, to be generated again with the next seed: chat, seed."""
@@ -299,17 +300,18 @@ def build_app(
     folder = tempfile.TemporaryDirectory(prefix="minigpt4-page-")
 
     @asynccontextmanager
-    async def delete_files(_: FastAPI) -> AsyncIterator[None]:
-        with folder:
+    async def clean_up(_: FastAPI) -> AsyncIterator[None]:
+        with folder, closing(page.decoder):
             yield
 
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": os.path.realpath(folder.name)}
-    blocks = _Page(chat, description, examples, Path(os.environ["GRADIO_TEMP_DIR"])).build(options).queue()
+    page = _Page(chat, description, examples, Path(os.environ["GRADIO_TEMP_DIR"]))
     theme = gr.themes.Default(primary_hue="slate", secondary_hue="slate", font=FONT, font_mono=MONOSPACE)
-    app = FastAPI(lifespan=delete_files, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=clean_up, docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
-        app, blocks, path="/", theme=theme, css=CSS, i18n=gr.I18n(en=ENGLISH, zh=CHINESE), footer_links=[],
-        run_history=False, ssr_mode=False, show_error=False, max_file_size=MAX_FILE_BYTES, enable_monitoring=False,
+        app, page.build(options).queue(), path="/", theme=theme, css=CSS, i18n=gr.I18n(en=ENGLISH, zh=CHINESE),
+        footer_links=[], run_history=False, ssr_mode=False, show_error=False, max_file_size=MAX_FILE_BYTES,
+        enable_monitoring=False,
     )  # fmt: skip
     return OriginCheck(PageGuard(app, Path(folder.name)), host, origins)
 
