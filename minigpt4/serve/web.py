@@ -209,12 +209,8 @@ class _Page:
         if session.is_stopped:  # while waiting
             yield session.view, [localized(request, "stopped")]
             return
-        conv, images, view, notes = (
-            session.conv.copy(),
-            list(session.images),
-            job.view,
-            [localized(request, "received")],
-        )
+        conv, images = session.conv.copy(), list(session.images)
+        view, notes = job.view, [localized(request, "received")]
         conv.owner = request.session_hash
         for image in job.images:
             self.chat.upload_img(image, conv, images)
