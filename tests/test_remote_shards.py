@@ -187,7 +187,7 @@ def test_what_cannot_be_reached_ends_the_run_soon(serve, waits, kind, caplog):
     shard = "pipe:sleep 60" if kind == "silent command" else f"{address}/0.tar"
     skipped = Counter()
     dataset = ShardDataset("web", [shard], EVAL, timeout=0.1, retries=3)
-    reason = "Connection refused" if kind == "no server" else "no data"
+    reason = "Connection refused" if kind == "no server" else "no data .*0.1 s"
     with pytest.raises(UserError, match=rf"^Data set web: 2 shards in a row .* {shard} .*{reason}.*build_info.timeout"):
         next(dataset.iter_train(WORKER, skipped=skipped))
     assert skipped == {"unreachable shard": 2}
@@ -217,6 +217,11 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
+
+
+def test_an_error_about_missing_shards_has_the_status(tmp_path, serve):
+    with pytest.raises(UserError, match=r"20 × unreadable shard.* cannot be read \(404 Not Found\)\. Expected"):
+        next(ShardDataset("x", [serve(from_folder(tmp_path)) + "/0.tar"], EVAL).iter_train(WORKER))
 
 
 def test_credentials_of_a_url(shards, serve):

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -139,9 +140,11 @@ class ShardDataset:
 
     def _describe_first(self) -> str:
         """What the first shard begins with: names of its files, and the types of the values of a JSON file."""
-        raws = list(itertools.islice(self.read(self.shards[:1], Counter()), 4))
+        failures: list[Exception] = []
+        raws = list(itertools.islice(self.read(self.shards[:1], Counter(), failures), 4))
         names = [f"{raw['__key__']}.{key}" for raw in raws for key in raw if not key.startswith("__")][:6]
         text = f", which begins with {', '.join(names)}" if names else ""
+        text += f", which cannot be read ({_text(failures[0])})" if failures else ""
         with suppress(UserError, StopIteration):
             content = parse_json(next(raw["json"] for raw in raws if "json" in raw), "")
             types = {key: type(value).__name__ for key, value in content.items()} if isinstance(content, dict) else {}
@@ -282,8 +285,8 @@ def _samples(file: ShardFile, errors: list[Exception], skipped: Counter) -> Iter
 
 
 def _text(error: Exception) -> str:
-    first = error.args[0] if error.args else None  # webdataset appends to args
-    text = first if isinstance(first, str) else str(error)
+    first = error.args[0] if error.args else None
+    text = re.sub(r" @ \S+$", "", first) if isinstance(first, str) else str(error)  # webdataset appends " @ SHARD"
     return " ".join(text[:1000].split())[:200]
 
 
