@@ -226,7 +226,9 @@ def run_terminal(args: argparse.Namespace) -> None:
 
     if args.image:  # before the model is loaded
         read_image(args.image)
-    terminal_chat(build_chat(args), generation_options(args), args.image, is_interactive=sys.stdin.isatty())
+    chat = build_chat(args)
+    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is a question like any other
+    terminal_chat(chat, generation_options(args), args.image, is_interactive=sys.stdin.isatty())
 
 
 def run_question(args: argparse.Namespace) -> None:
@@ -278,6 +280,9 @@ def main() -> None:
         if message := explain_out_of_memory(error, "--batch-size"):
             sys.exit(f"error: {message}")
         raise
+    except BrokenPipeError:  # "| head" has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
 

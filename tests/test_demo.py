@@ -1,6 +1,7 @@
 """demo.py: its command line, which processor it uses, and which mode it runs."""
 
 import inspect
+import os
 import socket
 import subprocess
 import sys
@@ -236,6 +237,20 @@ def test_the_tunnel_of_share_is_opened_before_the_model_is_loaded(run_server, en
         assert client.get("/", headers={"Origin": "https://5678.gradio.live"}).status_code == 403
     monkeypatch.setattr(web, "setup_tunnel", lambda *_: 1 / 0)
     assert end_of("--share", "--port", "0").startswith("error: --share: no public tunnel can be opened (division")
+
+
+def test_the_terminal_reads_any_bytes_and_ends_with_the_reader_of_its_output():
+    options = ["--options", "model.ckpt=null", "run.device=cpu"]
+    command = [sys.executable, "demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", "--terminal", *options]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
+        process.stdin.write(b"What is \xff?\n" + 50 * b"Why?\n")
+        process.stdin.close()
+        assert process.stdout.read(1)
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 141 and "Traceback" not in errors, errors
 
 
 @pytest.mark.parametrize("mode", [["--terminal"], ["--ask", "Why?"]])

@@ -182,6 +182,13 @@ def test_only_uploads_can_be_used(page, folder, path, more):
 
 
 @pytest.mark.parametrize(
+    "path", ["file=http://127.0.0.1:9/a", "proxy=http://127.0.0.1:9/a", "deep_link?session_hash=x"]
+)
+def test_urls_are_not_fetched_and_states_not_stored(page, path):
+    assert httpx.get(f"{page}/gradio_api/{path}").json() == {"detail": "The page does not use this."}
+
+
+@pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({}, 200),

@@ -19,6 +19,7 @@ MAX_UPLOAD_BYTES = 2**27  # of the files that are selected together
 MAX_BODY_BYTES = 2**20  # of other requests
 MAX_STORED_BYTES = 2**30  # of all uploads that wait for their question
 MAX_STORED_SECONDS = 3600
+_REFUSED = ("/file=http", "/proxy=", "/deep_link")  # gradio would fetch URLs, and store a file for each request
 POLICY = (  # gradio's page has inline scripts and styles; nothing may come from or go to another host
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
@@ -47,8 +48,8 @@ class PageGuard(BaseHTTPMiddleware):
     async def _refuse(self, request: Request) -> tuple[str, int] | None:
         """Text and status with which a request is refused."""
         path = request.url.path
-        if "/file=http" in path:
-            return "URLs are not fetched.", 403
+        if any(part in path for part in _REFUSED):
+            return "The page does not use this.", 403
         if request.method in ("GET", "HEAD", "OPTIONS"):
             return None
         is_upload, length = path.endswith("/upload"), request.headers.get("content-length", "")
