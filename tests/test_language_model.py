@@ -1,14 +1,18 @@
 """Any causal LM of transformers: packed training rows and chats equal plain transformers, row by row."""
 
+import inspect
 import json
+from random import Random
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, OWN_ATTENTION_WEIGHTS, write_language_model
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from minigpt4.common.errors import UserError
+from minigpt4.conversation.prefix_cache import copy_cache
+from minigpt4.models.growing_cache import MIN_ROOM
 from minigpt4.models.language_model import (
     compute_prefix_kv,
     decoder_layers,
@@ -72,6 +76,63 @@ def test_a_cache_in_pieces_and_left_padding_equal_whole_rows(both):
         ]
     torch.testing.assert_close(logits, torch.stack(alone), atol=1e-5, rtol=1e-4)
     assert cache.get_seq_length() == 12
+
+
+def next_token(llm, cache, rows=1):
+    """One more token of each row, and its logits."""
+    mask = torch.ones(rows, cache.get_seq_length() + 1, dtype=torch.long)
+    return next_token_logits(llm, torch.ones(rows, 1, llm.config.hidden_size), mask, cache)
+
+
+def test_a_model_class_is_inspected_once(model, monkeypatch):
+    """Not for each token."""
+    llm, calls, signature = model.llama_model, [], inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda function: calls.append(function) or signature(function))
+    cache = new_cache()
+    for _ in range(5):
+        next_token(llm, cache)
+    assert sum(function in (llm.forward, type(llm).forward) for function in calls) <= 1
+
+
+@torch.no_grad()
+def test_tokens_are_written_into_the_cache_in_place(model):
+    cache, llm = new_cache(), model.llama_model
+    places = []
+    for _ in range(MIN_ROOM + 8):
+        next_token(llm, cache)
+        places.append([layer.keys.data_ptr() for layer in cache.layers])
+    assert len(set(map(tuple, places))) <= 3  # the first token, and two buffers
+
+
+@torch.no_grad()
+def test_a_growing_cache_is_what_transformers_own_one_is(model):
+    """Through everything that is done to caches: rows are selected and repeated, tokens removed, parts replaced."""
+    llm, random = model.llama_model, Random(0)
+    caches = new_cache(), DynamicCache()
+    num_rows = 3
+    for _ in range(150):
+        kind = random.choice(["token"] * 8 + ["crop", "select", "repeat", "left", "copy"])
+        length = caches[0].get_seq_length()
+        if kind == "crop" and length > 2:
+            [cache.crop(-(length // 3)) for cache in caches]
+        elif kind == "select" and num_rows > 1 and length:
+            [cache.batch_select_indices(torch.arange(1, num_rows)) for cache in caches]
+            num_rows -= 1
+        elif kind == "repeat" and num_rows < 4 and length:
+            [cache.batch_repeat_interleave(2) for cache in caches]
+            num_rows *= 2
+        elif kind == "left" and length > 2:
+            for layer in (layer for cache in caches for layer in cache.layers):
+                layer.keys, layer.values = layer.keys[..., 1:, :], layer.values[..., 1:, :]
+        elif kind == "copy" and length:
+            kept = copy_cache(caches[0])
+            before = [layer.keys.clone() for layer in kept.layers]
+            [next_token(llm, cache, num_rows) for cache in caches]
+            assert all(torch.equal(layer.keys, old) for layer, old in zip(kept.layers, before, strict=True))
+        logits = [next_token(llm, cache, num_rows) for cache in caches]
+        torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-4)
+    for ours, plain in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close((ours.keys, ours.values), (plain.keys, plain.values), atol=1e-5, rtol=1e-4)
 
 
 def test_padded_rows_equal_packed_ones(both):

@@ -11,6 +11,7 @@ from loading_files import PARTS, PROJECTION, VISION, edit, encodes_alike, golden
 from safetensors.torch import load_file
 
 from minigpt4.common.errors import UserError
+from minigpt4.models import MiniGPT4
 
 
 def refusal(build, **changes):
@@ -216,6 +217,13 @@ def test_other_sizes_than_the_file(build):
     with pytest.raises(UserError, match="vit_config") as error:
         build(vit_config={"patch_size": 14, "embed_dim": 48, "depth": 5, "num_heads": 4})
     assert_words(str(error.value), "missing", "blocks.4.")
+
+
+@pytest.mark.parametrize("change", [{"low_resource": True}, {"llm_precision": "int8"}], ids=str)
+def test_sharded_8_bit_weights(tiny_config, change):
+    """Also without the check of a whole configuration."""
+    with pytest.raises(UserError, match=r"run\.parallel: fsdp and model\.\w+: \w+ exclude each other"):
+        MiniGPT4.from_config(tiny_config | change, device="cpu", is_sharded=True)
 
 
 def test_nothing_is_half_loaded(model, tmp_path):

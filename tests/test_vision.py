@@ -1,6 +1,7 @@
 """The vision encoder stage by stage (patches, blocks, ln_vision, Q-Former, projection) and its gradients."""
 
 import fnmatch
+import re
 from functools import partial
 
 import pytest
@@ -102,9 +103,12 @@ def test_the_vision_transformer_returns_all_tokens(model):
     assert tokens.shape[1:] == (5, 48) and vit.num_features == 48 and len(vit.blocks) == DEPTH
 
 
-def test_images_of_another_size_are_rejected(model):
-    with pytest.raises(ValueError, match=r"\[28, 21\] pixels.*\[28, 28\]"):
-        model.encode_images(torch.zeros(1, 3, 28, 21))
+@pytest.mark.parametrize("shape", [(1, 3, 28, 21), (0, 3, 28, 28), (1, 1, 28, 28), (3, 28, 28), (28, 28)], ids=str)
+def test_images_of_another_shape_are_rejected(model, shape):
+    expected = rf"{re.escape(str(list(shape)))}.*\[B, 3, 28, 28\] with at least one image"
+    for encode in (model.encode_images, model.encode_img):
+        with pytest.raises(ValueError, match=expected):
+            encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("keep_float32", [False, True])

@@ -42,6 +42,14 @@ def is_prompt_template(template: str) -> bool:
         return False
 
 
+def sharding_problem(model: ModelConfig) -> str | None:
+    """Why the language model cannot be sharded over ranks; None where it can."""
+    if not (model.low_resource or model.llm_precision == "int8"):
+        return None
+    key = "low_resource: True" if model.low_resource else "llm_precision: int8"
+    return f"run.parallel: fsdp and model.{key} exclude each other; choose one of the two."
+
+
 def _is_own(cls: type) -> bool:
     """Whether a registered class is not part of this package, so that its keys are unknown."""
     return cls.__module__.split(".")[0] != "minigpt4"
@@ -67,9 +75,8 @@ def _model_problems(run: RunConfig, model: ModelConfig) -> Iterator[str]:
     if run.feature_cache and not (model.freeze_vit and model.freeze_qformer):
         key = "freeze_qformer" if model.freeze_vit else "freeze_vit"
         yield f"run.feature_cache requires a frozen vision side, but model.{key} is False; set it to True."
-    if run.parallel == "fsdp" and (model.low_resource or model.llm_precision == "int8"):
-        key = "low_resource: True" if model.low_resource else "llm_precision: int8"
-        yield f"run.parallel: fsdp and model.{key} exclude each other; choose one of the two."
+    if run.parallel == "fsdp" and (problem := sharding_problem(model)):
+        yield problem
 
 
 def _name_problems(key: str, name: str, known: Sequence[str]) -> Iterator[str]:

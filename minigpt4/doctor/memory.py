@@ -111,7 +111,8 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
             mask = torch.ones(1, cache.get_seq_length() + length, dtype=torch.long)
             logits = next_token_logits(model.llama_model, embeds, mask, cache)
         del images, logits, embeds
-        stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        parts_of_cache = [part.untyped_storage() for layer in cache.layers for part in (layer.keys, layer.values)]
+        stored = sum(storage.nbytes() for storage in parts_of_cache)  # with room for further tokens
     return parts | {"keys and values": stored, "activations": max(0, tracker.peak - before - stored)}
 
 

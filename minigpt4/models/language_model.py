@@ -6,6 +6,7 @@ Shapes: B rows, S tokens in the cache, t new tokens, N tokens of packed rows, L 
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +23,10 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import read_json_object
 from minigpt4.models import llama_tokenizer
+from minigpt4.models.growing_cache import GrowingLayer
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.packed_attention import NAME, PackedBatch
-from minigpt4.models.parallel import local_slice
+from minigpt4.models.parallel import local_shard
 
 KEY = "model.llama_model"
 MAX_LAYERS = 1000  # building more takes minutes, whatever the files hold
@@ -80,7 +82,9 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
 
 def new_cache() -> DynamicCache:
     """An empty cache of keys and values; sliding windows are in the mask, so that every cache can be cropped."""
-    return DynamicCache()
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = GrowingLayer
+    return cache
 
 
 def next_token_logits(llm: PreTrainedModel, embeds: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
@@ -93,11 +97,15 @@ def next_token_logits(llm: PreTrainedModel, embeds: Tensor, attention_mask: Tens
         cache: keys and values of the first S tokens; the new ones are appended.
     """
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-    # transformers 5.17 calls the argument past_key_values, later versions cache.
-    argument = "cache" if "cache" in inspect.signature(llm.forward).parameters else "past_key_values"
     inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
-    inputs = {name: value.to(embeds.device) for name, value in inputs.items()} | {argument: cache}
+    inputs = {name: value.to(embeds.device) for name, value in inputs.items()} | {_cache_argument(type(llm)): cache}
     return llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1].float()
+
+
+@functools.cache
+def _cache_argument(llm_class: type[PreTrainedModel]) -> str:
+    """What a class calls the cache: past_key_values in transformers 5.17, cache in later versions."""
+    return "cache" if "cache" in inspect.signature(llm_class.forward).parameters else "past_key_values"
 
 
 @torch.inference_mode(False)  # the result is used in training later
@@ -190,7 +198,7 @@ def fill_weights(
         parent, _, leaf = name.rpartition(".")
         module = llm.get_submodule(parent)
         is_sharded = hasattr(getattr(module, leaf), "placements")
-        value = local_slice(value, getattr(module, leaf), device) if is_sharded else value.to(device)
+        value = local_shard(value, getattr(module, leaf), device) if is_sharded else value.to(device)
         if (value.to_local() if is_sharded else value).sum().isnan():  # finite values never add up to NaN
             cause = "the files are damaged, copy them again." + see("nan")
             raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; {cause}")

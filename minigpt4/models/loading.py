@@ -82,7 +82,7 @@ def is_int8(cfg: ModelConfig, device: torch.device) -> bool:
 
 def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> lm.Prepare | None:
     """What happens to the LM before its weights arrive: shards over ranks, 8-bit layers, or nothing."""
-    if is_sharded:  # which config_checks accepts for other weights than 8-bit ones only
+    if is_sharded:
         return partial(shard_language_model, device=device)
     if is_int8(cfg, device):
         return to_int8

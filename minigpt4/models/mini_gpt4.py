@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.common import device as devices
+from minigpt4.common.config_checks import sharding_problem
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import ModelConfig, read_section
@@ -93,7 +94,8 @@ class MiniGPT4(VisionEncoder):
     ) -> "MiniGPT4":
         """Builds the model of a ``model`` section, compares all its files by names and shapes, and loads them.
 
-        On the meta device nothing is loaded. Raises UserError if a file is missing or does not match the model.
+        On the meta device nothing is loaded. Raises UserError if a file is missing or does not match the model, or if
+        8-bit weights are to be sharded.
 
         Args:
             cfg: the section; docs/CONFIGURATION.md describes its keys.
@@ -103,6 +105,8 @@ class MiniGPT4(VisionEncoder):
         """
         cfg = read_section(ModelConfig, cfg, "model")
         device = devices.pick() if device is None else torch.device(device)
+        if is_sharded and (problem := sharding_problem(cfg)):
+            raise UserError(problem)
         files = loading.locate_files(cfg, has_vision)
         model = cls.build(cfg, files, torch.device("cpu") if device.type == "meta" else device, has_vision)
         states = {key: read() for key, read in loading.state_readers(model, files).items()}

@@ -33,7 +33,7 @@ def shard_language_model(llm: nn.Module, device: torch.device) -> None:
     """Shards the decoder layers of a frozen language model of transformers over all ranks (FSDP2).
 
     A layer is whole on a device only while it computes. Token embeddings and output layer are replicated: they are used
-    outside the decoder's own forward. Call it on the meta device, then fill the shards with ``local_slice``.
+    outside the decoder's own forward. Call it on the meta device, then fill the shards with ``local_shard``.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes a second to import
@@ -45,7 +45,7 @@ def shard_language_model(llm: nn.Module, device: torch.device) -> None:
     fully_shard(decoder, mesh=mesh, ignored_params={llm.get_input_embeddings().weight})
 
 
-def local_slice(whole: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
+def local_shard(whole: Tensor, parameter: Tensor, device: torch.device) -> Tensor:
     """Returns this rank's shard of a tensor, copied to the device, in the form of the sharded ``parameter``."""
     from torch.distributed.tensor import DTensor
 

@@ -90,14 +90,15 @@ class VisionEncoder(nn.Module):
         return self
 
     def encode_images(self, image: Tensor) -> Tensor:
-        """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H]; ValueError for another size.
+        """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H]; ValueError for other shapes.
 
         Gradients reach the pixels if ``image`` requires them. Otherwise a frozen encoder builds no graph, as none of
         its parameters requires gradients.
         """
-        if tuple(image.shape[-2:]) != self.visual_encoder.patch_embed.img_size:
-            expected = list(self.visual_encoder.patch_embed.img_size)
-            raise ValueError(f"Images are {list(image.shape[-2:])} pixels; the vision encoder expects {expected}.")
+        size = self.visual_encoder.patch_embed.img_size
+        if tuple(image.shape[1:]) != (3, *size) or not len(image):
+            expected = f"[B, 3, {size[0]}, {size[1]}] with at least one image"
+            raise ValueError(f"Images are {list(image.shape)}; the vision encoder expects {expected}.")
         with devices.autocast(image.device, self.vit_dtype):
             image_tokens = self.ln_vision(self.visual_encoder(image))  # [B, N, W]
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
