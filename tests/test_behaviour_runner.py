@@ -214,6 +214,13 @@ def test_the_epoch_of_the_lowest_loss_is_the_best(make_runner):
     assert best["epoch"] == 1 and torch.equal(best["model"]["llama_proj.weight"], second["model"]["llama_proj.weight"])
 
 
+def test_a_loss_that_is_not_a_number_is_never_the_best(make_runner):
+    runner = make_runner({"max_epoch": 4, "valid_splits": ["val"]})
+    validate_with(runner, [math.nan, 2.0, math.nan, 3.0])
+    runner.train()
+    assert read_checkpoint(runner.output_dir / "checkpoint_best.pth")["epoch"] == 1
+
+
 def test_the_best_loss_is_known_after_a_resume(make_runner):
     settings = {"valid_splits": ["val"], "resume": "auto"}
     for max_epoch, losses, best in ((2, [3.0, 1.0], 1), (3, [2.0], 1), (4, [0.5], 3)):

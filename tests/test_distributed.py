@@ -137,6 +137,7 @@ def signal_rank(chosen, step, number):
         real = RunnerBase.train_step
 
         def train_step(self, *arguments, **kwargs):
+            assert len(list(self.output_dir.glob("lock_*"))) == 1  # rank 0's
             if rank == chosen and self.state.step == step:
                 os.kill(os.getpid(), number)
             return real(self, *arguments, **kwargs)

@@ -17,9 +17,11 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
+from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets import loader
 from minigpt4.runners import checkpoints
+from minigpt4.runners.signals import StopRequest
 from quickstart import scenes
 
 STEPS = 16
@@ -187,7 +189,7 @@ def test_killed_inside_a_checkpoint_write(command, whole, tmp_path, moment):
     assert resumed == ["step_8" if moment in ("renamed", "before pruning") else "step_6"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", list(dist_utils.STOP_SIGNALS))
 def test_a_signal_ends_the_run_with_a_checkpoint(command, whole, tmp_path, number):
     arguments = command(tmp_path / "out", "num_workers=1", "save_every_iters=null")
 
@@ -212,6 +214,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, whole, tmp_path, numbe
     assert [file.name for file in (tmp_path / "out").glob("*/*.pth")] == ["checkpoint_step_6.pth"]
     assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=1"), tmp_path / "log")) == 0
     assert_same(outcome(tmp_path / "out"), whole[0])
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.should_stop()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.should_stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

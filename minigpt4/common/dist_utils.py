@@ -21,8 +21,8 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.schema import RunConfig, read_section
 
 Result = TypeVar("Result")
-# They end a training with a checkpoint. A terminal that is closed sends SIGHUP; SIGUSR1 is usual on Slurm.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# They end a training with a checkpoint. A terminal that is closed sends SIGHUP, schedulers SIGTERM, SIGUSR1 or SIGUSR2.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded now, and not between fork and exec
 

@@ -82,7 +82,7 @@ def try_evaluation(
     """
     if not (splits := splits_of(run_cfg)):
         return
-    logging.info("Trying one batch of every split to evaluate: %s.", ", ".join(splits))
+    logging.info("Trying one batch of each split: %s.", ", ".join(splits))
     parts = [datasets, *model.modules(), *model.parameters(), *model.buffers()]
     parts += [dataset for splits in datasets.values() for dataset in splits.values()]
     try:

@@ -257,7 +257,7 @@ class RunnerBase:
         metric = stats.get(f"{split}_agg_metrics")
         if metric is None and any(name.startswith(f"{split}_") for name in stats):
             logging.warning("%s.after_evaluation returned no agg_metrics: no %s.", type(self.task).__name__, BEST)
-        if metric is None or metric <= self.state.best_metric:
+        if metric is None or not metric > self.state.best_metric:  # no NaN is the best
             return False
         self.state.best_metric = float(metric)
         return True
@@ -299,13 +299,13 @@ class RunnerBase:
         Raises:
             UserError: the file is damaged, of another model, or has weights only.
         """
-        content = copy.deepcopy(weights.read_file(path, RESUME_KEY))  # a mapped file, once pruned, still takes space
+        content = weights.read_file(path, RESUME_KEY)
         if "optimizer" not in content or "epoch" not in content:
             raise UserError(f"{RESUME_KEY}: {path} has weights only; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
         try:
-            self._restore(content)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            self._restore(copy.deepcopy(content))  # a file that stays mapped takes space even when it is pruned
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{RESUME_KEY}: cannot resume from {path} ({type(error).__name__}: {error}); it is damaged, or of "
                 "another model or version. To start from its weights set model.ckpt instead."

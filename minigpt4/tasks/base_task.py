@@ -26,7 +26,8 @@ class BaseTask:
 
     Evaluation calls ``before_evaluation``, ``evaluation`` and ``after_evaluation`` for each split, in eval mode and
     without gradients; by default they measure the loss. A task whose ``valid_step`` returns other results overrides
-    ``after_evaluation``, too, which computes metrics from them.
+    ``after_evaluation``, too, which computes metrics from them. Before the training, a copy of the task evaluates one
+    batch of each data set by the first two methods, to find what cannot run.
     """
 
     device: torch.device | None = None  # of this process; set by minigpt4.tasks.setup_task
