@@ -25,7 +25,7 @@ def train(args: argparse.Namespace) -> None:
     from minigpt4.common.registry import registry
     from minigpt4.common.schema import RunConfig, read_section
     from minigpt4.common.utils import now
-    from minigpt4.doctor import check_language_model
+    from minigpt4.doctor.language import check_language_model
     from minigpt4.tasks import setup_task
 
     setup_logger()

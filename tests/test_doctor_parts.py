@@ -12,7 +12,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import weights
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
-from minigpt4.doctor import check_language_model
+from minigpt4.doctor.language import check_language_model
 from minigpt4.models import MiniGPT4, loading
 from minigpt4.models.language_model import load_language_model
 from minigpt4.models.llama_tokenizer import load_tokenizer

@@ -81,11 +81,10 @@ def test_a_download_that_was_killed_is_begun_anew(server):
 
 def test_a_folder_of_the_hub_cache(tmp_path):
     folder = tmp_path / "models--lmsys--vicuna"
-    (folder / "snapshots").mkdir(parents=True)
-    (folder / "refs").mkdir()
+    (folder / "refs").mkdir(parents=True)
     with pytest.raises(UserError, match=r"model\.ckpt.*0 snapshots \(none\)"):
         locate(str(folder), KEY)
-    (folder / "snapshots" / "abc").mkdir()
+    (folder / "snapshots" / "abc").mkdir(parents=True)
     assert locate(str(folder), KEY) == folder / "snapshots" / "abc"
     (folder / "snapshots" / "def").mkdir()
     with pytest.raises(UserError, match=r"2 snapshots \(abc, def\); set model\.ckpt to the folder of one"):

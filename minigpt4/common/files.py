@@ -52,7 +52,7 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
     spec = str(spec)
     path = Path(os.path.expanduser(spec))
     if os.path.exists(path):  # False, too, for names that no file can have
-        return _snapshot(path, key) if (path / "snapshots").is_dir() else path
+        return _snapshot(path, key) if path.name.startswith("models--") and path.is_dir() else path
     if _PLACEHOLDER.search(spec):
         advice = "set it to where the file really is." + see("placeholder-paths")
         raise UserError(f"{key} is still the placeholder '{spec}'; {advice}")
@@ -65,7 +65,7 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
 
 def _snapshot(folder: Path, key: str) -> Path:
     """The only snapshot in a repository's folder of the Hugging Face cache, ``models--ORGANISATION--NAME``."""
-    snapshots = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir())
+    snapshots = sorted(path for path in folder.glob("snapshots/*") if path.is_dir())
     if len(snapshots) != 1:
         names = ", ".join(path.name for path in snapshots) or "none"
         problem = f"{folder} is a folder of the Hugging Face cache with {len(snapshots)} snapshots ({names})"
