@@ -145,6 +145,27 @@ def test_the_workers_of_a_killed_run_end_and_leave_no_files(tmp_path, monkeypatc
     assert not alive and not list(tmp_path.iterdir())
 
 
+def test_a_signal_ends_the_wait_for_data(command, whole, world, tmp_path):
+    stalling = ",".join(f"pipe:cat {shard}; sleep 600" for shard in sorted(world.glob("shards/*.tar")))
+    storage = [f"datasets.cc_sbu.build_info.{option}" for option in (f"storage=[{stalling}]", "timeout=600")]
+    pid = forked.start(command(tmp_path / "out", "num_workers=0", "save_every_iters=null", *storage), tmp_path / "log")
+    process, num_steps = psutil.Process(pid), [-1, 0]
+    try:
+        for _ in range(600):
+            if num_steps[-1] >= 2 and num_steps[-1] == num_steps[-8:][0]:  # it stalls, as the shard does
+                break
+            time.sleep(0.1)
+            num_steps.append(sum(file.read_text().count("\n") for file in tmp_path.glob("out/*/metrics.jsonl")))
+        process.terminate()
+        assert process.wait(timeout=30) == 0
+    finally:
+        if process.is_running():
+            process.kill()
+    assert "Stopped at step" in (tmp_path / "log").read_text()
+    assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=0"), tmp_path / "log")) == 0
+    assert_same(outcome(tmp_path / "out"), whole[0])  # one worker reads in the same order as none
+
+
 def die_inside(moment):
     """Lets this process kill itself in the middle of writing its fourth checkpoint."""
     calls, real_save, real_replace = [], torch.save, Path.replace

@@ -26,7 +26,7 @@ from minigpt4.runners import checkpoints, run_folder
 from minigpt4.runners.checkpoints import BEST, RESUME_KEY, TrainState
 from minigpt4.runners.evaluation import evaluate_split, splits_of, try_evaluation
 from minigpt4.runners.progress import EpochProgress, Tracker
-from minigpt4.runners.signals import StopRequest
+from minigpt4.runners.signals import StopRequest, StopWaiting
 from minigpt4.runners.updater import Updater
 
 _COUNTS = ("num_tokens", "num_padded_tokens")
@@ -205,7 +205,11 @@ class RunnerBase:
         with self.progress.run_epoch(epoch, self.iters_per_epoch, state.iteration):
             for i in range(state.iteration, self.iters_per_epoch):
                 start = time.perf_counter()
-                batch = next(batches)
+                try:
+                    batch = stop.next_batch(batches) if stop else next(batches)
+                except StopWaiting:
+                    self.save_checkpoint(f"checkpoint_step_{state.step}.pth")
+                    return None
                 data_time = time.perf_counter() - start
                 lr = self.lr_scheduler.step(cur_epoch=epoch, cur_step=i)
                 loss = self.train_step(batch, is_update=(i + 1) % self.run_cfg.accum_grad_iters == 0)

@@ -5,7 +5,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,10 @@ import torch.distributed as dist
 from minigpt4.common import dist_utils
 
 _REPEAT_SECONDS = 2.0  # torchrun repeats a signal that a terminal or scheduler has sent to the ranks already
+
+
+class StopWaiting(BaseException):
+    """Ends the wait for a batch; not an Exception, as readers of data catch these."""
 
 
 class StopRequest:
@@ -26,6 +32,7 @@ class StopRequest:
         self._requested_at: float | None = None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._previous: dict[int, object] = {}
+        self._batches: Iterator[Any] | None = None  # while the next one is waited for
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -44,8 +51,18 @@ class StopRequest:
         if self._requested_at is None:
             self._requested_at = time.monotonic()
             logging.warning("Stopping after this step, with a checkpoint. Send the signal again to stop at once.")
+            if getattr(self._batches, "gi_running", False):  # so that a batch is either not drawn or trained on
+                raise StopWaiting
         elif time.monotonic() - self._requested_at > _REPEAT_SECONDS:
             sys.exit(128 + number)
+
+    def next_batch(self, batches: Iterator[Any]) -> Any:
+        """The next batch; raises StopWaiting if a run of one process is signalled while it waits for it."""
+        self._batches = batches if dist_utils.get_world_size() == 1 else None
+        try:
+            return next(batches)
+        finally:
+            self._batches = None
 
     def should_stop(self) -> bool:
         """Returns whether to stop now, the same on all ranks; every rank calls it once per step."""
