@@ -90,7 +90,6 @@ def spoil_part(folder):
     [
         (spoil_nothing, "run.feature_crops=2", "other number of crops"),
         (spoil_nothing, "model.vit_precision=fp16", "other model settings"),
-        (spoil_nothing, "datasets.cc_sbu.text_processor.train.prompt=a", "other processors"),
         (spoil_fingerprint, "run.seed=1", "no fingerprint.json"),
         (spoil_part, "run.seed=1", "is damaged"),
     ],
