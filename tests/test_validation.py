@@ -140,6 +140,17 @@ def test_a_task_that_refers_to_the_model_is_tried_without_a_copy_of_it(runner_of
     assert tried == [True, True] and task.results == []
 
 
+def test_an_evaluation_of_the_users_own_gets_whole_splits_only(runner_of, tmp_path):
+    class Own(Drawing):
+        def evaluation(self, model, data_loader, cuda_enabled=True):
+            with (tmp_path / "sizes").open("a") as file:
+                file.write(f"{sum(len(samples['text_input']) for samples in data_loader)} ")
+            return []
+
+    runner_of(Own(), max_epoch=1).train()
+    assert (tmp_path / "sizes").read_text() == "5 5 "
+
+
 def test_a_task_that_cannot_be_copied_is_not_tried_which_is_logged(runner_of, caplog):
     runner = runner_of(task := Drawing(), max_epoch=1)
     task.file = (line for line in "generators cannot be copied")

@@ -75,10 +75,10 @@ def evaluate_split(
 def try_evaluation(
     task: Any, model: nn.Module, datasets: Mapping[str, Mapping[str, Any]], run_cfg: RunConfig, device: torch.device
 ) -> None:
-    """Evaluates a batch of each data set of each split: an evaluation that cannot run then fails before the training.
+    """Tries a batch of each data set of each split: an evaluation that cannot run then fails before the training.
 
-    A copy of the task does it, and the random state is restored: the run is as without it. ``after_evaluation``, which
-    may need all results, is not called. Raises what the evaluation raises.
+    A copy of the task does it (``BaseTask.try_evaluation``), and the random state is restored: the run is as without
+    it. Raises what the evaluation raises.
     """
     if not (splits := splits_of(run_cfg)):
         return
@@ -112,8 +112,12 @@ def _run_task(
     if not chosen:
         raise UserError(f"No data set has a split '{split}'; set build_info.{split}_storage.")
     model.eval()
-    task.before_evaluation(model=model, dataset=[*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values())))
+    dataset = [*chosen.values()] if len(chosen) > 1 else next(iter(chosen.values()))
+    if limit is None:
+        task.before_evaluation(model=model, dataset=dataset)
     loader = SplitLoader(chosen, run_cfg, device, limit)
     dtype = devices.amp_dtype(run_cfg, device)
     with torch.no_grad(), devices.local_seed(run_cfg.seed), devices.autocast(device, dtype):
+        if limit is not None:
+            return task.try_evaluation(model, dataset, loader)
         return task.evaluation(model, loader, cuda_enabled=device.type != "cpu")

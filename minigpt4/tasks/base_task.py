@@ -111,6 +111,18 @@ class BaseTask:
             results.extend([] if samples.get("is_filler") else rows)
         return results
 
+    def try_evaluation(self, model: nn.Module, dataset: Any, data_loader: Iterable[dict[str, Any]]) -> None:
+        """Tries the first batches of a split before the training, on a copy of the task; results are not used.
+
+        An ``evaluation`` that a subclass overrides may need the whole split: for it, the batches are only read.
+        """
+        if type(self).evaluation is BaseTask.evaluation:
+            self.before_evaluation(model=model, dataset=dataset)
+            self.evaluation(model, data_loader)
+        else:
+            for _ in data_loader:
+                pass
+
     def after_evaluation(
         self, val_result: Sequence[Any], split_name: str, epoch: int, **kwargs: Any
     ) -> dict[str, Any] | None:
