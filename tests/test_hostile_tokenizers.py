@@ -192,6 +192,10 @@ def test_usual_pipelines_are_accepted(tokenizer_folder):
     assert fast_tokenizer.max_growth(t5) <= fast_tokenizer.MAX_GROWTH / 2
     fast(content={"normalizer": llama, "decoder": decoder})(tokenizer_folder)
     assert load_tokenizer(tokenizer_folder)("a", add_special_tokens=False).input_ids == [0]
+    file = tokenizer_folder / "tokenizer.json"
+    steps = {"normalizer": {"type": "NFKC"}, "pre_tokenizer": byte_level, "decoder": byte_level}
+    file.write_text(json.dumps(json.loads(file.read_text()) | steps))
+    assert load_tokenizer(tokenizer_folder).eos_token
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)

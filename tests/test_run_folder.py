@@ -5,7 +5,10 @@ import json
 import os
 import shutil
 import stat
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,15 +163,28 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_one_sentence(train, name
     assert not list(folder.glob("lock_*"))
 
 
-def test_a_tracker_that_cannot_write_ends_the_run_with_one_sentence(tmp_path):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("failing", ["log", "finish"])
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, monkeypatch, caplog, failing):
+    def fail(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
-    tracker = Tracker(RunConfig(), tmp_path, {})
-    tracker._send = tracker._finish = full
-    for call in (lambda: tracker.log(1, {"loss": 1.0}), tracker.close):
-        with pytest.raises(UserError, match=f"{tmp_path} cannot be written: no space left"):
-            call()
+    run = SimpleNamespace(**{"log": lambda *_, **__: None, "finish": lambda: None, failing: fail})
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    tracker = Tracker(RunConfig(tracker="wandb"), tmp_path, {})
+    for step in range(2):
+        tracker.log(step, {"loss": 1.0})
+    tracker.close()
+    assert caplog.text.count("run.tracker failed") == 1 and "Broken pipe" in caplog.text
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_checkpoint_that_could_not_be_read_again_is_refused_when_it_is_written(tmp_path):
+    checkpoints.write({"config": {"labels": {True: 1, ("a", 2): 0}}}, path := tmp_path / "checkpoint_0.pth")
+    assert torch.load(path, weights_only=True)["config"]["labels"] == {True: 1, ("a", 2): 0}
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"checkpoint_0.pth could not be read again: it holds .*Counter"):
+        checkpoints.write({"state": Counter("ab")}, path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 # logs

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import forked
 import pytest
@@ -106,6 +107,12 @@ def test_a_run_whose_folder_was_taken_over_writes_nothing_more(waiting, tmp_path
 
 
 # on this machine
+
+
+def test_the_first_namespace_of_process_ids_is_told_apart_between_machines():
+    """Its number is the same on all of them, and so may their names be."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    assert lock._namespace() == f"{boot[:8]}-{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def test_a_process_id_that_is_used_again_does_not_hold_the_lock(tmp_path):

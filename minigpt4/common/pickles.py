@@ -21,7 +21,7 @@ _TENSOR_FUNCTIONS = tuple(f"torch._utils _rebuild_{name}" for name in ("tensor",
 _STORAGE_TYPE = re.compile(r"torch \w+Storage")
 _NUM_LEGACY_PICKLES = 5  # of a file from before torch 1.6: magic number, version, system, content, order of storages
 _MAX_BUILDS = 100  # each copies a dict into attributes; a state dict has one, for the versions of its modules
-_KEYS = (str, int, float, type(None))
+_PLAIN = (str, int, float, bool, type(None))
 _DICT, _LIST, _TENSOR = object(), object(), object()
 
 
@@ -90,7 +90,7 @@ class _Interpreter:
             _expect(stack[-1] is _LIST, name)
         elif name in ("SETITEM", "SETITEMS"):
             items = self._pop(name)
-            _expect(stack[-1] is _DICT and all(type(key) in _KEYS for key in items[::2]), "a dict with odd keys")
+            _expect(stack[-1] is _DICT and all(map(_is_plain_key, items[::2])), "a dict with odd keys")
         elif name == "GLOBAL":
             is_known = argument in ("collections OrderedDict", *_TENSOR_FUNCTIONS) or _STORAGE_TYPE.fullmatch(argument)
             _expect(is_known, argument.replace(" ", "."))
@@ -120,6 +120,10 @@ class _Interpreter:
             _expect(size >= 0 and self.num_left >= 0, "a storage larger than the file")
             self.storages[key] = _Storage(size)
         return self.storages[key]
+
+
+def _is_plain_key(key: Any) -> bool:
+    return type(key) in _PLAIN or (type(key) is tuple and all(type(item) in _PLAIN for item in key))
 
 
 def _call(function: str, *arguments: Any) -> Any:

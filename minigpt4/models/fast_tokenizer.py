@@ -20,7 +20,7 @@ MAX_GROWTH = 100  # of a text in characters; usual tokenizers have 1 to 20
 # Growth by kind of step: what Unicode's forms do to the worst character, and spaces around each character.
 _GROWTHS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 12, "ByteLevel": 4}
 _GROWTHS |= {"BPEDecoder": 2, "CTC": 2}
-_SECTIONS = ("normalizer", "pre_tokenizer", "decoder")
+_DIRECTIONS = (("normalizer", "pre_tokenizer"), ("decoder",))  # of a text, and of tokens
 _TRIAL = "A trial of 12 words:\n\t\xe9 \u4e2d\u6587 \U0001f600 <s> </s>"
 
 
@@ -29,7 +29,8 @@ def load(folder: Path, key: str) -> Any:
     config = read_json_object(folder / "tokenizer_config.json", key)
     for name in {"tokenizer.json", *map(str, config.get("fast_tokenizer_files") or ())}:
         content = read_json_object(folder / name, key)
-        if (growth := max_growth([content.get(section) for section in _SECTIONS])) > MAX_GROWTH:
+        growth = max(max_growth([content.get(section) for section in sections]) for sections in _DIRECTIONS)
+        if growth > MAX_GROWTH:
             problem = f"{folder / name} may make a text {growth:.3g} times longer; at most {MAX_GROWTH} is accepted"
             raise UserError(f"{key}: {problem}. Take the tokenizer files of another source.")
     with _panics_as_errors(folder, key):

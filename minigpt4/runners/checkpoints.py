@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minigpt4.common import weights
+from minigpt4.common import pickles, weights
 from minigpt4.common.errors import UserError, see
 
 RESUME_KEY = "run.resume_ckpt_path"
@@ -49,8 +49,13 @@ def write(content: dict[str, Any], path: Path, keep_last: int | None = None) -> 
     try:
         with partial.open("wb") as file:  # with a path, torch would hide the system's error number
             torch.save(content, file)
+        pickles.check(partial)  # a run could not resume from a file that reading refuses
         _sync(partial)
         partial.replace(path)
+    except ValueError as error:
+        partial.unlink()
+        message = f"run.output_dir: {path} could not be read again: {error}. The configuration and the states of own "
+        raise UserError(f"{message}data sets, loaders and tasks have to be plain values and tensors.") from error
     except (OSError, RuntimeError) as error:  # torch's writer wraps the system's error
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -132,7 +137,7 @@ def _by_step(paths: Iterable[Path]) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by another run
             status = path.stat()
             positions[path] = _position(path, status.st_ino, status.st_size, status.st_mtime_ns)
-    known = [path for path, position in positions.items() if position is not None and path.name != BEST]
+    known = [path for path, position in positions.items() if position is not None]
     return sorted(known, key=lambda path: (positions[path], path))
 
 

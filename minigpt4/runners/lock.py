@@ -16,7 +16,7 @@ from minigpt4.common.utils import now
 
 BEAT_SECONDS = 10.0
 STALE_SECONDS = 120.0  # without a heartbeat, a process on another machine is dead; NFS may show it a minute late
-GRACE_SECONDS = 3.0  # a process of this machine that was killed may still be ending
+GRACE_SECONDS = 10.0  # a process of this machine that was killed may still be ending
 _PREFIX = "lock_"
 
 
@@ -24,7 +24,7 @@ class Holder(NamedTuple):
     """A process that uses a folder, as the name of its lock file says."""
 
     host: str
-    namespace: str  # of process ids: containers of one machine may share the name of the host
+    namespace: str  # of process ids: machines and containers may share the name of a host
     pid: int
     ticks: str  # when it began: process ids are used again
     since: str
@@ -101,8 +101,8 @@ def _wait_for_others(mine: Path, me: Holder) -> None:
             if is_alive:
                 raise UserError(
                     f"run.output_dir: {mine.parent} is in use by process {holder.pid} on {holder.host}, since "
-                    f"{_time(holder.since)}; wait until it ends, stop it, or set another run.output_dir. If there is "
-                    f"no such process, delete {path}."
+                    f"{_time(holder.since)}; wait until it ends, stop it, or set another run.output_dir; to "
+                    f"evaluate meanwhile, set run.resume_ckpt_path. If there is no such process, delete {path}."
                 )
         time.sleep(0.1)
 
@@ -144,7 +144,8 @@ def _last_beat(path: Path) -> float:
 
 def _namespace() -> str:
     with contextlib.suppress(OSError):
-        return str(os.stat("/proc/self/ns/pid").st_ino)
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()[:8]  # the first namespace has one number everywhere
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     return ""  # not Linux
 
 

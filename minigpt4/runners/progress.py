@@ -20,7 +20,6 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.logger import log_skipped
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import LOADER_KEY
-from minigpt4.runners.checkpoints import unwritable
 from minigpt4.runners.run_folder import append_line
 
 
@@ -68,8 +67,9 @@ class Tracker:
     def _reported(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except OSError as error:  # TensorBoard's, whose thread writes: perhaps for an earlier call
-            raise unwritable(self._file.parent, error, 0) from error
+        except Exception as error:  # the tracker's own, such as a lost connection; it must not end the training
+            logging.warning("run.tracker failed (%s); the run continues with metrics.jsonl only.", error)
+            self._send = self._finish = None
 
 
 class EpochProgress:

@@ -308,13 +308,14 @@ class RunnerBase:
             raise UserError(f"{RESUME_KEY}: {path} has weights only; to start from them set model.ckpt instead.")
         self.model.load_checkpoint(path)
         try:
-            self._restore(copy.deepcopy(content))  # a file that stays mapped takes space even when it is pruned
+            rest = {name: value for name, value in content.items() if name != "model"}
+            self._restore(copy.deepcopy(rest))  # a file that stays mapped takes space even when it is pruned
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{RESUME_KEY}: cannot resume from {path} ({type(error).__name__}: {error}); it is damaged, or of "
                 "another model or version. To start from its weights set model.ckpt instead."
             ) from error
-        if self.output_dir == path.parent:
+        if self.output_dir == path.parent and not self.run_cfg.evaluate:
             dist_utils.run_on_main(lambda: self._clean_folder(path))
         logging.info("Resuming from %s at epoch %d, iteration %d.", path, self.state.epoch, self.state.iteration)
 
