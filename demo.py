@@ -277,7 +277,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if message := explain_out_of_memory(error, "--batch-size"):
+        key = "--batch-size" if args.mode in USED_BY["batch_size"] else "--num-beams or --max-new-tokens"
+        if message := explain_out_of_memory(error, key):
             sys.exit(f"error: {message}")
         raise
     except BrokenPipeError:  # "| head" has read enough

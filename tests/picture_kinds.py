@@ -1,6 +1,7 @@
 """Images of many kinds, readable and not, as bytes and as files."""
 
 import io
+import struct
 
 import numpy
 from PIL import Image
@@ -28,6 +29,12 @@ def _exif():
     return exif
 
 
+def _long_orientation(order):
+    """EXIF of an image that is rotated by 90 degrees, whose orientation is a LONG in this byte order."""
+    mark = b"MM" if order == ">" else b"II"
+    return b"Exif\0\0" + mark + struct.pack(order + "HIHHHIII", 42, 8, 1, 0x0112, 4, 1, 6, 0)
+
+
 def readable():
     """{file name: bytes} of images that have to be accepted."""
     frames = [RED, Image.new("RGB", RED.size, (0, 0, 255))]
@@ -40,6 +47,9 @@ def readable():
         "transparent.gif": saved(Image.new("P", RED.size), "GIF", transparency=0, comment="some words"),
         "grey16.png": saved(_grey(numpy.uint16, 32896), "PNG"),
         **{f"rotated.{kind}": saved(RED, kind, exif=_exif()) for kind in ("jpeg", "png", "webp", "avif", "tiff")},
+        "rotated_long.jpg": saved(RED, "JPEG", exif=_long_orientation(">")),
+        "rotated_little_long.jpg": saved(RED, "JPEG", exif=_long_orientation("<")),
+        "motion_photo.jpg": saved(RED, "JPEG") + b"a video\xff\xda" * 1000,
         "transparent.png": saved(Image.new("RGBA", RED.size, (0, 0, 0, 0)), "PNG"),
         "palette.png": saved(RED.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
         "animated.gif": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),

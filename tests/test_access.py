@@ -1,6 +1,7 @@
 """Who may use a server: host names, origins of web pages, and API keys."""
 
 import queue
+import re
 import socket
 import sys
 from argparse import Namespace
@@ -11,10 +12,11 @@ from fastapi.testclient import TestClient
 import demo
 from minigpt4.common.errors import UserError
 from minigpt4.serve import api
-from minigpt4.serve.access import OriginCheck
+from minigpt4.serve.access import OriginCheck, parse_origin
 from minigpt4.serve.api_requests import Limits
 
 OWN_PAGE = {"Host": "localhost:8000", "Origin": "http://localhost:8000"}
+UNUSUAL = ("null", "http://[::1", "file://localhost", "", "[::1")  # no value of --allow-origin
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
 
 
@@ -48,12 +50,17 @@ def client(api_key=None, **access):
         ("0.0.0.0", {"Host": "203.0.113.5:8000", "Origin": "http://203.0.113.5:8000"}, None),
         ("0.0.0.0", {"Host": "203.0.113.5:8000", "Origin": "http://198.51.100.7"}, "bad_origin"),
         ("0.0.0.0", {"Host": "evil.example"}, "bad_host"),
-        ("0.0.0.0", {"Host": socket.gethostname()}, None),
+        ("0.0.0.0", {"Host": "gpu7.lab.example"}, None),
+        ("0.0.0.0", {"Host": "gpu7:8000"}, None),
+        ("0.0.0.0", {"Host": "gpu7.local:8000"}, None),
+        ("0.0.0.0", {"Host": "gpu7.evil.example"}, "bad_host"),
+        ("127.0.0.1", {"Host": "gpu7"}, "bad_host"),
         ("::", {"Host": "[2001:db8::1]:8000"}, None),
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_hosts_and_origins(host, headers, code, method):
+def test_hosts_and_origins(host, headers, code, method, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "GPU7.lab.example")
     found = client(host=host).request(method, "/v1/models", headers=headers)
     if code is None:
         assert found.status_code == {"GET": 200, "POST": 405}[method]
@@ -61,7 +68,10 @@ def test_hosts_and_origins(host, headers, code, method):
     else:
         error = found.json()["error"]
         assert (found.status_code, error["code"], error["type"]) == (403, code, "permission_error")
-        assert "--allow-origin" in error["message"] and "access-control-allow-origin" not in found.headers
+        assert "access-control-allow-origin" not in found.headers
+        if flag := re.search(r"; start the server with --allow-origin (.*)\.$", error["message"]):
+            parse_origin(flag[1])  # is accepted
+        assert bool(flag) == (headers.get("Origin") not in UNUSUAL and headers.get("Host") not in UNUSUAL)
 
 
 def test_an_allowed_origin_gets_cors_headers_and_its_preflight_needs_no_key():

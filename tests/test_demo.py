@@ -186,6 +186,18 @@ def test_an_address_that_cannot_be_used_is_reported_before_the_model_is_loaded(e
     assert "cannot be used" in end_of(*mode, "--host", "x" * 70)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [(["--api", "--port", "0"], "--batch-size"), (["--ask", "Why?"], "--num-beams or --max-new-tokens")],
+)
+def test_out_of_memory_names_flags_that_have_an_effect(end_of, monkeypatch, arguments, advice):
+    def load(_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(demo, "build_chat", load)
+    assert f"lower {advice}, or run" in end_of(*arguments)
+
+
 @pytest.fixture
 def run_server(chat, monkeypatch, capsys):
     """Runs demo.py until it would serve; returns its address, the application and what it printed."""

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 
 import openai
@@ -155,6 +157,42 @@ def test_waiting_images_are_counted_by_client(monkeypatch, new_decoder):
     assert (decoder.num_waiting("a"), decoder.num_waiting("b")) in ((3, 1), (4, 0)) and not decoder.num_waiting("c")
     is_free.set()
     assert all(image.result(20) for image in images)
+
+
+def test_a_closed_decoder_refuses_waiting_and_later_images(monkeypatch, new_decoder):
+    started, is_free = threading.Semaphore(0), threading.Event()
+    monkeypatch.setattr(image_decoder, "_ask", lambda *_: (started.release(), is_free.wait(20)))
+    decoder = new_decoder()
+    busy = [decoder.submit(b"") for _ in range(2)]
+    for _ in busy:
+        assert started.acquire(timeout=20)
+    waiting = decoder.submit(b"")
+    decoder.close()
+    for image in (waiting, decoder.submit(b"")):
+        with pytest.raises(UserError, match="The server is ending"):
+            image.result(20)
+    is_free.set()
+
+
+def test_an_image_that_is_being_decoded_is_refused_at_the_end(new_decoder):
+    decoder = new_decoder()
+    image = decoder.submit(LARGE)
+    while not workers():
+        time.sleep(0.01)
+    decoder.close()
+    with pytest.raises(UserError, match="The server is ending"):
+        image.result(20)
+
+
+def test_an_image_is_not_kept_after_its_answer(decoder):
+    image = decoder.submit(b"no image")
+    assert isinstance(image.exception(20), UserError)
+    kept = weakref.ref(image)
+    del image
+    end = time.monotonic() + 20
+    while gc.collect() or kept():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_cancelling_ends_the_process(decoder, scene_folder):

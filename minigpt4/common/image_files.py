@@ -4,6 +4,7 @@ Opening a file, Pillow reads its comments, profiles and EXIF: some in quadratic 
 one megabyte. Nothing of that is needed here but the orientation.
 """
 
+import re
 import struct
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ _MAX_BLOCKS = 100_000  # walked through in 0.1 s; a photo has some dozens, a PNG
 _MAX_JPEG_HEADER = 2**20
 _JPEG_STANDALONE = {0, 1, *range(0xD0, 0xDA)}  # markers without data
 _JPEG_KEPT = {*range(0xC0, 0xD0), 0xDB, 0xDC, 0xDD, 0xE0, 0xEE}  # frame, tables, JFIF, Adobe's colour transform
+_JPEG_SEGMENT = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # no standalone marker but that of the end, 0xD9
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MAX_TIFF_VALUES = 2**19  # of one tag, such as the positions of strips
 _TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)  # not JPEG: its strips may share data of many scans
@@ -37,9 +39,26 @@ def read_orientation(exif: bytes) -> int:
     """Returns the orientation in EXIF bytes, 1 to 8; 1, which is upright, if there is none."""
     try:
         order, entries = _read_directory(exif.removeprefix(b"Exif\0\0"))
-        return struct.unpack_from(order + "H", entries[274], 8)[0]
+        (kind,) = struct.unpack_from(order + "H", entries[274], 2)
+        return struct.unpack_from(order + ("I" if kind == 4 else "H"), entries[274], 8)[0]  # LONG or SHORT
     except (KeyError, struct.error):  # absent or damaged
         return 1
+
+
+def count_scans(jpeg: bytes) -> int:
+    """Returns the number of scans of a JPEG, as libjpeg finds them: what follows the image, such as a video, has none.
+
+    Raises:
+        ValueError: it has too many parts.
+    """
+    num_scans, at = 0, 2
+    for _ in range(_MAX_BLOCKS):
+        found = _JPEG_SEGMENT.search(jpeg, at)
+        if found is None or found[0] == b"\xff\xd9":
+            return num_scans
+        num_scans += found[0] == b"\xff\xda"
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
+    raise ValueError(f"it has more than {_MAX_BLOCKS:,} segments")
 
 
 def _read_directory(tiff: bytes) -> tuple[str, dict[int, bytes]]:

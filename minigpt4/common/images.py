@@ -11,7 +11,7 @@ import numpy
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.image_files import read_orientation, strip_metadata
+from minigpt4.common.image_files import count_scans, read_orientation, strip_metadata
 
 MAX_FILE_BYTES = 2**27
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; a photo has about a quarter
@@ -85,7 +85,7 @@ def _decode(data: bytes, draft_size: Callable[[int, int], tuple[int, int]] | Non
     Image.init()
     image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     _check_size(image)
-    num_scans = data.count(b"\xff\xda") if image.format == "JPEG" else 1
+    num_scans = count_scans(data) if image.format == "JPEG" else 1
     if num_scans * max(image.width * image.height, _MIN_SCAN_PIXELS) > _MAX_SCAN_PIXELS:
         raise OSError(f"its {image.width}x{image.height} pixels are drawn in {num_scans} scans")
     if any(tile[0] == "bmp_rle" for tile in image.tile):

@@ -4,6 +4,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -12,9 +13,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minigpt4.common.errors import UserError
-from minigpt4.serve.api_requests import ApiError
+from minigpt4.serve.api_requests import PORTS, ApiError
 
-_PORTS = {"http": 80, "https": 443}
 _LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 _ALL_ADDRESSES = ("", "0.0.0.0", "::")
 
@@ -24,8 +24,9 @@ class OriginCheck:
 
     Without it any website could use a server on the visitor's machine: with a request that needs no preflight, or with
     a domain of its own that resolves to 127.0.0.1 (DNS rebinding). Accepted are localhost, ``host`` and ``origins``,
-    which also get CORS headers; on all addresses (``0.0.0.0``) the machine's name and any IP address as well, which
-    rebinding cannot use. Clients that send no Origin, such as programs, pass with an accepted host name.
+    which also get CORS headers; on all addresses (``0.0.0.0``) also the machine's name, its first label, that label
+    with ``.local``, and any IP address, which rebinding cannot use. Clients that send no Origin, such as programs, pass
+    with an accepted host name.
 
     Args:
         app: the application, for example with ``fastapi_app.add_middleware(OriginCheck, host=…, origins=…)``.
@@ -36,8 +37,11 @@ class OriginCheck:
     def __init__(self, app: ASGIApp, host: str = "127.0.0.1", origins: Sequence[str] = ()) -> None:
         self.origins = {parse_origin(origin) for origin in origins}
         self.is_on_all_addresses = host in _ALL_ADDRESSES
-        own = socket.gethostname() if self.is_on_all_addresses else host
-        self.names = {*_LOCAL_NAMES, own.lower()}
+        self.names = {*_LOCAL_NAMES, host.lower()}
+        if self.is_on_all_addresses:
+            name = socket.gethostname().lower()
+            label = name.partition(".")[0]
+            self.names |= {name, label, f"{label}.local"}
         # Only accepted origins get there.
         self.app = CORSMiddleware(app, allow_origin_regex=".*", allow_methods=["*"], allow_headers=["*"])
 
@@ -49,15 +53,15 @@ class OriginCheck:
     def _refuse(self, headers: Headers) -> ApiError | None:
         host, origin = ",".join(headers.getlist("host")), headers.get("origin")
         if not self._is_own(_parse(f"http://{host}")[1]):
-            text = f"The host name '{host}' is not served; start the server with --allow-origin http://{host}."
-            return ApiError(text, status=403, code="bad_host")
+            text = f"The host name '{host}' is not served"
+            return ApiError(text + _advice(f"http://{host}"), status=403, code="bad_host")
         if origin is None or origin.partition("://")[2] == host:  # of the server's own page
             return None
         parsed = _parse(origin)
-        if parsed in self.origins or (parsed[0] in _PORTS and parsed[1] in self.names):
+        if parsed in self.origins or (parsed[0] in PORTS and parsed[1] in self.names):
             return None
-        text = f"Pages of '{origin}' may not use this server; start it with --allow-origin {origin}."
-        return ApiError(text, status=403, code="bad_origin")
+        text = f"Pages of '{origin}' may not use this server"
+        return ApiError(text + _advice(origin), status=403, code="bad_origin")
 
     def _is_own(self, name: str) -> bool:
         if name in self.names or any(name == allowed for _, allowed, _ in self.origins):
@@ -72,7 +76,7 @@ def _parse(origin: str) -> tuple[str, str, int | None]:
     """Scheme, host name and port, by default that of the scheme; empty where the text has none."""
     try:
         parts = urlsplit(origin.lower())
-        return parts.scheme, parts.hostname or "", parts.port or _PORTS.get(parts.scheme)
+        return parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme)
     except ValueError:
         return "", "", None
 
@@ -85,6 +89,14 @@ def parse_origin(origin: str) -> tuple[str, str, int | None]:
             f"--allow-origin: '{origin}' is no origin; write it like https://chat.example or http://a:8080."
         )
     return parsed
+
+
+def _advice(origin: str) -> str:
+    """The end of a sentence that refuses an origin: how to allow it, if it is one."""
+    with suppress(UserError):
+        parse_origin(origin)
+        return f"; start the server with --allow-origin {origin}."
+    return "."
 
 
 def check_api_key(api_key: str | None) -> None:

@@ -20,7 +20,7 @@ from minigpt4.conversation.sampling import GenerationOptions
 
 MAX_ITEMS = 1000  # messages of a request, and parts of a message
 MAX_DOWNLOAD_SECONDS = 60  # for one image, however slowly it arrives
-_PORTS = {"http": 80, "https": 443}
+PORTS = {"http": 80, "https": 443}
 
 
 @dataclass
@@ -228,9 +228,9 @@ def _parse_address(url: str, allowed_hosts: Sequence[str]) -> httpx.URL:
     except (httpx.InvalidURL, ValueError) as error:
         raise UserError(f"'{url[:80]}' is no URL ({error}); send a data URL.") from error
     host, allowed = address.host, [allowed.lower() for allowed in allowed_hosts]
-    port = _PORTS[address.scheme] if address.port is None else address.port
+    port = PORTS[address.scheme] if address.port is None else address.port
     with_port = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    is_usual = port in _PORTS.values()
+    is_usual = port in PORTS.values()
     if with_port not in allowed and not (is_usual and host in allowed):
         raise _not_allowed(host if is_usual else with_port)
     return address

@@ -22,6 +22,7 @@ MAX_SECONDS = 15.0
 _COMMAND = [sys.executable, "-P", str(Path(__file__).with_name("image_worker.py"))]
 _MAX_LINE = 10_000  # of an answer
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}  # each thread would reserve address space
+_ENDING = "The server is ending."
 
 
 @dataclass
@@ -61,7 +62,7 @@ class ImageDecoder:
             client: whoever takes turns with the other clients, such as an address.
 
         Raises:
-            UserError: as ``read_image``, or it takes too much time or memory.
+            UserError: as ``read_image``, or it takes too much time or memory, or the decoder is closed.
         """
         return self.submit(data, name, size, client).result()
 
@@ -74,7 +75,7 @@ class ImageDecoder:
         return job.image
 
     def close(self) -> None:
-        """Ends the processes, whatever they are doing."""
+        """Ends the processes, whatever they are doing; waiting and later images are refused."""
         self._quick.close()
         self._slow.close()
 
@@ -101,15 +102,20 @@ class _Lane:
 
     def put(self, job: _Job) -> None:
         with self._changed:
-            turn = max(self._turn, self._next_turns.get(job.client, 0))
-            self._next_turns[job.client] = turn + 1
-            heapq.heappush(self._jobs, (turn, next(self._numbers), job))
-            self._changed.notify()
+            if not self._is_closed:
+                turn = max(self._turn, self._next_turns.get(job.client, 0))
+                self._next_turns[job.client] = turn + 1
+                heapq.heappush(self._jobs, (turn, next(self._numbers), job))
+                self._changed.notify()
+                return
+        _finish(job, UserError(_ENDING))
 
     def close(self) -> None:
         with self._changed:
-            self._is_closed = True
+            self._is_closed, waiting, self._jobs = True, self._jobs, []
             self._changed.notify_all()
+        for *_, job in waiting:
+            _finish(job, UserError(_ENDING))
         for process in list(self._processes):
             process.kill()
 
@@ -125,20 +131,21 @@ class _Lane:
     def _run(self) -> None:
         process = None
         while job := self._take():
-            if job.image.cancelled():
-                continue
             try:
-                process = process or self._start()
-                if not self._decode(job, process):
-                    process = self._end(process)
+                if not job.image.cancelled():
+                    process = process or self._start()
+                    process = process if self._decode(job, process) else self._end(process)
             except Exception as error:  # no process or thread can be started
-                _finish(job, error)
+                _finish(job, UserError(_ENDING) if self._is_closed else error)
+            del job  # its file would stay in memory until the next one
         self._end(process)
 
     def _start(self) -> subprocess.Popen:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(_COMMAND, env=os.environ | _ENVIRONMENT, start_new_session=True, **pipes)
         self._processes.add(process)
+        if self._is_closed:  # ``close`` may not have seen it
+            process.kill()
         if process.stdout.readline() != b"ready\n":
             self._end(process)
             raise OSError(f"{' '.join(_COMMAND)} ended with status {process.returncode}")
@@ -162,7 +169,7 @@ class _Lane:
             outcome, is_alive = error, True
         except Exception:  # it was killed or it crashed
             text = f"{job.name} cannot be decoded: it makes the decoder fail, or takes too much memory."
-            outcome, is_alive = UserError(text), False
+            outcome, is_alive = UserError(_ENDING if self._is_closed else text), False
         finally:
             timer.cancel()
         if is_late.is_set():
