@@ -257,7 +257,7 @@ def run_page(args: argparse.Namespace) -> None:
     description, options = describe_model(args, chat), generation_options(args)
     app = build_app(chat, description, options, examples, args.host, args.allow_origin + tunnels)
     print(f"Model '{Path(args.cfg_path).stem}' at {' and '.join([address(listener), *tunnels])}", flush=True)
-    serve(app, listener, grace_seconds=1)
+    serve(app, listener, grace_seconds=1, max_connections=1000)  # each open page holds one
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ from argparse import Namespace
 
 import pytest
 from fastapi.testclient import TestClient
+from starlette.applications import Starlette
 
 import demo
 from minigpt4.common.errors import UserError
-from minigpt4.serve import api
+from minigpt4.serve import api, page_guard
 from minigpt4.serve.access import OriginCheck, parse_origin
 from minigpt4.serve.api_requests import Limits
 
@@ -141,3 +142,10 @@ def test_the_command_line_refuses_them_before_it_loads_the_model(monkeypatch, ar
         monkeypatch.setenv("MINIGPT4_API_KEY", key)
     with pytest.raises(SystemExit, match=f"error: .*{word}"):
         demo.main()
+
+
+def test_pages_of_allowed_origins_may_embed_the_page(tmp_path):
+    for origins, sources in (([], "'self'"), (["https://hub.example/"], "'self' https://hub.example")):
+        guard = page_guard.PageGuard(Starlette(), tmp_path, origins)
+        policy = TestClient(guard).get("/").headers["content-security-policy"]
+        assert policy.endswith(f"; frame-ancestors {sources}")

@@ -273,8 +273,9 @@ def test_connections_are_limited(monkeypatch):
     monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: served.append((self.config, *sockets)))
     with server.listen("127.0.0.1", 0) as listener:
         server.serve(None, listener)
-    config, used = served[0]
-    assert config.limit_concurrency == server.MAX_CONNECTIONS and used is listener
+        server.serve(None, listener, max_connections=1000)
+    assert [config.limit_concurrency for config, _ in served] == [server.MAX_CONNECTIONS, 1000]
+    assert all(used is listener for _, used in served)
 
 
 def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):

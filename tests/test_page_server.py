@@ -1,10 +1,13 @@
 """The web page's server, without a browser: what clients may send, what it stores, and what it says about errors."""
 
+import gc
 import io
 import json
 import os
 import re
+import shutil
 import socket
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -16,7 +19,7 @@ from picture_kinds import saved
 from PIL import Image
 from serving import GREEDY, served
 
-from minigpt4.serve import page_guard, server, web
+from minigpt4.serve import page_guard, web
 
 SECRET = "/srv/secret/weights.pth"
 DEFAULTS = [False, 1, 1.0, 0.9, 1, 4]  # of the settings, but for sampling and length
@@ -38,15 +41,21 @@ def page(chat, picture):
 
 @pytest.fixture
 def folder(page):
-    """Where the server stores uploads, empty but for examples and images of chats."""
+    """Where the server stores uploads and images of chats; afterwards without uploads."""
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     yield folder
-    assert not stored(folder, uploads=True)
+    delete_uploads(folder)
 
 
 def stored(folder, uploads=False):
+    """The images of chats, or the uploads."""
     files = [file for file in folder.rglob("*") if file.is_file() and file.parent.name != "kept"]
-    return [file for file in files if not uploads or not file.parent.name.startswith("kept")]
+    return [file for file in files if file.parent.name.startswith("kept") != uploads]
+
+
+def delete_uploads(folder):
+    for file in stored(folder, uploads=True):
+        file.unlink() if file.parent == folder else shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def ask(client, *files, text=""):
@@ -76,8 +85,6 @@ def test_a_chat_has_a_limited_number_of_images(connect, picture, folder, monkeyp
     client.predict(api_name="/clear")
     assert "⚠" not in ask(client, picture)[2]
     assert "一次对话最多 2 张图片" in ask(connect("zh-CN"), *[picture] * 3)[2]
-    for file in stored(folder, uploads=True):  # of refused messages, which the box still shows
-        file.unlink()
 
 
 def test_large_images_do_not_stay_in_memory(connect, tmp_path, folder):
@@ -98,14 +105,14 @@ def peak_memory():
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
-def test_uploads_are_deleted_with_their_message_and_images_with_their_chat(connect, picture, folder, tmp_path):
+def test_images_are_deleted_with_their_chat(connect, picture, folder, tmp_path):
     (broken := tmp_path / "broken.png").write_bytes(picture.read_bytes()[:50])
     client, before = connect(), set(stored(folder))
     for count in (1, 2):
         assert "'broken.png' cannot be read" in ask(client, picture, broken)[2]
         assert "⚠" not in ask(client, picture)[2]
         client.predict(*DEFAULTS, api_name="/answer")
-        assert len(set(stored(folder)) - before) == count and not stored(folder, uploads=True)
+        assert len(set(stored(folder)) - before) == count
     client.predict(api_name="/clear")
     assert set(stored(folder)) == before
 
@@ -141,12 +148,81 @@ def test_old_and_partial_uploads_are_deleted(page, folder):
         os.utime(path, (hours_ago, hours_ago))
     (new,) = upload(page, "new.png", b"new").json()
     assert not Path(old).exists() and stored(folder, uploads=True) == [Path(new)]
-    Path(new).unlink()
+
+
+def test_two_chats_can_have_the_same_upload(connect, picture, folder):
+    assert "⚠" not in ask(connect(), picture)[2]
+    assert len(stored(folder, uploads=True)) == 1  # the path depends on the content only
+
+
+@pytest.fixture
+def reading(chat, monkeypatch):
+    """Two events: an image is being read, and it may go on."""
+    begun, may_end, plain = threading.Event(), threading.Event(), chat.preprocess_image
+    monkeypatch.setattr(chat, "preprocess_image", lambda image: (begun.set(), may_end.wait(20), plain(image))[-1])
+    yield begun, may_end
+    may_end.set()
+
+
+def sent(client, picture):
+    return client.submit({"text": "", "files": [handle_file(str(picture))]}, api_name="/submit")
+
+
+def test_chats_do_not_wait_for_the_images_of_others(connect, picture, folder, chat, monkeypatch):
+    barrier, plain = threading.Barrier(3), chat.preprocess_image
+    monkeypatch.setattr(chat, "preprocess_image", lambda image: (barrier.wait(20), plain(image))[-1])
+    clients = [connect() for _ in range(3)]
+    assert all("⚠" not in event.result(30)[-1] for event in [sent(client, picture) for client in clients])
+
+
+def test_of_two_messages_at_the_same_time_one_is_refused(connect, picture, folder, reading):
+    client, (begun, may_end) = connect(), reading
+    first = sent(client, picture)
+    assert begun.wait(20)
+    assert "is being answered" in ask(client, text="Why?")[2]
+    assert client.predict(*DEFAULTS, api_name="/answer") is not None  # which follows any message, but has no job yet
+    may_end.set()
+    assert "⚠" not in first.result(20)[-1]
+    messages, _ = client.predict(*DEFAULTS, api_name="/answer")
+    assert [message["role"] for message in messages] == ["user"]
+
+
+def test_a_chat_that_is_cleared_while_its_images_are_read_stays_empty(connect, picture, folder, reading):
+    client, (begun, may_end) = connect(), reading
+    first = sent(client, picture)
+    assert begun.wait(20)
+    client.predict(api_name="/clear")
+    may_end.set()
+    first.result(20)
+    ask(client, text="Why?")
+    messages, _ = client.predict(*DEFAULTS, api_name="/answer")
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+
+
+def test_the_turns_of_images_are_those_of_addresses(connect, picture, folder, monkeypatch):
+    clients, plain = set(), web.ImageDecoder.submit
+
+    def submit(self, data, name, size, client):
+        clients.add(client)
+        return plain(self, data, name, size, client)
+
+    monkeypatch.setattr(web.ImageDecoder, "submit", submit)
+    ask(connect(), picture)
+    assert clients == {"127.0.0.1"}
+
+
+def test_sessions_are_limited(chat, picture, monkeypatch):
+    monkeypatch.setattr(web, "MAX_SESSIONS", 1)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # restored afterwards
+    with served(web.build_app(chat, "Small", GREEDY)) as url:
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        for _ in range(2):
+            ask(Client(url, verbose=False), picture)
+        gc.collect()
+        assert len(list(folder.glob("kept-*"))) == 1
 
 
 def test_an_upload_that_is_gone_is_asked_for_again(connect, picture, monkeypatch):
-    """It is too old, or another chat had the same file."""
-
     def delete(path):
         path.unlink()
         raise FileNotFoundError(path)
@@ -156,7 +232,7 @@ def test_an_upload_that_is_gone_is_asked_for_again(connect, picture, monkeypatch
 
 
 def test_the_bytes_of_requests_are_limited(page, monkeypatch):
-    assert upload(page, data=bytes(page_guard.MAX_FILE_BYTES + 1)).status_code == 413
+    assert upload(page, data=bytes(page_guard.MAX_UPLOADED_FILE_BYTES + 1)).status_code == 413
     monkeypatch.setattr(page_guard, "MAX_UPLOAD_BYTES", 1000)
     assert upload(page, data=bytes(2000)).status_code == 413
     monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", 0)
@@ -167,6 +243,35 @@ def test_the_bytes_of_requests_are_limited(page, monkeypatch):
     assert httpx.post(join, content=iter([b"{}"])).status_code == 411
     assert httpx.post(join, content=b"{").status_code == 400
     assert httpx.post(join, content=b"[" * 100_000).status_code == 400
+
+
+def test_running_uploads_count(page, folder, monkeypatch):
+    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", 2**27)
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**26}\r\n"
+    more = "Content-Type: multipart/form-data; boundary=x\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(page).port)) as slow:
+        slow.settimeout(20)
+        slow.sendall((head + more).encode())
+        assert b"100 Continue" in slow.recv(1000)
+        monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", 2**26)
+        assert upload(page).status_code == 507
+    end = time.monotonic() + 20
+    while upload(page).status_code != 200:  # the slow client has left
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_images_of_chats_count(page, connect, folder, tmp_path, monkeypatch):
+    Image.effect_noise((500, 500), 100).save(tmp_path / "noise.png")
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*"))
+    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", num_bytes + 50_000)
+    assert upload(page).status_code == 200
+    monkeypatch.undo()
+    client = connect()
+    assert "⚠" not in ask(client, tmp_path / "noise.png")[2]
+    delete_uploads(folder)
+    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", num_bytes + 50_000)
+    assert upload(page).status_code == 507
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:9/a.png", "{}/../../etc/passwd", "a.png", "\0"])
@@ -244,9 +349,3 @@ def test_the_folder_is_deleted_with_the_server(chat, picture):
         assert folder.stat().st_mode & 0o077 == 0
     assert not folder.exists()
     os.environ["GRADIO_TEMP_DIR"] = before
-
-
-def test_events_are_sent_at_once():
-    with server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
-        with listener.accept()[0] as connection:
-            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

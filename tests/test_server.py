@@ -90,3 +90,9 @@ def test_an_engine_that_is_busy_is_left(chat):
     assert time.monotonic() - begin < 10
     release.set()
     engine.close()
+
+
+def test_events_are_sent_at_once():
+    with server.listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        with listener.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ from starlette.types import ASGIApp
 
 from minigpt4.serve.page_texts import localized
 
-MAX_FILE_BYTES = 2**25  # of an uploaded file
+MAX_UPLOADED_FILE_BYTES = 2**25  # of an uploaded file
 MAX_UPLOAD_BYTES = 2**27  # of the files that are selected together
 MAX_BODY_BYTES = 2**20  # of other requests
-MAX_STORED_BYTES = 2**30  # of all uploads that wait for their question
-MAX_STORED_SECONDS = 3600
+MAX_STORED_BYTES = 2**30  # of all uploads and the images of all chats
+MAX_STORED_SECONDS = 600  # of an upload
 _REFUSED = ("/file=http", "/proxy=", "/deep_link")  # gradio would fetch URLs, and store a file for each request
 POLICY = (  # gradio's page has inline scripts and styles; nothing may come from or go to another host
     "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; form-action 'self'; "
-    "frame-ancestors 'none'"
+    "frame-ancestors 'self'"
 )
 
 
@@ -31,18 +32,26 @@ class PageGuard(BaseHTTPMiddleware):
     """ASGI middleware around gradio's server, which stores uploads below ``folder``.
 
     Requests may name files below ``folder`` only: gradio itself would read any file, and download those that are URLs.
-    Uploads older than ``MAX_STORED_SECONDS`` are deleted; folders whose names begin with ``kept`` hold no uploads.
+    Each upload deletes those older than ``MAX_STORED_SECONDS``; folders whose names begin with ``kept`` hold images of
+    chats. Pages of ``origins`` may embed the page.
     """
 
-    def __init__(self, app: ASGIApp, folder: Path) -> None:
+    def __init__(self, app: ASGIApp, folder: Path, origins: Sequence[str] = ()) -> None:
         super().__init__(app)
-        self.folder = folder.resolve()
+        self.folder, self.num_arriving_bytes = folder.resolve(), 0  # of running uploads
+        self.policy = " ".join([POLICY, *(origin.rstrip("/") for origin in origins)])
 
     async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         """Answers acceptable requests; every response has the content security policy."""
-        refusal = await self._refuse(request)
-        response = JSONResponse({"detail": refusal[0]}, refusal[1]) if refusal else await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
+        length, is_upload = request.headers.get("content-length", ""), _is_upload(request)
+        num_bytes = int(length) if is_upload and length.isdecimal() else 0
+        self.num_arriving_bytes += num_bytes
+        try:
+            refusal = await self._refuse(request)
+            response = JSONResponse({"detail": refusal[0]}, refusal[1]) if refusal else await call_next(request)
+        finally:
+            self.num_arriving_bytes -= num_bytes
+        response.headers["Content-Security-Policy"] = self.policy
         return response
 
     async def _refuse(self, request: Request) -> tuple[str, int] | None:
@@ -52,7 +61,7 @@ class PageGuard(BaseHTTPMiddleware):
             return "The page does not use this.", 403
         if request.method in ("GET", "HEAD", "OPTIONS"):
             return None
-        is_upload, length = path.endswith("/upload"), request.headers.get("content-length", "")
+        is_upload, length = _is_upload(request), request.headers.get("content-length", "")
         limit = MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
         if not length.isdecimal():
             return "A Content-Length is required.", 411
@@ -60,7 +69,7 @@ class PageGuard(BaseHTTPMiddleware):
             return localized(request, "too_large").format(size=int(length) >> 20, limit=limit >> 20), 413
         if is_upload:
             num_bytes = await asyncio.to_thread(self._delete_old_uploads)
-            is_full = num_bytes + int(length) > MAX_STORED_BYTES
+            is_full = num_bytes + self.num_arriving_bytes > MAX_STORED_BYTES
             return (localized(request, "full"), 507) if is_full else None
         try:
             is_valid = self._has_own_files(json.loads(await request.body() or b"null"))
@@ -76,18 +85,20 @@ class PageGuard(BaseHTTPMiddleware):
         return all(map(self._has_own_files, values))
 
     def _delete_old_uploads(self) -> int:
-        """Returns the bytes of the uploads that remain."""
+        """Returns the bytes of all files that remain."""
         num_bytes, oldest = 0, time.time() - MAX_STORED_SECONDS
         for entry in self.folder.iterdir():
             try:
-                if entry.name.startswith("kept"):
-                    continue
-                if entry.stat().st_mtime > oldest:
+                if entry.name.startswith("kept") or entry.stat().st_mtime > oldest:
                     num_bytes += sum(file.stat().st_size for file in (entry, *entry.rglob("*")))
                 elif entry.is_dir():
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-            except FileNotFoundError:  # deleted by its question meanwhile
+            except FileNotFoundError:  # deleted with its chat, or by another upload, meanwhile
                 continue
         return num_bytes
+
+
+def _is_upload(request: Request) -> bool:
+    return request.method == "POST" and request.url.path.endswith("/upload")

@@ -38,17 +38,23 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: ASGIApp, listener: socket.socket, grace_seconds: int = GRACE_SECONDS) -> None:
+def serve(
+    app: ASGIApp,
+    listener: socket.socket,
+    grace_seconds: int = GRACE_SECONDS,
+    max_connections: int = MAX_CONNECTIONS,
+) -> None:
     """Runs the server until SIGINT, which raises KeyboardInterrupt, or SIGTERM.
 
-    It then accepts nothing more, gives running requests ``grace_seconds`` to end, and cancels those that are left.
+    More than ``max_connections`` get status 503. At the end it accepts nothing more, gives running requests
+    ``grace_seconds`` to end, and cancels those that are left.
     """
 
     async def cancellable(scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(asyncio.CancelledError):  # uvicorn would log it with a traceback
             await app(scope, receive, send)
 
-    limits = {"limit_concurrency": MAX_CONNECTIONS, "timeout_graceful_shutdown": grace_seconds}
+    limits = {"limit_concurrency": max_connections, "timeout_graceful_shutdown": grace_seconds}
     server = uvicorn.Server(uvicorn.Config(cancellable, log_level="warning", **limits))
     previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # at its end, uvicorn repeats signals for this handler
     try:

@@ -8,10 +8,11 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from minigpt4.conversation.conversation import Chat, Conversation
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve.access import OriginCheck
 from minigpt4.serve.image_decoder import ImageDecoder
-from minigpt4.serve.page_guard import MAX_BODY_BYTES, MAX_FILE_BYTES, PageGuard
+from minigpt4.serve.page_guard import MAX_BODY_BYTES, MAX_UPLOADED_FILE_BYTES, PageGuard
 from minigpt4.serve.page_texts import CHINESE, ENGLISH, describe_numbers, localized
 
 CSS = """
@@ -44,13 +45,15 @@ FONT, MONOSPACE = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # 
 UPDATE_SECONDS = 0.08  # each update of the page delays the answer
 MAX_SHOWN_SIDE = 1024
 MAX_IMAGES = 16  # of a chat
+MAX_SESSIONS = 200  # then the one that is unused for longest is forgotten
+MAX_READERS = 16  # messages whose images are read at the same time
 EMPTY_BOX = {"text": "", "files": []}
 
 
 class Job(NamedTuple):
     """Images and a question to answer, or neither to repeat the last answer; ``view`` has the messages to show."""
 
-    images: list[Tensor]  # processed
+    images: list[Tensor] | None  # processed; None while they are read
     question: str
     view: list[dict[str, Any]]
 
@@ -71,14 +74,15 @@ class Session:
         shown = {part.get("path") for message in self.view for part in message["content"]}
         for file in self.folder.iterdir() if self.folder else ():
             if str(file) not in shown:
-                file.unlink()
+                file.unlink(missing_ok=True)
 
 
 class _Page:
     """Layout and event handlers, which change the session in place."""
 
     def __init__(self, chat: Chat, description: str, examples: Sequence[str | Path], folder: Path) -> None:
-        self.chat, self.description, self.folder, self.decoder = chat, description, folder, ImageDecoder()
+        self.chat, self.description, self.folder = chat, description, folder
+        self.decoder, self.lock = ImageDecoder(), threading.Lock()
         (folder / "kept").mkdir()
         self.examples = [_save_for_display(read_image(path), folder / "kept") for path in examples]
 
@@ -86,6 +90,7 @@ class _Page:
         """Lays out the page and connects its events; ``options`` are the initial settings."""
         text, quiet = gr.I18n(), {"show_progress": "hidden"}
         with gr.Blocks(title="MiniGPT-4", analytics_enabled=False, fill_width=True) as blocks:
+            blocks.state_session_capacity = MAX_SESSIONS
             session = gr.State(Session(self.chat.template.copy()))
             gr.Markdown("# MiniGPT-4", elem_id="head")
             gr.Markdown(text("subtitle"), elem_id="subtitle")
@@ -114,7 +119,8 @@ class _Page:
                 "concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal",
             }  # fmt: skip
             everything, seed = [session, box, chatbot, status], self.settings["seed"]
-            box.submit(self.submit, [session, box], everything, **quiet).success(**answer)
+            reading = {"concurrency_limit": MAX_READERS, **quiet}
+            box.submit(self.submit, [session, box], everything, **reading).success(**answer)
             retry.click(self.retry, [session, seed], [chatbot, seed], **quiet).success(**answer)
             stop.click(self.stop, session, None, queue=False, **quiet)
             gr.on([clear.click, chatbot.clear], self.clear, session, everything, queue=False, **quiet)
@@ -132,34 +138,34 @@ class _Page:
         gr.Warning(html.escape(text))
         return self.status(f"⚠ {text}")
 
-    def submit(self, session: Session, message: dict[str, Any], request: gr.Request) -> tuple[Session, Any, Any, str]:
+    def submit(self, session: Session, message: dict[str, Any], request: gr.Request) -> tuple[Session, Any, Any, Any]:
         """Accepts or refuses a message: session, text box, chat, status."""
         question, files = (message["text"] or "").strip(), message["files"]
+        job = Job(None, question, session.view)
         try:
-            if session.job:
-                raise UserError(localized(request, "busy"))
-            if not question and not files:
-                raise UserError(localized(request, "nothing"))
-            if len(session.images) + len(files) > MAX_IMAGES:
-                raise UserError(localized(request, "too_many").format(count=MAX_IMAGES))
-            self.chat.ask(question, session.conv.copy())
+            with self.lock:  # of two messages at the same time, one is refused
+                if session.job:
+                    raise UserError(localized(request, "busy"))
+                if not question and not files:
+                    raise UserError(localized(request, "nothing"))
+                if len(session.images) + len(files) > MAX_IMAGES:
+                    raise UserError(localized(request, "too_many").format(count=MAX_IMAGES))
+                self.chat.ask(question, session.conv.copy())
+                session.job = job
         except UserError as error:
             return session, gr.skip(), gr.skip(), self.warn(error, request)
         try:
             images = [self.read(Path(path), request) for path in files]
+            if session.job is not job:  # cleared
+                return session, gr.skip(), gr.skip(), gr.skip()
+            if images and session.folder is None:
+                session.folder = Path(tempfile.mkdtemp(prefix="kept-", dir=self.folder))
+                weakref.finalize(session, shutil.rmtree, session.folder, ignore_errors=True)
+            session.delete_images()  # of refused messages
+            content = [{"path": _save_for_display(shown, session.folder)} for _, shown in images]
         except Exception as error:  # one message must not end the others' chats
+            session.job = None if session.job is job else session.job
             return session, EMPTY_BOX | {"text": question}, gr.skip(), self.warn(error, request)
-        finally:
-            for path in map(Path, files):
-                if path.resolve().parent.name != "kept":  # no example
-                    with suppress(OSError):
-                        path.unlink()
-                        path.parent.rmdir()
-        if images and session.folder is None:
-            session.folder = Path(tempfile.mkdtemp(prefix="kept-", dir=self.folder))
-            weakref.finalize(session, shutil.rmtree, session.folder, ignore_errors=True)
-        session.delete_images()  # of refused messages
-        content = [{"path": _save_for_display(shown, session.folder)} for _, shown in images]
         content += [_literal(question)] if question else []
         view = [*session.view, {"role": "user", "content": content}]
         session.job, session.is_stopped = Job([pixels for pixels, _ in images], question, view), False
@@ -169,23 +175,25 @@ class _Page:
         """An uploaded image, processed for the model, and in the size of the page."""
         try:
             data = path.read_bytes()
-        except OSError as error:  # it is old, or another chat had the same file
+        except OSError as error:  # it is old
             raise UserError(localized(request, "gone").format(name=path.name)) from error
-        decode = partial(self.decoder.decode, data, f"'{path.name}'", client=request.session_hash)
+        decode = partial(self.decoder.decode, data, f"'{path.name}'", client=request.client.host)
         pixels = self.chat.preprocess_image(decode(size=getattr(self.chat.vis_processor, "first_size", None)))
         return pixels, decode(size=MAX_SHOWN_SIDE)
 
     def retry(self, session: Session, seed: float, request: gr.Request) -> tuple[Any, float]:
         """Removes the last answer, to be generated again with the next seed: chat, seed."""
-        if session.job or not session.view or session.view[-1]["role"] != "assistant":
-            self.warn(UserError(localized(request, "busy" if session.job else "no_answer")), request)
-            return gr.skip(), seed
-        session.job, session.is_stopped = Job([], "", session.view[:-1]), False
-        return session.job.view, (seed or 0) + 1
+        with self.lock:
+            if session.job or not session.view or session.view[-1]["role"] != "assistant":
+                self.warn(UserError(localized(request, "busy" if session.job else "no_answer")), request)
+                return gr.skip(), seed
+            job = Job([], "", session.view[:-1])
+            session.job, session.is_stopped = job, False
+        return job.view, (seed or 0) + 1
 
     def answer(self, session: Session, request: gr.Request, *values: Any) -> Iterator[tuple[Any, Any]]:
         """Answers the session's job with the values of the settings: chat and status, repeatedly."""
-        if not (job := session.job):
+        if not (job := session.job) or job.images is None:
             yield gr.skip(), gr.skip()
             return
         status = self.status()
@@ -306,10 +314,10 @@ def build_app(
     app = FastAPI(lifespan=clean_up, docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         app, page.build(options).queue(), path="/", theme=theme, css=CSS, i18n=gr.I18n(en=ENGLISH, zh=CHINESE),
-        footer_links=[], run_history=False, ssr_mode=False, show_error=False, max_file_size=MAX_FILE_BYTES,
+        footer_links=[], run_history=False, ssr_mode=False, show_error=False, max_file_size=MAX_UPLOADED_FILE_BYTES,
         enable_monitoring=False,
     )  # fmt: skip
-    return OriginCheck(PageGuard(app, Path(folder.name)), host, origins)
+    return OriginCheck(PageGuard(app, Path(folder.name), origins), host, origins)
 
 
 def open_tunnel(listener: socket.socket) -> str:
