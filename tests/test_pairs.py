@@ -10,7 +10,7 @@ from PIL import Image
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets import PairDataset
-from minigpt4.datasets.datasets.pairs import Pair, read_align_folder, read_pairs
+from minigpt4.datasets.datasets.pairs import Pair, check_images, read_align_folder, read_pairs
 from minigpt4.datasets.loader import LOADER_KEY, eval_batches
 
 
@@ -224,3 +224,12 @@ def test_storage_may_be_a_list(tmp_path, name, caplog):
     (folders[0] / "image" / "a.jpg").unlink()
     with pytest.raises(UserError, match=r"2 of 2 images .* missing .* correct the paths"):
         build({"build_info": {"storage": str(folders[0])}}, name).build_datasets()
+
+
+def test_long_lists_are_checked_by_a_sample(tmp_path, caplog):
+    pairs = [Pair(tmp_path / f"{n}.jpg", "c") for n in range(2500)]
+    with pytest.raises(UserError, match=r"834 of 834 images .* missing .*0\.jpg\); correct the paths"):
+        check_images(pairs, KEY)
+    pairs[0].image.write_bytes(picture(1))
+    check_images(pairs, KEY)
+    assert "833 of 834 images" in caplog.text

@@ -16,7 +16,7 @@ from recorded_training import run_of
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.schema import RunConfig
-from minigpt4.runners import checkpoints
+from minigpt4.runners import checkpoints, run_folder
 from minigpt4.runners.checkpoints import TrainState
 from minigpt4.runners.progress import Tracker
 from minigpt4.runners.run_folder import append_line, truncate_logs
@@ -59,6 +59,15 @@ def test_the_newest_checkpoint_is_kept_after_the_clock_went_back(train, keep_las
     assert names(folder) == ["checkpoint_1.pth", "checkpoint_2.pth"][-keep_last:]
 
 
+def test_a_checkpoint_written_while_the_lock_was_waited_for_is_resumed(tmp_path, monkeypatch):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    stored(folder, "checkpoint_step_1.pth", 1)
+    monkeypatch.setattr(run_folder, "RunLock", lambda held: stored(held, "checkpoint_step_2.pth", 2))
+    opened = run_folder.open_folder(RunConfig(output_dir=str(tmp_path), resume="auto"), "job", None)
+    assert opened[:2] == (folder, folder / "checkpoint_step_2.pth")
+
+
 def test_pruning_keeps_the_last_by_step_the_best_and_unknown_files(tmp_path):
     for name, step, epoch in (("checkpoint_9", 3, 0), ("checkpoint_0", 4, 1), ("checkpoint_step_4", 4, 0)):
         stored(tmp_path, f"{name}.pth", step, epoch)
@@ -89,6 +98,22 @@ def test_a_checkpoint_for_which_there_is_no_space_replaces_older_ones(tmp_path, 
     fill(tmp_path, "checkpoint_step_6.pth")
     checkpoints.write(CONTENT, tmp_path / "checkpoint_step_6.pth", keep_last)
     assert names(tmp_path) == [f"checkpoint_step_{step}.pth" for step in (*kept, 6)]
+
+
+def test_an_exceeded_quota_is_a_full_disk(tmp_path, monkeypatch):
+    """Network file systems report it when a file is flushed."""
+    for step in range(1, 4):
+        stored(tmp_path, f"checkpoint_step_{step}.pth", step)
+    flush, errors = os.fsync, [OSError(errno.EDQUOT, "Disk quota exceeded")]
+
+    def fsync(descriptor):
+        if errors:
+            raise errors.pop()
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoints.write(CONTENT, tmp_path / "checkpoint_step_4.pth", keep_last=2)
+    assert names(tmp_path) == ["checkpoint_step_3.pth", "checkpoint_step_4.pth"]
 
 
 def test_the_last_intact_checkpoint_makes_no_room(tmp_path):

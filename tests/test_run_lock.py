@@ -139,6 +139,16 @@ def test_the_lock_ends_with_its_release_or_its_last_reference(tmp_path):
     assert not locks(tmp_path)
 
 
+def test_a_forked_process_does_not_release_the_lock(tmp_path):
+    mine = RunLock(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        mine.release()
+        os._exit(0)
+    assert wait(pid, 60) == 0
+    mine.check()
+
+
 def test_other_files_do_not_matter(tmp_path):
     for name in ("lock_", "lock_x", "lock_a_b_c_d_e", "lock_a_b_1_2_99999999999999"):
         (tmp_path / name).touch()

@@ -249,6 +249,19 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_second_signal_ends_the_process_with_its_number(monkeypatch):
+    seconds = [0.0]
+    with StopRequest() as stop:
+        monkeypatch.setattr("time.monotonic", lambda: seconds[0])
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's repetition
+        assert stop.should_stop()
+        seconds[0] = 10.0
+        with pytest.raises(SystemExit) as ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
 @pytest.fixture
 def finished(command, tmp_path):
     """The folder of a run of 8 steps."""

@@ -77,6 +77,17 @@ def test_a_task_of_the_reference_selects_the_best_checkpoint(runner_of):
     assert [(row["val_agg_metrics"], row["val_num"]) for row in log_of(runner)] == [(0.25, 10), (0.75, 10), (0.5, 10)]
 
 
+def test_the_first_split_selects_the_best_checkpoint_where_none_is_named_val(runner_of):
+    class BySplit(Recording):
+        def after_evaluation(self, val_result, split_name, epoch, **kwargs):
+            return {"agg_metrics": {"first": (0.1, 0.9, 0.2), "second": (0.9, 0.1, 0.2)}[split_name][epoch]}
+
+    runner = runner_of(BySplit, valid_splits=["first", "second"])
+    runner.datasets = {"own": dict.fromkeys(("first", "second"), runner.datasets["own"]["val"])}
+    runner.train()
+    assert torch.load(runner.output_dir / "checkpoint_best.pth", weights_only=True)["epoch"] == 1
+
+
 def test_an_own_evaluation_loops_over_batches_on_the_device(runner_of):
     class Own(Recording):
         def evaluation(self, model, data_loader, cuda_enabled=True):
@@ -154,6 +165,12 @@ def test_the_base_task_measures_the_mean_loss_per_target_token(runner_of):
     stats = runner.evaluate()
     assert stats["val_loss"] == pytest.approx((sums[0] / sums[1]).item(), abs=1e-5)
     assert stats["val_agg_metrics"] == -stats["val_loss"]
+
+
+def test_batches_of_a_model_that_counts_no_targets_weigh_the_same():
+    rows = [row for loss in (1.0, 2.0) for row in BaseTask().valid_step(dict, {"loss": torch.tensor(loss)})]
+    metrics = BaseTask().after_evaluation(rows, "val", 0)
+    assert metrics == {"agg_metrics": -1.5, "loss": 1.5}
 
 
 def test_a_split_without_usable_samples_is_an_error():

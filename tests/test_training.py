@@ -131,6 +131,22 @@ def means_of(runner):
     return [row["loss"] for row in rows], [row["train_loss"] for row in epochs]
 
 
+def test_a_resume_counts_updates_in_a_row_only_if_they_were_the_last(make_runner):
+    def spoil(runner, bad):
+        plain, steps = runner.task.train_step, iter(range(100))
+        runner.task.train_step = lambda model, samples: plain(model, samples) * (math.nan if next(steps) in bad else 1)
+
+    settings = run_of("stage1", iters_per_epoch=4, max_epoch=1, max_nonfinite=3, log_freq=1)
+    first = make_runner(settings)
+    spoil(first, {0, 1})
+    first.train()
+    file = first.output_dir / "checkpoint_0.pth"
+    resumed = make_runner({**settings, "max_epoch": 2, "resume_ckpt_path": str(file)}, job_id="resumed")
+    spoil(resumed, {0, 1})
+    resumed.train()
+    assert resumed.state.num_nonfinite == 4 and resumed.state.epoch == 2
+
+
 def test_means_leave_out_losses_that_are_not_finite(make_runner):
     runner = make_runner(run_of("stage1", iters_per_epoch=3, max_epoch=2, log_freq=2))
     losses = iter([2.0, math.nan, 3.0, math.inf, math.nan, math.nan])
@@ -155,6 +171,32 @@ def test_means_continue_after_a_resume(make_runner, is_earlier):
     resumed.train()
     (_, *windows), epochs = means_of(whole)
     assert means_of(resumed) == (windows, epochs)
+
+
+def test_times_are_those_since_the_last_report(make_runner, monkeypatch):
+    """Each iteration takes ten seconds of a clock that stands still otherwise."""
+    runner = make_runner(run_of("stage1", iters_per_epoch=4, max_epoch=2, log_freq=2))
+    plain, seconds = runner.task.train_step, [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: seconds[0])
+
+    def train_step(model, samples):
+        seconds[0] += 10
+        return plain(model, samples)
+
+    runner.task.train_step = train_step
+    runner.train()
+    rows = [json.loads(line) for line in (runner.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["time"] for row in rows] == [10.0] * 6
+
+
+def test_skipped_samples_are_reported_once_after_a_resume_on_fewer_ranks(make_runner, caplog):
+    progress = make_runner(run_of("stage1")).progress
+    counts = [{"x": {"no image": 2}}, {"x": {"no image": 3}, "y": {"no caption": 1}}]
+    progress.load_state_dict([progress.state_dict() | {"skipped": skipped} for skipped in counts], iteration=1)
+    with progress.run_epoch(0, 2, first=1):
+        progress.finish()
+    assert progress.skipped == {"x": {"no image": 5}, "y": {"no caption": 1}}
+    assert "x: skipped 5 samples" in caplog.text
 
 
 def test_two_splits_of_one_data_set_are_not_mixed_up(make_runner):

@@ -126,6 +126,20 @@ def test_the_trial_changes_neither_losses_nor_metrics(runner_of, monkeypatch, nu
     assert [row["val_num"] for row in outcomes[0][2]] == [5, 5]
 
 
+def test_random_draws_of_an_evaluation_are_the_same_each_time(runner_of):
+    class Noisy(Drawing):
+        def valid_step(self, model, samples):
+            return [random.random() + numpy.random.rand() + torch.rand(()).item()]
+
+        def after_evaluation(self, val_result, split_name, epoch, **kwargs):
+            return {"agg_metrics": sum(val_result)}
+
+    runner = runner_of(Noisy())
+    assert runner.evaluate() == runner.evaluate()
+    other = runner_of(Noisy(), seed=runner.run_cfg.seed + 1)
+    assert other.evaluate() != runner.evaluate()
+
+
 def test_a_task_that_refers_to_the_model_is_tried_without_a_copy_of_it(runner_of):
     tried = []
 
