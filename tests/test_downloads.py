@@ -1,12 +1,14 @@
 """Values that name a file elsewhere: URLs, which are downloaded once, and folders of the Hugging Face cache."""
 
 import threading
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
+from minigpt4.common import http_stream
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate, resolve_local_path
 from minigpt4.common.schema import ModelConfig
@@ -23,17 +25,18 @@ def server(tmp_path, monkeypatch):
         def do_GET(self):
             server.requests.append(self.path)
             path, _, missing = self.path.partition("?missing=")
-            self.send_response(200)
+            self.send_response(206 if "Range" in self.headers and server.sent else 200)
+            self.send_header("Content-Range", f"bytes 1-{len(path) - 1}/{len(path)}")
             if missing != "unknown":
                 self.send_header("Content-Length", str(len(path) + int(missing or 0)))
             self.end_headers()
-            self.wfile.write(path.encode())
+            self.wfile.write(server.sent.pop() if server.sent else path.encode())
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.requests, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    server.requests, server.sent, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -60,11 +63,25 @@ def test_downloads_of_the_published_files_are_found(server, tmp_path, url):
     assert locate(url, KEY) == file and not server.requests
 
 
-def test_a_download_that_ends_early_is_none(server, tmp_path):
+def test_a_download_that_ends_early_is_none(server, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(http_stream.time, "sleep", waits.append)
     for _ in range(2):  # nothing of the first attempt counts as the file
         with pytest.raises(UserError, match=r"model\.ckpt.*could not be downloaded.*6 of 16 bytes"):
             locate(f"{server.url}/x.pth?missing=10", KEY)
-    assert len(server.requests) == 2 and not list((tmp_path / "hub").rglob("*x.pth"))
+    assert waits == [1, 2, 4, 1, 2, 4] and len(server.requests) == 8 and not list((tmp_path / "hub").rglob("*x.pth"))
+
+
+def test_a_download_goes_on_after_a_dropped_connection(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(http_stream.time, "sleep", lambda _: server.sent.append(b"x.pth"))
+    server.sent.append(b"/")
+    assert locate(f"{server.url}/x.pth", KEY).read_text() == "/x.pth" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("name", ["图 ü.pth", "图" * 99 + ".pth"])
+def test_a_download_beyond_ascii(server, name):
+    path = "/" + urllib.parse.quote(name)
+    assert locate(f"{server.url}/{name}", KEY).read_text() == path and server.requests == [path]
 
 
 def test_a_download_without_length(server):

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from data_samples import EVAL, KEY, captions, good, picture, same, shard
 
+from minigpt4.common import http_stream
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets import ShardDataset, shard_streams
 from minigpt4.datasets.datasets.sample import WorkerInfo
@@ -28,7 +29,7 @@ WORKER = WorkerInfo(seed=0)
 def waits(monkeypatch):
     """The waits between attempts, which are not waited for."""
     seconds = []
-    monkeypatch.setattr(shard_streams.time, "sleep", seconds.append)
+    monkeypatch.setattr(http_stream.time, "sleep", seconds.append)
     return seconds
 
 
@@ -119,13 +120,79 @@ def flaky(data, responses):
     return do_get
 
 
-@pytest.mark.parametrize("responses", [(503, 5000, 7000, 500), (9000, 429, 12_000)], ids=["ranges", "no ranges"])
-def test_a_flaky_server_is_asked_for_the_rest(shards, serve, waits, responses):
+@pytest.mark.parametrize(
+    ("responses", "expected_waits"),
+    [((503, 5000, 429, 408, 7000, 90), [1, 1, 2, 4, 1, 1]), ((9000, 429, 12_000), [1, 2, 1]), ((700,) * 12, [1] * 12)],
+    ids=["ranges", "no ranges", "more drops than attempts"],
+)
+def test_a_flaky_server_is_asked_for_the_rest(shards, serve, waits, responses, expected_waits):
+    """The attempts are counted from the last data on."""
     data = Path(shards[0]).read_bytes()
     url = serve(flaky(data, responses)) + "/0.tar"
     with shard_streams.open_stream(url, 5, 5) as stream:
         assert stream.read() == data
-    assert waits == [1, 2, 4, 8][: len(responses)]
+    assert waits == expected_waits
+
+
+MIRRORS = [({"Content-Length": "10", "Last-Modified": day, "ETag": f'"{day}"'}, b"01234") for day in ("Mon", "Tue")]
+UNKNOWN = {"Transfer-Encoding": "chunked"}  # size
+
+
+@pytest.mark.parametrize(
+    "responses",
+    [
+        [MIRRORS[0], ({"Content-Range": "bytes 5-9/*", "Content-Length": "5"}, b"56789")],
+        [MIRRORS[0], ({"Content-Range": "bytes 5-9/10", "Last-Modified": "Tue", "ETag": '"b"'}, b"56789")],
+        [MIRRORS[0], ({"Content-Range": "bytes 5-6/10"}, b"56"), ({"Content-Range": "bytes 7-9/10"}, b"789")],
+        [MIRRORS[0], ({"Content-Range": "bytes 3-9/10"}, b"3456789")],
+        [MIRRORS[0], ({"Content-Range": "bytes 7-9/10"}, b"789"), ({}, b"0123456789")],
+        [MIRRORS[0], ({"Content-Range": "none"}, b"56789"), ({"Content-Range": "bytes 5-9/10"}, b"56789")],
+        [MIRRORS[0], ({"Content-Range": "bytes 5-9/*", "Content-Length": "5"}, b"567"), ({}, b"0123456789")],
+        [(UNKNOWN, b"5\r\n01234\r\n"), ({"Content-Range": "bytes 5-9/10"}, b"56789")],
+        [(UNKNOWN, b"5\r\n01234\r\n"), ({"Content-Range": "bytes 5-9/*", "Content-Length": "5"}, b"56789")],
+        [(UNKNOWN, b"5\r\n01234\r\n"), ({}, b"0123456789")],
+        [(UNKNOWN, b"a\r\n0123456789\r\n"), ({"Content-Range": "bytes */10"}, b"")],
+        [MIRRORS[0], ({"Content-Length": "10"}, b"012"), ({}, b"0123456789")],
+    ],
+)
+def test_answers_that_continue_a_body(serve, waits, responses):
+    """Only sizes are compared, where both answers have one."""
+    left = iter(responses)
+
+    def do_get(self):
+        headers, body = next(left)
+        self.protocol_version = "HTTP/1.1"
+        content_range = headers.get("Content-Range", "")
+        self.send_response(416 if content_range.startswith("bytes *") else 206 if content_range else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
+
+    with shard_streams.open_stream(serve(do_get), 5, 5) as stream:
+        assert stream.read() == b"0123456789"
+    assert not list(left) and waits in ([1], [1, 1], [1, 2], [])
+
+
+def test_urls_beyond_ascii(shards, serve, monkeypatch):
+    def do_get(self):
+        requests.append((self.headers["Host"], self.path))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(Path(shards[0]).read_bytes())
+
+    requests, port, find = [], serve(do_get).rpartition(":")[2], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest: find("127.0.0.1", *rest))
+    url = f"http://bücher.example:{port}/图 %20.tar?a=b c&d=%C3%BC|/+"
+    assert len(list(ShardDataset("x", [url], EVAL).iter_eval(WORKER))) == 8
+    assert requests == [(f"xn--bcher-kva.example:{port}", "/%E5%9B%BE%20%20.tar?a=b%20c&d=%C3%BC%7C/+")]
+
+
+def test_a_url_that_no_request_can_have_is_final(waits, caplog):
+    skipped = Counter()
+    assert not list(ShardDataset("x", ["http://127.0.0.1:x/0.tar"], EVAL).iter_eval(WORKER, skipped))
+    assert skipped == {"unreadable shard": 1} and not waits and "nonnumeric port" in caplog.text
 
 
 def test_a_resume_over_a_flaky_server(shards, serve, waits):

@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import re
-import shutil
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError, see
+from minigpt4.common.http_stream import HttpStream
 from minigpt4.common.schema import ModelConfig
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
@@ -24,6 +23,7 @@ _PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGN
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _PUBLISHED = (ModelConfig.vit_weights, ModelConfig.q_former_model)  # the reference stores them by their names alone
 _TIMEOUT = 60  # seconds without a byte
+_RETRIES = 3  # without new data: 7 s where there is no network
 
 
 def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Path:
@@ -75,7 +75,7 @@ def _snapshot(folder: Path, key: str) -> Path:
 
 def _download_target(url: str) -> Path:
     """The file of a URL: other URLs, such as those of other revisions, have other files."""
-    name = urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1][-100:]
+    name = urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1].encode()[-100:].decode(errors="ignore")
     if url not in _PUBLISHED:
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     return Path(torch.hub.get_dir()) / "checkpoints" / name
@@ -91,14 +91,13 @@ def _download(url: str) -> Path:
         if target.exists():
             return target
         logging.info("Downloading %s to %s", url, target)
-        request = urllib.request.Request(url, headers={"User-Agent": "minigpt4"})
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, partial.open("wb") as file:
-                length = int(response.headers.get("Content-Length", -1))
-                with tqdm.wrapattr(file, "write", total=max(length, 0) or None, desc=target.name) as counted:
-                    shutil.copyfileobj(response, counted)
-            if length not in (-1, size := partial.stat().st_size):
-                raise OSError(f"the connection ended after {size:,} of {length:,} bytes")
+            with HttpStream(url, _TIMEOUT, _RETRIES) as stream, partial.open("wb") as file:
+                with tqdm(desc=target.name, unit="B", unit_scale=True) as progress:
+                    while data := stream.read(1 << 20):
+                        file.write(data)
+                        progress.total = stream.size
+                        progress.update(len(data))
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

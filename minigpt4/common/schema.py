@@ -199,7 +199,9 @@ class BuildInfo:
     test_storage: str | list[str] | None = key(None, "Data of the split `test`; null: no such split.")
     shuffle_buffer: int = key(1000, "Samples of shards among which each worker draws.")
     timeout: float = key(30.0, "Seconds without data after which the fetching of a shard has failed.", least=1)
-    retries: int = key(5, "Further attempts at a URL of http(s), after 1, 2, 4, … seconds (at most 60).")
+    retries: int = key(
+        5, "Further attempts at a URL of http(s) without new data, after 1, 2, 4, … seconds (at most 60)."
+    )
 
 
 @dataclass(frozen=True)

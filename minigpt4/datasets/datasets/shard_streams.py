@@ -1,32 +1,20 @@
 """The bytes of a shard while they arrive: from a file, over HTTP with retries, or from the output of a command."""
 
-import base64
-import http.client
 import io
-import logging
 import multiprocessing.connection
 import os
 import shlex
 import signal
 import subprocess
 import tempfile
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from functools import partial
 
 from minigpt4.common.dist_utils import end_with_parent
+from minigpt4.common.http_stream import HttpStream, Unreachable
 
-_MAX_WAIT = 60.0  # seconds before another attempt
-_RETRIED_STATUS = (408, 425, 429)  # and all from 500 on; others, such as 404, are final
 # Runs $1 as a background job, so that the trap runs at once and ends the whole group. The kernel sends the signal when
 # the reading process dies, even if by SIGKILL.
 _SHELL = 'trap "kill -KILL 0" TERM; (eval "$1") & wait $!'
-
-
-class Unreachable(OSError):
-    """No data from a server or a command: the shard may be readable later."""
 
 
 def open_stream(shard: str, timeout: float, retries: int) -> io.RawIOBase:
@@ -34,12 +22,12 @@ def open_stream(shard: str, timeout: float, retries: int) -> io.RawIOBase:
 
     Args:
         timeout: seconds without data after which a connection or a command has failed.
-        retries: further attempts at a URL of http(s), with waits of 1, 2, 4, … seconds between them.
+        retries: further attempts at a URL of http(s) without new data; see ``HttpStream``.
     """
     quoted = shlex.quote(shard)
     scheme = shard.partition("://")[0]
     if scheme in ("http", "https"):
-        return _HttpStream(shard, timeout, retries)
+        return HttpStream(shard, timeout, retries)
     if shard.startswith("pipe:"):
         return _CommandStream(shard.removeprefix("pipe:"), timeout)
     if scheme in ("ftps", "sftp", "scp"):
@@ -51,98 +39,7 @@ def open_stream(shard: str, timeout: float, retries: int) -> io.RawIOBase:
     return io.FileIO(shard.removeprefix("file://"))
 
 
-class _Stream(io.RawIOBase):
-    def readable(self) -> bool:
-        return True
-
-
-class _HttpStream(_Stream):
-    """The body of a GET request, which is sent again for the rest where the connection fails."""
-
-    def __init__(self, url: str, timeout: float, retries: int) -> None:
-        self._url, self._timeout, self._retries = url, timeout, retries
-        self._response: http.client.HTTPResponse | None = None
-        self._num_failures = 0
-        self._position = 0
-        self._versions: set[tuple[int | None, str | None]] = set()  # size and Last-Modified, of each response
-
-    def readinto(self, buffer: memoryview) -> int:
-        """Reads what there is; raises OSError, or Unreachable after the last attempt."""
-        while True:
-            try:
-                data = self._read(len(buffer))
-            except (OSError, http.client.HTTPException) as error:
-                self._wait_after(error)
-                continue
-            buffer[: len(data)] = data
-            self._position += len(data)
-            return len(data)
-
-    def _read(self, size: int) -> bytes:
-        if self._response is None:
-            self._response = self._connect()
-        if len(self._versions) > 1:
-            raise OSError("it has changed while it was read")
-        length = next(iter(self._versions))[0]
-        if self._position == length:
-            return b""
-        data = self._response.read1(size)
-        if not data and length is not None:
-            raise ConnectionError(f"the connection ended after {self._position:,} of {length:,} bytes")
-        return data
-
-    def _connect(self) -> http.client.HTTPResponse:
-        parts = urllib.parse.urlsplit(self._url)
-        credentials, _, host = parts.netloc.rpartition("@")
-        request = urllib.request.Request(parts._replace(netloc=host).geturl(), headers={"User-Agent": "minigpt4"})
-        if credentials:
-            encoded = base64.b64encode(urllib.parse.unquote(credentials).encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {encoded}")
-        if self._position:
-            request.add_header("Range", f"bytes={self._position}-")
-        response = urllib.request.urlopen(request, timeout=self._timeout)
-        length = response.length
-        if response.status == 206:
-            length = int(response.headers["Content-Range"].rpartition("/")[2])
-        else:
-            num_left = self._position  # the server sends again what was received before
-            while num_left and (data := response.read(min(num_left, 1 << 20))):
-                num_left -= len(data)
-        self._versions.add((length, response.headers["Last-Modified"]))
-        return response
-
-    def _wait_after(self, error: Exception) -> None:
-        """Waits before another attempt, or raises what the failure means."""
-        self._disconnect()
-        if len(self._versions) > 1:
-            raise error
-        reason = getattr(error, "reason", error)  # of an HTTPError, a text; of a URLError, an exception
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-            reason = f"{error.code} {reason}"
-            if error.code < 500 and error.code not in _RETRIED_STATUS:
-                raise OSError(reason) from error
-        elif isinstance(reason, TimeoutError):
-            reason = f"no data for {self._timeout:g} s"
-        if self._num_failures == self._retries:
-            raise Unreachable(f"{reason}, at attempt {self._num_failures + 1}") from error
-        wait = min(2.0**self._num_failures, _MAX_WAIT)
-        self._num_failures += 1
-        logging.warning("%s: %s; next attempt in %g s.", self._url, reason, wait)
-        time.sleep(wait)
-
-    def _disconnect(self) -> None:
-        if self._response is not None:
-            self._response.close()
-            self._response = None
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._disconnect()
-        super().close()
-
-
-class _CommandStream(_Stream):
+class _CommandStream(io.RawIOBase):
     """The standard output of a shell command, which ends with the process that reads it."""
 
     def __init__(self, command: str, timeout: float) -> None:
@@ -156,6 +53,9 @@ class _CommandStream(_Stream):
             start_new_session=True,
             preexec_fn=partial(end_with_parent, signal.SIGTERM),
         )
+
+    def readable(self) -> bool:
+        return True
 
     def readinto(self, buffer: memoryview) -> int:
         """Reads what there is; raises Unreachable after a time without data, and OSError if the command fails."""

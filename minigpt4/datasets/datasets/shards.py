@@ -15,6 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import UserError
+from minigpt4.common.http_stream import Unreachable
 from minigpt4.common.images import EXTENSIONS
 from minigpt4.common.utils import decode_text, parse_json
 from minigpt4.datasets.datasets.sample import (
@@ -32,7 +33,6 @@ from minigpt4.datasets.datasets.sample import (
     no_usable_sample,
     prepare_image,
 )
-from minigpt4.datasets.datasets.shard_streams import Unreachable
 from minigpt4.datasets.datasets.shard_urls import ShardFile
 
 IMAGE_KEYS = tuple(extension[1:] for extension in EXTENSIONS)
