@@ -28,7 +28,7 @@ class RecordedLoader:
     def load_state_dict(self, ranks, epoch, first):
         pass
 
-    def iter_epoch(self, epoch, first=0):
+    def iter_epoch(self, epoch, first=0, draw=next):
         for k in range(epoch * self.iters_per_epoch + first, (epoch + 1) * self.iters_per_epoch):
             if k in self.choices:
                 self.model.prompt_list = [self.choices[k]]

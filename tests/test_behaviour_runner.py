@@ -33,7 +33,7 @@ class StubLoader:
     def __init__(self, batch):
         self.batch = batch
 
-    def iter_epoch(self, epoch, first=0):
+    def iter_epoch(self, epoch, first=0, draw=next):
         while True:
             yield dict(self.batch)
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import forked
+import numpy
 import psutil
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import IterableDataset
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.datasets import loader
+from minigpt4.datasets.batches import LoadedBatch
 from minigpt4.runners import checkpoints
 from minigpt4.runners.signals import StopRequest
 from quickstart import scenes
@@ -56,18 +58,20 @@ def outcome(output_dir):
     epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     content = torch.load(folder / "checkpoint_1.pth", weights_only=True)
     files = {path.name for path in folder.iterdir()}
+    random_state = content["ranks"][0]["random"]
     return {
         "losses": [(row["step"], row["loss"], row["lr"]) for row in rows],
         "epochs": [epoch for epoch in epochs if "epoch" in epoch],
         "model": content["model"],
         "moments": content["optimizer"]["state"],
         "state": content["state"],
+        "random": random_state | {"torch": random_state["torch"].tolist()},
         "files": files,
     }
 
 
 def assert_same(left, right):
-    for name in ("losses", "epochs", "state", "files"):
+    for name in ("losses", "epochs", "state", "random", "files"):
         assert left[name] == right[name], name
     for name, value in right["model"].items():
         assert torch.equal(left["model"][name], value)
@@ -164,6 +168,54 @@ def test_a_signal_ends_the_wait_for_data(command, whole, world, tmp_path):
     assert "Stopped at step" in (tmp_path / "log").read_text()
     assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=0"), tmp_path / "log")) == 0
     assert_same(outcome(tmp_path / "out"), whole[0])  # one worker reads in the same order as none
+
+
+class Signalling(LoadedBatch):
+    """Sends a signal when the loader, which has counted the batch, hands it over."""
+
+    @property
+    def skipped(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return self[1]
+
+
+@pytest.mark.parametrize("moment", ["counted", "seeding", "between steps"])
+def test_a_signal_while_a_batch_is_loaded(command, whole, tmp_path, moment):
+    """It counts as read and is trained on, or neither; the random state is that of the training."""
+    arguments = command(tmp_path / "out", "num_workers=0", "save_every_iters=null")
+
+    def signal_once():
+        from minigpt4.runners import RunnerBase
+
+        seed, epoch, load = numpy.random.seed, loader.TrainLoader.iter_epoch, loader._load
+
+        def load_and_signal(*arguments):
+            for number, loaded in enumerate(load(*arguments)):
+                yield Signalling(*loaded) if number == 2 and moment == "counted" else loaded
+
+        def train_step(self, *arguments, **kwargs):
+            def seed_and_signal(number):
+                numpy.random.seed = seed
+                seed(number)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            if self.state.step == 2 and moment == "seeding":
+                numpy.random.seed = seed_and_signal
+            return step(self, *arguments, **kwargs)
+
+        def iter_epoch(self, *arguments):
+            for number, batch in enumerate(epoch(self, *arguments)):
+                yield batch
+                if number == 2 and moment == "between steps":
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        step, RunnerBase.train_step = RunnerBase.train_step, train_step
+        loader.TrainLoader.iter_epoch, loader._load = iter_epoch, load_and_signal
+
+    assert forked.wait(forked.start(arguments, tmp_path / "log", signal_once)) == 0
+    assert "Stopped at step 3" in (tmp_path / "log").read_text()
+    assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=0"), tmp_path / "log")) == 0
+    assert_same(outcome(tmp_path / "out"), whole[0])
 
 
 def die_inside(moment):

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -169,8 +169,12 @@ class TrainLoader:
         size, step = len(self.datasets[name]), self._step_size(name)
         return size // step * step if getattr(self.datasets[name], "drop_last", True) and step <= size else size
 
-    def iter_epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+    def iter_epoch(
+        self, epoch: int, first: int = 0, draw: Callable[[Iterator[LoadedBatch]], LoadedBatch] = next
+    ) -> Iterator[Batch]:
         """The batches of one epoch from iteration ``first`` on, each with a ``LOADER_KEY``.
+
+        Data are waited for in ``draw``. If that raises, the batch does not count as read.
 
         Raises:
             UserError: a data set fails, or has no usable sample.
@@ -184,7 +188,7 @@ class TrainLoader:
             for name, num_batches in Counter(order[first:]).items()
         }
         for name in order[first:]:
-            loaded = next(sources[name])
+            loaded = draw(sources[name])
             if name in self._num_samples:
                 self._num_samples[name] += self._step_size(name)
             if loaded.position is not None:

@@ -201,12 +201,12 @@ class RunnerBase:
         epoch, state, save_every = self.state.epoch, self.state, self.run_cfg.save_every_iters
         self.wrapped_model.train()
         logging.info("Start training epoch %d, %d iters per inner epoch.", epoch, self.iters_per_epoch)
-        batches = self.train_loader.iter_epoch(epoch, state.iteration)
+        batches = self.train_loader.iter_epoch(epoch, state.iteration, stop.next_batch if stop else next)
         with self.progress.run_epoch(epoch, self.iters_per_epoch, state.iteration):
             for i in range(state.iteration, self.iters_per_epoch):
                 start = time.perf_counter()
                 try:
-                    batch = stop.next_batch(batches) if stop else next(batches)
+                    batch = next(batches)
                 except StopWaiting:
                     self.save_checkpoint(f"checkpoint_step_{state.step}.pth")
                     return None

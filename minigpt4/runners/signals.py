@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 
 _REPEAT_SECONDS = 2.0  # torchrun repeats a signal that a terminal or scheduler has sent to the ranks already
@@ -32,7 +33,7 @@ class StopRequest:
         self._requested_at: float | None = None
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         self._previous: dict[int, object] = {}
-        self._batches: Iterator[Any] | None = None  # while the next one is waited for
+        self._is_waiting = False  # for data
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -51,18 +52,28 @@ class StopRequest:
         if self._requested_at is None:
             self._requested_at = time.monotonic()
             logging.warning("Stopping after this step, with a checkpoint. Send the signal again to stop at once.")
-            if getattr(self._batches, "gi_running", False):  # so that a batch is either not drawn or trained on
+            if self._is_waiting:
                 raise StopWaiting
         elif time.monotonic() - self._requested_at > _REPEAT_SECONDS:
             sys.exit(128 + number)
 
-    def next_batch(self, batches: Iterator[Any]) -> Any:
-        """The next batch; raises StopWaiting if a run of one process is signalled while it waits for it."""
-        self._batches = batches if dist_utils.get_world_size() == 1 else None
+    def next_batch(self, source: Iterator[Any]) -> Any:
+        """``next(source)``; raises StopWaiting if a run of one process is signalled before it has returned.
+
+        Without workers, data are read in this process with a random state of their own, amid which the signal may
+        come; the state of before is restored.
+        """
+        state = devices.random_state(torch.device("cpu"))
+        self._is_waiting = dist_utils.get_world_size() == 1
         try:
-            return next(batches)
+            if self._is_waiting and self._requested_at is not None:  # since the last step
+                raise StopWaiting
+            return next(source)
+        except StopWaiting:
+            devices.set_random_state(state, torch.device("cpu"))
+            raise
         finally:
-            self._batches = None
+            self._is_waiting = False
 
     def should_stop(self) -> bool:
         """Returns whether to stop now, the same on all ranks; every rank calls it once per step."""
