@@ -5,7 +5,11 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 
+import forked
+import psutil
 import pytest
 import torch
 from data_samples import EVAL, make_loader
@@ -13,6 +17,7 @@ from own_datasets import Numbers, Stream
 from torch.utils.data import IterableDataset
 
 from minigpt4.common.errors import UserError
+from minigpt4.datasets import loader
 from minigpt4.datasets.datasets import PairDataset, ShardDataset
 from minigpt4.datasets.datasets.pairs import Pair
 from minigpt4.datasets.loader import eval_batches
@@ -91,6 +96,8 @@ def test_a_user_error_in_a_worker_arrives_as_it_is(tmp_path, num_workers):
 
 PROGRAM = """
 import sys
+import tempfile
+import time
 sys.path[:0] = ["tests", "."]
 import test_loader_errors
 from data_samples import make_loader
@@ -154,3 +161,44 @@ def test_workers_can_be_spawned(pairs, shards, monkeypatch, dataset):
     ):
         with pytest.raises(Spawned):
             next(batches)
+
+
+class Slow(IterableDataset):
+    def __init__(self, sample, seconds):
+        self.sample, self.seconds = sample, seconds
+
+    def __iter__(self):
+        for _ in range(100):
+            time.sleep(self.seconds)
+            yield self.sample
+
+
+@pytest.mark.parametrize("moment", ["at the first batch", "before a worker knows its rank", "waiting for a pipe"])
+def test_the_workers_of_a_killed_run_end_and_leave_no_files(tmp_path, monkeypatch, moment):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    begin, is_early, is_full = loader._init_worker, moment.startswith("before"), moment.startswith("waiting")
+
+    def begin_late(rank, *arguments):
+        while is_early and os.getppid() == rank:
+            time.sleep(0.01)
+        begin(rank, *arguments)
+
+    monkeypatch.setattr(loader, "_init_worker", begin_late)
+    dataset = Slow({"text_input": "a caption" * 10_000}, 0.01) if is_full else Slow({"image": torch.ones(1000)}, 0.3)
+    batches = loader.TrainLoader({"x": dataset}, {}, 1, iters_per_epoch=100, num_workers=2, seed=0)
+    pid = os.fork()
+    if not pid:
+        try:
+            for _ in batches.iter_epoch(0):
+                time.sleep(60 * is_full)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 30
+    while len(workers := psutil.Process(pid).children()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert forked.kill_after(pid, 1.0 if is_full else 0.15) == -signal.SIGKILL
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    for worker in alive:
+        worker.kill()
+    assert not alive and not list(tmp_path.iterdir())

@@ -7,7 +7,6 @@ import re
 import resource
 import shutil
 import signal
-import tempfile
 import time
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import numpy
 import psutil
 import pytest
 import torch
-from torch.utils.data import IterableDataset
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
@@ -106,47 +104,6 @@ def test_killed_at_twenty_random_moments(command, whole, tmp_path):
                 break
             killed += 1
         assert_same(outcome(output_dir), expected)
-
-
-class Slow(IterableDataset):
-    def __init__(self, sample, seconds):
-        self.sample, self.seconds = sample, seconds
-
-    def __iter__(self):
-        for _ in range(100):
-            time.sleep(self.seconds)
-            yield self.sample
-
-
-@pytest.mark.parametrize("moment", ["at the first batch", "before a worker knows its rank", "waiting for a pipe"])
-def test_the_workers_of_a_killed_run_end_and_leave_no_files(tmp_path, monkeypatch, moment):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    begin, is_early, is_full = loader._init_worker, moment.startswith("before"), moment.startswith("waiting")
-
-    def begin_late(rank, *arguments):
-        while is_early and os.getppid() == rank:
-            time.sleep(0.01)
-        begin(rank, *arguments)
-
-    monkeypatch.setattr(loader, "_init_worker", begin_late)
-    dataset = Slow({"text_input": "a caption" * 10_000}, 0.01) if is_full else Slow({"image": torch.ones(1000)}, 0.3)
-    batches = loader.TrainLoader({"x": dataset}, {}, 1, iters_per_epoch=100, num_workers=2, seed=0)
-    pid = os.fork()
-    if not pid:
-        try:
-            for _ in batches.iter_epoch(0):
-                time.sleep(60 * is_full)
-        finally:
-            os._exit(0)
-    deadline = time.monotonic() + 30
-    while len(workers := psutil.Process(pid).children()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert forked.kill_after(pid, 1.0 if is_full else 0.15) == -signal.SIGKILL
-    _, alive = psutil.wait_procs(workers, timeout=30)
-    for worker in alive:
-        worker.kill()
-    assert not alive and not list(tmp_path.iterdir())
 
 
 def test_a_signal_ends_the_wait_for_data(command, whole, world, tmp_path):
