@@ -215,11 +215,10 @@ def test_sessions_are_limited(chat, picture, monkeypatch):
     monkeypatch.setattr(web, "MAX_SESSIONS", 1)
     monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # restored afterwards
     with served(web.build_app(chat, "Small", GREEDY)) as url:
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
         for _ in range(2):
             ask(Client(url, verbose=False), picture)
         gc.collect()
-        assert len(list(folder.glob("kept-*"))) == 1
+        assert len(stored(Path(os.environ["GRADIO_TEMP_DIR"]))) == 1
 
 
 def test_an_upload_that_is_gone_is_asked_for_again(connect, picture, monkeypatch):
