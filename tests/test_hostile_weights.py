@@ -134,7 +134,7 @@ CONTENTS = {
     "null": (None, "holds a NoneType"),
     "a number as a name": ({5: torch.ones(1)}, "'5'"),
     "null as a name": ({None: torch.ones(1)}, "'None'"),
-    "a tuple as a name": ({("a", 1): torch.ones(1)}, "odd keys"),
+    "a tuple as a name": ({("a", 1): torch.ones(1)}, "('a', 1)"),
     "a text as a value": ({"a": "b"}, "'a'", "str"),
     "null as a value": ({"a": None}, "'a'", "NoneType"),
     "a list as a value": ({"a": [torch.ones(1)]}, "'a'", "list"),
