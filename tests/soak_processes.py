@@ -46,7 +46,8 @@ class Watched:
     def sample(self) -> None:
         """Adds a row; none if the process ends meanwhile."""
         try:
-            memory, processes = self.process.memory_full_info().uss, 1 + len(self.process.children(recursive=True))
+            # All pages, not its own ones only: these become shared whenever a loader's worker is forked from it.
+            memory, processes = self.process.memory_info().rss, 1 + len(self.process.children(recursive=True))
             self.rows.append(Usage(memory / 2**20, self.process.num_fds(), self.process.num_threads(), processes))
         except psutil.Error:
             return
