@@ -105,7 +105,7 @@ def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
     if num_good:
         evidence += f"; images of {drawn.images[0].shape[-1]} pixels; captions such as '{_cut(drawn.captions[0])}'"
     verdict, remedy = OK, ""
-    if not num_good and hasattr(drawn.dataset, "no_usable_sample"):  # what the run itself says of it
+    if not num_good and hasattr(drawn.dataset, "no_usable_sample"):  # the message of the run itself
         refusal = refused(check, drawn.dataset.no_usable_sample(drawn.skipped))
         verdict, evidence, remedy = refusal.verdict, f"{evidence}; {refusal.evidence}", refusal.remedy
     elif bad:

@@ -59,7 +59,7 @@ class ImageDecoder:
             name: the image's name in messages.
             size: width and height to resize it to (bicubic), or the side that the larger one of a larger image is
                 reduced to; by default it keeps its own.
-            client: whoever takes turns with the other clients, such as an address.
+            client: the name under which it takes turns with other clients, such as an address.
 
         Raises:
             UserError: as ``read_image``, or it takes too much time or memory, or the decoder is closed.
