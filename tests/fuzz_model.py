@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from minigpt4.common import weights
-from minigpt4.conversation.context import IMAGE_MESSAGE, build_context_ids, drop_oldest_turn
+from minigpt4.conversation.context import IMAGE_MESSAGE, build_context, drop_oldest_turn
 from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.templates import TEMPLATES
 from minigpt4.models.llama_tokenizer import load_tokenizer
@@ -216,7 +216,7 @@ def trimming(case: tuple[str, list[tuple[int, str]], str, int]) -> None:
             conv.append_message(conv.roles[kind % 2], text.replace(IMAGE_PLACEHOLDER, ""))
     if or_told(lambda: chat.ask(question, conv) or True) is None:
         return
-    found = or_told(lambda: build_context_ids(chat.model, conv, num_images, room))
+    found = or_told(lambda: build_context(chat.model, conv, num_images, room).ids)
     rest = conv.copy()
     rest.append_message(rest.roles[1], None)
     while True:  # one turn after the other

@@ -112,9 +112,9 @@ def test_streamed_beams_end_with_an_end_token_a_stop_or_max_new_tokens():
         options = GenerationOptions(6, num_beams=4, do_sample=False, length_penalty=0.0)
         options.stop = lambda ids, length=length: len(ids) == length
         events = list(stream(llm, embeds, mask, options, [BOS], eos))
-        ids = [token_id for _, token_id, _ in events]
+        ids = [token.id for token in events]
         assert ids == search(llm, options, eos).ids and len(ids) == (6 if not is_stopped else length or 1)
-        assert [is_end for _, _, is_end in events] == [False] * (len(ids) - 1) + [is_stopped]
+        assert [token.is_end for token in events] == [False] * (len(ids) - 1) + [is_stopped]
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])

@@ -10,7 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from minigpt4.common.errors import UserError
 from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import CONV_VISION, Chat, StoppingCriteriaSub
-from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.generation import GenerationOptions, Token
 from minigpt4.processors import Blip2ImageEvalProcessor
 
 BOS, EOS = 1, 2
@@ -124,7 +124,7 @@ def test_pieces_of_text_add_up_to_the_answer(chat):
 def test_text_that_was_sent_is_not_sent_again_in_other_words(chat, monkeypatch):
     """What precedes "Assistant:" is no part of an answer, but it has been sent when that is seen."""
     ids = chat.model.llama_tokenizer("It is a dog. Assistant: yes###", add_special_tokens=False).input_ids
-    monkeypatch.setattr(conversation, "stream", lambda *_: ((0, i, n == len(ids)) for n, i in enumerate(ids, 1)))
+    monkeypatch.setattr(conversation, "stream", lambda *_: (Token(0, i, n == len(ids)) for n, i in enumerate(ids, 1)))
     conv, images = asked(chat, "What is it?")
     assert "".join(chat.stream_answer(conv, images)) == "It is a dog. Assistant"
     assert conv.messages[-1] == ["Assistant", "yes"]

@@ -84,7 +84,7 @@ def test_each_way_to_end_is_reported(llm):
     end = full.ids[4]
     assert len(set(full.ids)) == 6
     events = {0: [], 1: [], 2: []}
-    for row, token, is_end in stream(llm, embeds, mask, each, [], [end]):
+    for row, token, is_end, _ in stream(llm, embeds, mask, each, [], [end]):
         events[row].append((token, is_end))
     expected = [full.ids[:2], full.ids[:4], full.ids[: full.ids.index(end) + 1]]
     assert [[token for token, _ in events[row]] for row in range(3)] == expected
@@ -95,7 +95,7 @@ def test_each_way_to_end_is_reported(llm):
 def run(state, collected, num_steps=None):
     """Steps until all rows have ended, or so many; ids by row number."""
     while state.rows and num_steps != 0:
-        for row, token, _ in state.step():
+        for row, token, *_ in state.step():
             collected.setdefault(row, []).append(token)
         num_steps = None if num_steps is None else num_steps - 1
     return collected
@@ -181,8 +181,8 @@ def test_two_answers_at_once_do_not_disturb_each_other(llm):
     streams = [stream(llm, *part, greedy(15), BOS, NO_EOS) for part in parts]
     found = [[], []]
     for steps in zip(*streams, strict=True):
-        for i, (_, token, _) in enumerate(steps):
-            found[i].append(token)
+        for i, token in enumerate(steps):
+            found[i].append(token.id)
     assert found == alone
 
 
@@ -259,6 +259,49 @@ def test_any_of_several_end_tokens_ends_a_row(llm):
     ends = [full[5], full[3]]
     first = min(full.index(token) for token in ends)
     assert generate(llm, embeds, mask, greedy(8), BOS, ends)[0].ids == full[: first + 1]
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(0.3, 0.0), (0.0, 0.2), (-0.1, 0.4)])
+def test_presence_and_frequency_penalties_are_openais_formula(llm, presence, frequency):
+    embeds, mask = context(llm, 6, seed=1)
+    plain = generate(llm, embeds, mask, greedy(24), BOS, NO_EOS)[0].ids
+    options = greedy(24, presence_penalty=presence, frequency_penalty=frequency)
+    found, inputs, ids = generate(llm, embeds, mask, options, BOS, NO_EOS)[0].ids, embeds, []
+    for _ in range(24):
+        with torch.no_grad():
+            scores = llm(inputs_embeds=inputs).logits[0, -1].tolist()
+        for token in set(ids):
+            scores[token] -= presence + frequency * ids.count(token)
+        ids.append(max(range(len(scores)), key=scores.__getitem__))
+        inputs = torch.cat([inputs, llm.get_input_embeddings()(torch.tensor([ids[-1:]]))], 1)
+    assert found == ids != plain
+
+
+def test_own_logits_processors_are_called_with_the_history(llm):
+    embeds, mask = context(llm, 6, seed=1)
+    plain, histories = generate(llm, embeds, mask, greedy(3), BOS, NO_EOS)[0].ids, []
+
+    def ban_first_choice(ids, scores):
+        histories.append(ids.tolist())
+        return scores.index_fill(1, torch.tensor([plain[0]]), -float("inf"))
+
+    found = generate(llm, embeds, mask, greedy(3, logits_processors=[ban_first_choice]), BOS, NO_EOS)[0].ids
+    assert plain[0] not in found and histories == [[BOS + found[:n]] for n in range(3)]
+
+
+def test_log_probabilities_are_those_of_the_models_logits(llm):
+    embeds, mask = context(llm, 6, seed=1)
+    with torch.no_grad():
+        expected = next_token_logits(llm, embeds, mask, new_cache())[0].log_softmax(-1)
+    options = [greedy(1, top_logprobs=3, presence_penalty=1.0), greedy(1, top_logprobs=0), greedy(1)]
+    rows = embeds.expand(3, -1, -1), mask.expand(3, -1)
+    tokens = {token.row: token for token in stream(llm, *rows, options, BOS, NO_EOS)}
+    best = expected.topk(3)
+    logprob, top = tokens[0].logprobs
+    assert logprob == pytest.approx(expected[tokens[0].id].item(), abs=1e-5)
+    assert [token_id for token_id, _ in top] == best.indices.tolist()
+    assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert tokens[1].logprobs == (pytest.approx(logprob), []) and tokens[2].logprobs is None
 
 
 def test_sampled_tokens_have_the_probabilities_of_the_warped_logits(llm):

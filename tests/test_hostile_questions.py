@@ -6,7 +6,7 @@ import pytest
 from confined import told
 from serving import GREEDY
 
-from minigpt4.conversation.context import IMAGE_MESSAGE, build_context_ids, drop_oldest_turn
+from minigpt4.conversation.context import IMAGE_MESSAGE, build_context, drop_oldest_turn
 from minigpt4.conversation.conversation import Conversation
 
 
@@ -35,9 +35,9 @@ def test_dropping_by_halves_drops_as_one_by_one(chat, monkeypatch):
     for room in range(40, 700, 7):
         expected = one_by_one(room)
         if expected is None:
-            told(lambda room=room: build_context_ids(chat.model, conv, num_images, room), "too long")
+            told(lambda room=room: build_context(chat.model, conv, num_images, room), "too long")
         else:
-            assert build_context_ids(chat.model, conv, num_images, room) == expected
+            assert build_context(chat.model, conv, num_images, room).ids == expected
             lengths.add(len(expected))
     assert len(lengths) > 5
 

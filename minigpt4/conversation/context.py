@@ -3,6 +3,7 @@
 import bisect
 import logging
 from dataclasses import replace
+from typing import NamedTuple
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
@@ -12,8 +13,15 @@ from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX, MiniGPT4
 IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
 
-def build_context_ids(model: MiniGPT4, conv: Conversation, num_images: int, capacity: int) -> list[int]:
-    """At most ``capacity`` ids of the prompt that asks for an answer; the oldest turns are left out first, images stay.
+class Context(NamedTuple):
+    """Token ids of a prompt, with image positions, and how many of the oldest turns were left out."""
+
+    ids: list[int]
+    num_dropped_turns: int
+
+
+def build_context(model: MiniGPT4, conv: Conversation, num_images: int, capacity: int) -> Context:
+    """The prompt that asks for an answer in at most ``capacity`` ids; the oldest turns are left out, their images stay.
 
     Raises:
         UserError: there are more or fewer placeholders than images, or the last question alone is too long.
@@ -29,7 +37,7 @@ def build_context_ids(model: MiniGPT4, conv: Conversation, num_images: int, capa
         return [*model.bos_ids, *model.tokenize_prompt(conv.get_prompt())]
 
     if len(ids := tokenize(prompt_conv)) <= capacity:
-        return ids
+        return Context(ids, 0)
     shorter: list[Conversation] = []  # without the oldest turn, without the two oldest ones, …
     while drop_oldest_turn(prompt_conv):
         shorter.append(replace(prompt_conv, messages=list(prompt_conv.messages)))
@@ -43,7 +51,7 @@ def build_context_ids(model: MiniGPT4, conv: Conversation, num_images: int, capa
             f"and {capacity} fit beside the answer; shorten it or lower max_new_tokens."
         )
     logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_before + 1)
-    return tokenize(shorter[num_before])
+    return Context(tokenize(shorter[num_before]), num_before + 1)
 
 
 def drop_oldest_turn(conv: Conversation) -> bool:

@@ -18,9 +18,10 @@ from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
-from minigpt4.conversation.context import IMAGE_MESSAGE, build_context_ids
-from minigpt4.conversation.generation import GenerationOptions, stream
+from minigpt4.conversation.context import IMAGE_MESSAGE, build_context
+from minigpt4.conversation.generation import GenerationOptions, Logprobs, stream
 from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
+from minigpt4.conversation.sampling import OWN_OPTIONS
 from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
 from minigpt4.conversation.templates import (
     CONV_VISION,
@@ -47,7 +48,9 @@ class Answer:
     prompt_tokens: int  # images included
     cached_tokens: int  # of the prompt's; they were prefilled in an earlier turn
     decode: Callable[[Sequence[int]], str]
+    num_dropped_turns: int = 0  # the oldest ones, which did not fit into the context
     ids: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)  # one per id, where ``options.top_logprobs`` asks for them
     finish_reason: str | None = None  # "stop", or "length" at max_new_tokens
     seconds: float = 0.0  # from the start to the latest token
     seconds_to_first_token: float = 0.0
@@ -193,10 +196,10 @@ class Chat:
         The conversation then ends with the answer to come (text None), as in the reference.
         """
         options = GenerationOptions(**settings)
-        ids = build_context_ids(self.model, conv, len(img_list), max_length - options.max_new_tokens)
+        ids, _ = build_context(self.model, conv, len(img_list), max_length - options.max_new_tokens)
         embeds, _ = self._embed([ids], [img_list])
         conv.append_message(conv.roles[1], None)
-        arguments = {name: value for name, value in vars(options).items() if name not in ("seed", "stop")}
+        arguments = {name: value for name, value in vars(options).items() if name not in OWN_OPTIONS}
         return {"inputs_embeds": embeds, "stopping_criteria": self.stopping_criteria, **arguments}
 
     def stream_answer(
@@ -245,23 +248,25 @@ class Chat:
         devices.use(self.device)  # the threads of a server start on the first device
         start, model = time.perf_counter(), self.model
         each = [options] * len(convs) if isinstance(options, GenerationOptions) else list(options)
-        rows = [
-            build_context_ids(model, conv, len(images), max_length - o.max_new_tokens)
+        contexts = [
+            build_context(model, conv, len(images), max_length - o.max_new_tokens)
             for conv, images, o in zip(convs, img_lists, each, strict=True)
         ]
+        rows = [context.ids for context in contexts]
         each = [replace(o, stop=self._stop(conv, o.stop)) for conv, o in zip(convs, each, strict=True)]
         prefix = self.prefixes.take(rows[0], img_lists[0], convs[0].owner) if len(rows) == 1 else Prefix()
         num_cached = len(prefix.ids)
         answers = [
-            Answer(len(row), num_cached, functools.partial(self.decode_answer, conv=conv))
-            for row, conv in zip(rows, convs, strict=True)
+            Answer(len(ids), num_cached, functools.partial(self.decode_answer, conv=conv), num_dropped)
+            for (ids, num_dropped), conv in zip(contexts, convs, strict=True)
         ]
         embeds, mask = self._embed(rows, img_lists)
         arguments = (embeds[:, num_cached:], mask, each, model.bos_ids, model.eos_ids, prefix.cache)
         try:
-            for row, token_id, is_end in stream(model.llama_model, *arguments):
+            for row, token_id, is_end, logprobs in stream(model.llama_model, *arguments):
                 answer = answers[row]
                 answer.ids.append(token_id)
+                answer.logprobs += [logprobs] if logprobs else []
                 answer.seconds = time.perf_counter() - start
                 answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
                 if is_end:
@@ -293,7 +298,7 @@ class Chat:
         self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
     ) -> None:
         """Raises the UserError with which ``answer`` would refuse a question that is too long."""
-        build_context_ids(self.model, conv, len(img_list), max_length - options.max_new_tokens)
+        build_context(self.model, conv, len(img_list), max_length - options.max_new_tokens)
 
     def decode_answer(self, ids: Sequence[int], conv: Conversation) -> str:
         """The answer in generated ids: up to its stop string, after the last "Assistant:", stripped."""

@@ -5,6 +5,7 @@ Shapes: B rows, t positions to prefill, S cached positions, L width of the LM, V
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,18 @@ from minigpt4.conversation.sampling import Generated, GenerationOptions, build_p
 from minigpt4.models.language_model import new_cache, next_token_logits
 
 __all__ = ["DecodingState", "Generated", "GenerationOptions", "generate", "stream"]
+
+
+Logprobs = tuple[float, list[tuple[int, float]]]  # of a chosen token, and of the most probable ones with their ids
+
+
+class Token(NamedTuple):
+    """A token that was chosen for a row; ``is_end``: the row ends with it other than by ``max_new_tokens``."""
+
+    row: int
+    id: int
+    is_end: bool
+    logprobs: Logprobs | None = None  # where ``options.top_logprobs`` asks for them
 
 
 @dataclass
@@ -32,6 +45,14 @@ class _Row:
         if not self.options.do_sample:
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[0]
+
+    def logprobs(self, logits: Tensor, token_id: int) -> Logprobs | None:
+        """Log probabilities under the LM's own logits [V], before penalties and temperature."""
+        if self.options.top_logprobs is None:
+            return None
+        values = logits.log_softmax(-1)
+        top = values.topk(min(self.options.top_logprobs, len(values)))
+        return values[token_id].item(), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 class DecodingState:
@@ -62,7 +83,7 @@ class DecodingState:
         options: Sequence[GenerationOptions],
         cache: DynamicCache | None = None,
     ) -> list[int]:
-        """Prefills new rows, which join those that are being decoded; returns their numbers in the events of ``step``.
+        """Prefills new rows, which join those that are being decoded; returns their numbers in the tokens of ``step``.
 
         Args:
             inputs_embeds: the positions to prefill [B, t, L], shorter rows padded on the left.
@@ -88,19 +109,20 @@ class DecodingState:
         return list(range(self._num_rows - len(options), self._num_rows))
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[int, int, bool]]:
-        """Chooses one token for each row; rows that end leave. The events are those of ``stream``."""
+    def step(self) -> list[Token]:
+        """Chooses one token for each row; rows that end leave."""
         self._feed_last_tokens()
         if not any(row.processors or row.options.do_sample for row in self.rows):
             tokens = self._logits.argmax(-1)
         else:
             choices = zip(self.rows, self._logits.split(1), strict=True)
             tokens = torch.cat([row.choose(logits, self.bos_ids) for row, logits in choices])
-        self._logits, events, running = None, [], []
+        logits, events, running = self._logits, [], []
+        self._logits = None
         for i, (row, token_id) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
             row.ids.append(token_id)
             is_end = token_id in self.eos_ids or row.options.stop(row.ids)
-            events.append((row.number, token_id, is_end))
+            events.append(Token(row.number, token_id, is_end, row.logprobs(logits[i], token_id)))
             if not is_end and len(row.ids) < row.options.max_new_tokens:
                 running.append(i)
         self._keep(running)
@@ -154,8 +176,8 @@ def generate(
         rows = zip(inputs_embeds.split(1), attention_mask.split(1), each, strict=True)
         return [generate(llm, *row, bos_ids, eos_ids)[0] for row in rows]
     results = [Generated([]) for _ in each]
-    for row, token_id, _ in stream(llm, inputs_embeds, attention_mask, each, bos_ids, eos_ids, cache):
-        results[row].ids.append(token_id)
+    for token in stream(llm, inputs_embeds, attention_mask, each, bos_ids, eos_ids, cache):
+        results[token.row].ids.append(token.id)
     return results
 
 
@@ -167,7 +189,7 @@ def stream(
     bos_ids: Sequence[int],
     eos_ids: Sequence[int],
     cache: DynamicCache | None = None,
-) -> Iterator[tuple[int, int, bool]]:
+) -> Iterator[Token]:
     """Continues each row of a batch of contexts, token by token; with beams, once the search has ended.
 
     Args:
@@ -175,17 +197,15 @@ def stream(
         inputs_embeds, attention_mask: as for ``DecodingState.add``.
         options: for all rows, or one for each.
         cache: the positions that were prefilled before. That of a single row is extended in place by all positions but
-            the last chosen token, wherever the caller stops reading; with beams by the context only.
-
-    Yields:
-        (row, token id, whether the row ends with it other than by ``max_new_tokens``).
+            the last chosen token, wherever the caller stops reading; with beams by the context only, and without log
+            probabilities.
     """
     each = _for_each(options, len(inputs_embeds))
     if any(row.num_beams > 1 for row in each):
         results = generate(llm, inputs_embeds, attention_mask, each, bos_ids, eos_ids, cache)
         for row, (ids, stop) in enumerate((result.ids, o.stop) for result, o in zip(results, each, strict=True)):
             for n, token_id in enumerate(ids, 1):
-                yield row, token_id, n == len(ids) and (token_id in eos_ids or stop(ids))
+                yield Token(row, token_id, n == len(ids) and (token_id in eos_ids or stop(ids)))
         return
     state = DecodingState(llm, bos_ids, eos_ids)
     state.add(inputs_embeds, attention_mask, each, cache)

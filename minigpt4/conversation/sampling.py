@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -19,6 +21,8 @@ from transformers import (
 )
 
 TOP_K = 50
+# Of GenerationOptions, those that transformers' generate does not have under the same name.
+OWN_OPTIONS = ("seed", "presence_penalty", "frequency_penalty", "top_logprobs", "logits_processors", "stop")
 _MIN_TEMPERATURE = 1e-4  # logits divided by less would overflow float32
 
 
@@ -27,7 +31,9 @@ class GenerationOptions:
     """How the tokens of one row are chosen. At temperature 0 nothing is sampled.
 
     ``seed`` makes sampling repeatable whatever else draws random numbers. ``stop`` is called with a row's new token ids
-    after each token and returns whether the row ends there.
+    after each token and returns whether the row ends there. ``top_logprobs`` asks for log probabilities: of the chosen
+    tokens and of so many most probable ones. ``logits_processors`` are called with the history [1, n] of begin and new
+    tokens and the scores [1, V] before temperature, top-k and top-p.
     """
 
     max_new_tokens: int = 300
@@ -39,6 +45,10 @@ class GenerationOptions:
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
     stop: Callable[[Sequence[int]], bool] = field(default=lambda ids: False)
 
     def __post_init__(self) -> None:
@@ -47,6 +57,19 @@ class GenerationOptions:
     def generator(self, device: torch.device) -> torch.Generator | None:
         """The random number generator of ``seed`` on a device; None: torch's global one."""
         return None if self.seed is None else torch.Generator(device).manual_seed(self.seed % 2**63)
+
+
+class _CountPenalty(LogitsProcessor):
+    """OpenAI's penalties: each new token costs ``presence`` once and ``frequency`` each time it occurred."""
+
+    def __init__(self, presence: float, frequency: float, num_begin: int) -> None:
+        self.presence, self.frequency, self.num_begin = presence, frequency, num_begin
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Ids [B, n] with ``num_begin`` begin tokens, and scores [B, V], to scores [B, V]."""
+        new_ids = input_ids[:, self.num_begin :]
+        counts = torch.zeros_like(scores).scatter_add_(1, new_ids, torch.ones_like(new_ids, dtype=scores.dtype))
+        return scores - self.presence * (counts > 0) - self.frequency * counts
 
 
 @dataclass
@@ -65,8 +88,11 @@ def build_processors(
     processors = LogitsProcessorList()
     if options.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
+    if options.presence_penalty or options.frequency_penalty:
+        processors.append(_CountPenalty(options.presence_penalty, options.frequency_penalty, len(bos_ids)))
     if options.min_length > len(bos_ids):
         processors.append(MinLengthLogitsProcessor(options.min_length, list(eos_ids), device=device))
+    processors.extend(options.logits_processors)
     return processors
 
 
