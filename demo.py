@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -92,8 +93,10 @@ def parse_args() -> argparse.Namespace:
     add("--image", help="an image to start with, for --terminal and --ask")
     add("--ask", type=question, help="a question; its answer ends the program")
     modes.add_argument("--terminal", dest="mode", action="store_const", const="terminal", help="chat in the terminal")
-    modes.add_argument("--batch", help="folder, glob or JSONL file of images to describe; the question is --ask")
-    add("--out", default="captions.jsonl", help="output of --batch; an incomplete file is continued")
+    modes.add_argument(
+        "--batch", help="folder, glob or table (.jsonl, .csv, .parquet) of images; the question is --ask"
+    )
+    add("--out", default="captions.jsonl", help=".jsonl, .csv or .parquet that --batch writes, or continues")
     add("--batch-size", type=count, default=16, help="images or requests that are answered together")
     modes.add_argument("--api", dest="mode", action="store_const", const="api", help="serve /v1/chat/completions")
     add("--host", type=host, default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
@@ -190,14 +193,20 @@ def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
 
 
 def run_batch(args: argparse.Namespace) -> None:
-    """Describes many images."""
-    from minigpt4.serve.batch import answer_questions, find_questions, read_finished
+    """Answers questions about many images; exit status 1 if all rows have an error."""
+    from minigpt4.common.config import Config
+    from minigpt4.serve.batch import answer_questions, describe_settings, find_questions
+    from minigpt4.serve.batch_output import BatchOutput
 
-    questions, out = find_questions(args.batch, args.ask or QUESTION), Path(args.out)
-    read_finished(out, questions)  # an error of the file is reported before the model is loaded
-    chat, options = build_chat(args), generation_options(args)
-    num_errors = answer_questions(chat, questions, out, options, args.batch_size)
+    questions = find_questions(args.batch, args.ask or QUESTION)
+    flags = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
+    settings = describe_settings(Config(args).check().to_dict()["model"], flags)
+    # An error of the output is reported before the model is loaded.
+    with closing(BatchOutput(Path(args.out), [question.row for question in questions], settings)) as output:
+        num_errors = answer_questions(build_chat(args), questions, output, generation_options(args), args.batch_size)
     print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
+    if num_errors == len(questions) > 0:
+        sys.exit(1)
 
 
 def run_api(args: argparse.Namespace) -> None:

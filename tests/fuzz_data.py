@@ -51,7 +51,7 @@ def lists_of_ones_own(case: bytes) -> None:
 @target(st.lists(with_seed(ROW), max_size=4).map(b"\n".join), 1.5)
 def rows_of_a_batch(case: bytes) -> None:
     for question in or_told(lambda: find_questions(str(written("rows.jsonl", case)), "What?")) or []:
-        assert isinstance(question["image"], str) and isinstance(question["question"], str)
+        assert isinstance(question.path, str) and isinstance(question.text, str)
 
 
 CLEANED, AS_IS = BlipCaptionProcessor(), BlipCaptionProcessor("a photo of ", max_words=3)

@@ -15,7 +15,7 @@ ROW = {"image": "a.jpg", "caption": "é", "question": "é"}
 ANNOTATIONS = json.dumps({"annotations": [{"image_id": "a", "caption": "é"}]}, ensure_ascii=False, indent=1)
 READERS = {  # name of a file: its text, and what reads a text from it
     "own.jsonl": (f"\n{json.dumps(ROW, ensure_ascii=False)}\n", lambda file: read_pairs(file, "KEY")[0].caption),
-    "rows.jsonl": (f"\n{json.dumps(ROW, ensure_ascii=False)}\n", lambda file: find_questions(file, "")[0]["question"]),
+    "rows.jsonl": (f"\n{json.dumps(ROW, ensure_ascii=False)}\n", lambda file: find_questions(file, "")[0].text),
     "filter_cap.json": (ANNOTATIONS, lambda file: read_align_folder(file.parent, "KEY")[0].caption),
     "annotations.json": (ANNOTATIONS, lambda file: BaseDataset(ann_paths=[file]).annotation[0]["caption"]),
     "prompts.txt": ("<ImageHere>\n<ImageHere>é", lambda file: read_prompts(str(file), "{}")[1][-1]),

@@ -1,146 +1,160 @@
-"""Describes many images: a folder, a glob or a JSONL file in, a JSONL file out, one row per image, in order."""
+"""Answers questions about many images: a folder, a glob or a table of rows in, one row per question out, in order."""
 
 import glob
-import json
-import os
-from collections.abc import Iterator
+import hashlib
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.files import locate
 from minigpt4.common.images import EXTENSIONS
-from minigpt4.common.utils import read_json_lines
-from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat
+from minigpt4.conversation.conversation import Answer, Chat
 from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.serve.batch_output import BatchOutput
+from minigpt4.serve.engine import Engine, Request
+from minigpt4.serve.tables import RESULTS, TABLES, Row, read_rows
 
-Row = dict[str, str]  # "image" (a path) and "question", later "answer" or "error"
+NUM_DECODERS = 2  # threads that read images while the model works
 
 
-def find_questions(source: str, question: str) -> list[Row]:
-    """Lists the images of a folder (recursively), a glob or a .jsonl file, in order, with their questions.
+class Question(NamedTuple):
+    """A question about an image: its row of the output but for the result, the file of its image, and its text."""
 
-    The rows of a .jsonl file have ``image``, relative to the file, and may have a ``question`` of their own. Raises
-    UserError if there are no images, or a line is not such a row.
+    row: Row
+    path: str
+    text: str
+
+
+def find_questions(source: str, question: str) -> list[Question]:
+    """Lists the images of a folder (recursively), a glob, or a .jsonl, .csv or .parquet file, in order.
+
+    The rows of a file have ``image``, relative to the file, and may have a ``question`` of their own. They keep all
+    their fields; ``answer`` and ``error`` become ``input_answer`` and ``input_error``. Raises UserError if there are no
+    images, or a line is not such a row.
     """
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        return list(_read_rows(path, question))
+    if path.suffix.lower() in (".jsonl", *TABLES) and path.is_file():
+        return [_read_question(where, row, path.parent, question) for where, row in read_rows(path, "--batch")]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
     else:
         files = sorted(map(Path, glob.glob(source, recursive=True)))
     if not files:
         kinds = ", ".join(EXTENSIONS)
-        raise UserError(f"--batch: '{source}' holds no images ({kinds}); give a folder or a glob.")
-    return [{"image": str(file), "question": question} for file in files]
+        raise UserError(f"--batch: '{source}' holds no images ({kinds}); give a folder, a glob or a table of rows.")
+    return [Question({"image": str(file), "question": question}, str(file), question) for file in files]
 
 
-def _read_rows(path: Path, question: str) -> Iterator[Row]:
-    for where, row in read_json_lines(path, "--batch"):
-        if not isinstance(row, dict) or not isinstance(row.get("image"), str):
-            raise UserError(f'{where} is not a row such as {{"image": "a.jpg"}}.')
-        yield {"image": str(path.parent / row["image"]), "question": str(row.get("question", question))}
+def _read_question(where: str, row: Any, folder: Path, default: str) -> Question:
+    if not isinstance(row, dict) or not isinstance(row.get("image"), str):
+        raise UserError(f'{where} is not a row such as {{"image": "a.jpg"}}.')
+    for name in set(RESULTS) & set(row):
+        other = f"input_{name}"
+        while other in row:
+            other = f"input_{other}"
+        row = {other if key == name else key: value for key, value in row.items()}
+    if row.get("question") is None:
+        row["question"] = default
+    return Question(row, str(folder / row["image"]), str(row["question"]))
+
+
+def describe_settings(model: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What the answers of a run depend on: the ``model`` section, the content of its checkpoint, and the flags."""
+    settings = {f"model.{name}": value for name, value in model.items()}
+    if ckpt := model.get("ckpt"):
+        file = locate(str(ckpt), "model.ckpt")
+        settings["model.ckpt"] = {"file": str(ckpt)}
+        if file.is_file():
+            with file.open("rb") as content:
+                settings["model.ckpt"]["sha256"] = hashlib.file_digest(content, "sha256").hexdigest()
+    return settings | {f"--{name.replace('_', '-')}": value for name, value in options.items()}
 
 
 def answer_questions(
-    chat: Chat, questions: list[Row], out: Path, options: GenerationOptions, batch_size: int = 16
+    chat: Chat, questions: Sequence[Question], output: BatchOutput, options: GenerationOptions, batch_size: int = 16
 ) -> int:
-    """Answers all questions into ``out``, after the rows that an earlier run wrote; returns how many have an error.
+    """Answers the questions that ``output`` has no rows of; returns how many of all its rows have an error.
 
-    A row has ``image``, ``question`` and ``answer``, or ``error`` if the image cannot be read or the question is
-    refused. Raises UserError as ``read_finished``, or if ``out`` cannot be written any more; its rows are kept.
+    Up to ``batch_size`` questions are answered together; another one follows as soon as one has its answer, while the
+    images of as many more are prepared. A row has ``error`` instead of ``answer`` if its image cannot be read or its
+    question is refused. Raises UserError if the output cannot be written any more; its rows are kept.
     """
-    rows = read_finished(out, questions)
-    size = out.stat().st_size
-    with tqdm(total=len(questions), initial=len(rows), unit="img") as bar:
-        for start in range(len(rows), len(questions), batch_size):
-            batch = _answer(chat, questions[start : start + batch_size], options)
-            size = _append(out, size, rows, batch)
-            rows += batch
-            bar.update(len(batch))
-    return sum("error" in row for row in rows)
+    rows: deque[tuple[Row, Future[str]]] = deque()  # in order; those at the left are written as soon as they are done
+    places = threading.Semaphore(2 * batch_size)
+    with tqdm(total=len(questions), initial=len(output), unit="img") as bar, _asking(chat, options, batch_size) as ask:
+        for question in questions[len(output) :]:
+            places.acquire()
+            result = ask(question)
+            result.add_done_callback(lambda _: places.release())
+            rows.append((question.row, result))
+            _write_finished(rows, output, bar)
+        while rows:
+            rows[0][1].exception()  # waits
+            _write_finished(rows, output, bar)
+    return output.num_errors
 
 
-def read_finished(out: Path, questions: list[Row]) -> list[Row]:
-    """The complete rows of an earlier run; a partial row at the end, where it was killed, is truncated.
-
-    Creates the file if there is none. Raises UserError if it has rows of other questions, or cannot be written.
-    """
-    mismatch = UserError(f"--out: {out} holds rows of other images or questions; give another file or remove it.")
-    with _explain_failure(out, 0):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists() and not out.is_file():
-            raise OSError("it is not a regular file")
-        with out.open("ab"):
-            data = out.read_bytes()
-    complete = data[: data.rfind(b"\n") + 1]
+def _write_finished(rows: deque[tuple[Row, Future[str]]], output: BatchOutput, bar: tqdm) -> None:
+    """Moves the rows at the left that are done to the output."""
+    finished = []
     try:
-        rows = [json.loads(line) for line in complete.decode("utf-8").split("\n")[:-1]]
-        actual = [{key: row[key] for key in ("image", "question")} for row in rows]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise mismatch from error
-    if actual != questions[: len(actual)]:
-        raise mismatch
-    if len(complete) < len(data):
-        with _explain_failure(out, len(rows)):
-            os.truncate(out, len(complete))
-    return rows
-
-
-def _append(out: Path, size: int, finished: list[Row], batch: list[Row]) -> int:
-    """Adds a batch to a file of the finished rows and of this size; returns its new size.
-
-    If the file has been removed, it is written again as a whole. A batch that cannot be written leaves no part of it.
-    """
-    with _explain_failure(out, len(finished)):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("ab", buffering=0) as file:
-            if (actual := file.tell()) not in (0, size):
-                raise OSError(f"another program has changed it from {size} to {actual} bytes")
-            rows = batch if actual else finished + batch
-            # A name or a question may hold half a surrogate pair, which becomes an escape of JSON.
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            remaining = memoryview(text.encode("utf-8", errors="backslashreplace"))
+        while rows and rows[0][1].done():
+            row, result = rows.popleft()
             try:
-                while remaining:
-                    remaining = remaining[file.write(remaining) :]
-            except OSError:
-                file.truncate(actual)
-                raise
-            return file.tell()
+                finished.append(row | {"answer": result.result()})
+            except UserError as error:
+                finished.append(row | {"error": str(error)})
+    finally:  # an unexpected error, such as out of memory, ends the run after the rows before it
+        if finished:
+            output.append(finished)
+            bar.update(len(finished))
 
 
 @contextmanager
-def _explain_failure(out: Path, num_rows: int) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: no file can have such a name
-        is_kept, reason = num_rows and os.path.exists(out), getattr(error, "strerror", None) or error
-        kept = f"its {num_rows} rows are kept; run the command again to continue" if is_kept else "give another file"
-        raise UserError(f"--out: {out} cannot be written ({reason}); {kept}.") from error
+def _asking(chat: Chat, options: GenerationOptions, batch_size: int) -> Iterator[Callable[[Question], Future[str]]]:
+    """A function that starts to answer a question; at most ``2 * batch_size`` may be unanswered at a time."""
+    cancelled, images = threading.Event(), OrderedDict()  # the latest images by path, which questions may share
+    engine = Engine(chat, max_batch=batch_size, max_queue=2 * batch_size)
+    decoders = ThreadPoolExecutor(NUM_DECODERS)
 
+    def ask(question: Question) -> Future[str]:
+        result = Future()
+        image = images.pop(question.path, None) or decoders.submit(chat.preprocess_image, question.path)
+        images[question.path] = image
+        if len(images) > 2 * batch_size:
+            images.popitem(last=False)
+        image.add_done_callback(lambda image: submit(question, image, result))
+        return result
 
-def _answer(chat: Chat, questions: list[Row], options: GenerationOptions) -> list[Row]:
-    rows, valid, convs, images = [dict(question) for question in questions], [], [], []
-    for row in rows:
+    def submit(question: Question, image: Future[Tensor], result: Future[str]) -> None:
+        def on_update(answer: Answer | Exception) -> None:
+            if result.done():  # an error of the engine is reported to its finished requests, too
+                return
+            if isinstance(answer, Exception):
+                result.set_exception(answer)
+            elif answer.finish_reason:
+                result.set_result(answer.text)
+
         try:
-            if not row["question"].strip():
+            if not question.text.strip():
                 raise UserError("The question is empty; write what you want to know.")
-            image = chat.preprocess_image(row["image"])
-            conv = chat.template.copy()
-            conv.append_message(conv.roles[0], IMAGE_MESSAGE)
-            chat.ask(row["question"], conv)
-            chat.check_length(conv, [image], options)
-        except UserError as error:
-            row["error"] = str(error)
-        else:
-            valid.append(row)
-            convs.append(conv)
-            images.append(image)
-    if valid:
-        chat.encode_img(images)  # in one batch
-        for row, (text, _) in zip(valid, chat.answer_batch(convs, [[i] for i in images], options), strict=True):
-            row["answer"] = text
-    return rows
+            messages = [("user", [image.result(), question.text])]
+            engine.submit(Request(messages, options, on_update, timeout_seconds=inf, cancelled=cancelled))
+        except Exception as error:
+            result.set_exception(error)
+
+    try:
+        yield ask
+    finally:  # after an error, what is still unanswered is of no use
+        cancelled.set()
+        decoders.shutdown(cancel_futures=True)
+        engine.close()
