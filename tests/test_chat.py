@@ -8,7 +8,6 @@ from PIL import Image
 from scripted_chats import CHAT, PATCHED, PLAIN, asked, upload
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import (
     CONV_VISION,
     Chat,
@@ -36,15 +35,15 @@ def chat(model):
 
 
 @pytest.fixture
-def generated(monkeypatch):
+def generated(model, monkeypatch):
     """The LM inputs of every answer."""
-    calls, plain = [], conversation.stream
+    calls, plain = [], model.embed_inputs
 
-    def spy(llm, inputs_embeds, *arguments):
-        calls.append(inputs_embeds)
-        return plain(llm, inputs_embeds, *arguments)
+    def spy(*arguments):
+        calls.append(plain(*arguments))
+        return calls[-1]
 
-    monkeypatch.setattr(conversation, "stream", spy)
+    monkeypatch.setattr(model, "embed_inputs", spy)
     return calls
 
 
@@ -181,7 +180,7 @@ def test_long_chats_lose_their_oldest_turns(chat, generated, model):
     expected.messages = [["Human", "<Img><ImageHere></Img>"], ["Human", "And now?"], ["Assistant", None]]
     conv.messages, shortest = messages, len([BOS, *model.tokenize_prompt(expected.get_prompt())])
     chat.answer(conv, images, do_sample=False, max_new_tokens=5, max_length=shortest + 5)
-    assert generated[1].shape[1] == shortest < len(ids)
+    assert generated[-1].shape[1] == shortest < len(ids)
 
 
 def test_a_chat_that_just_fits_is_not_shortened(chat, generated, model):

@@ -8,7 +8,7 @@ from scripted_chats import CHAT, PLAIN, asked, upload
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation import conversation
+from minigpt4.conversation import conversation, generation
 from minigpt4.conversation.conversation import CONV_VISION, Chat, StoppingCriteriaSub
 from minigpt4.conversation.generation import GenerationOptions, Token
 from minigpt4.processors import Blip2ImageEvalProcessor
@@ -118,13 +118,14 @@ def test_pieces_of_text_add_up_to_the_answer(chat):
         text, _ = chat.answer(conv.copy(), images, do_sample=False, max_new_tokens=20, **settings)
         pieces = list(chat.stream_answer(conv, images, do_sample=False, max_new_tokens=20, **settings))
         assert "".join(pieces) == text and conv.messages[-1] == ["Assistant", text]
-        assert len(pieces) > 2 and not any("#" in piece for piece in pieces)
+        assert (len(pieces) > 2 or settings) and not any("#" in piece for piece in pieces)
 
 
 def test_text_that_was_sent_is_not_sent_again_in_other_words(chat, monkeypatch):
     """What precedes "Assistant:" is no part of an answer, but it has been sent when that is seen."""
     ids = chat.model.llama_tokenizer("It is a dog. Assistant: yes###", add_special_tokens=False).input_ids
-    monkeypatch.setattr(conversation, "stream", lambda *_: (Token(0, i, n == len(ids)) for n, i in enumerate(ids, 1)))
+    tokens = iter([Token(0, i, n == len(ids)) for n, i in enumerate(ids, 1)])
+    monkeypatch.setattr(generation.DecodingState, "step", lambda _: [next(tokens)])
     conv, images = asked(chat, "What is it?")
     assert "".join(chat.stream_answer(conv, images)) == "It is a dog. Assistant"
     assert conv.messages[-1] == ["Assistant", "yes"]

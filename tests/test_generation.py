@@ -7,8 +7,9 @@ from architectures import ARCHITECTURES, write_language_model
 from minigpt4.conversation import generation
 from minigpt4.conversation.generation import DecodingState, GenerationOptions, generate, stream
 from minigpt4.conversation.sampling import build_warpers
+from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.int8 import to_int8
-from minigpt4.models.language_model import load_language_model, new_cache, next_token_logits
+from minigpt4.models.language_model import load_language_model, next_token_logits
 
 BOS, EOS, NO_EOS = [1], [2], [599]
 LENGTHS = (5, 9, 7)

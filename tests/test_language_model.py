@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from minigpt4.common.errors import UserError
-from minigpt4.conversation.prefix_cache import copy_cache
-from minigpt4.models.growing_cache import MIN_ROOM
+from minigpt4.models.growing_cache import MIN_ROOM, copy_cache
 from minigpt4.models.language_model import (
     compute_prefix_kv,
     decoder_layers,

@@ -10,8 +10,8 @@ from golden_data import close, read_json, read_tensors
 from minigpt4.conversation import beam_search, generation
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.conversation.prefix_cache import copy_cache
-from minigpt4.models.language_model import new_cache, next_token_logits
+from minigpt4.models.growing_cache import copy_cache, new_cache
+from minigpt4.models.language_model import next_token_logits
 from minigpt4.processors import Blip2ImageEvalProcessor
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
@@ -184,7 +184,7 @@ def test_a_copy_of_a_cache_has_its_own_tensors(model):
     cache = new_cache()
     with torch.no_grad():
         next_token_logits(model.llama_model, embeds, torch.ones(1, 6, dtype=torch.long), cache)
-    copied = copy_cache(cache, 4)
+    copied = copy_cache(cache, positions=slice(4))
     before = [layer.keys.clone() for layer in copied.layers]
     for layer in cache.layers:
         layer.keys.zero_()

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
-from minigpt4.conversation.prefix_cache import copy_cache
 from minigpt4.conversation.sampling import Generated, GenerationOptions, build_processors, build_warpers
-from minigpt4.models.language_model import new_cache, next_token_logits
+from minigpt4.models.growing_cache import copy_cache, new_cache
+from minigpt4.models.language_model import next_token_logits
 
 
 @torch.inference_mode()

@@ -1,9 +1,6 @@
 """``Chat``, which answers conversations about images. Public names and behaviour are the reference's."""
 
-import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +8,16 @@ import numpy
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
+from minigpt4.conversation.answer_batch import Answer, AnswerBatch
 from minigpt4.conversation.context import IMAGE_MESSAGE, build_context
-from minigpt4.conversation.generation import GenerationOptions, Logprobs, stream
-from minigpt4.conversation.prefix_cache import Prefix, PrefixCache
+from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.prefix_cache import PrefixCache
 from minigpt4.conversation.sampling import OWN_OPTIONS
 from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
 from minigpt4.conversation.templates import (
@@ -37,28 +34,9 @@ __all__ = [
     "CONV_VISION", "Answer", "CONV_VISION_LLama2", "CONV_VISION_Vicuna0", "CONV_VISION_minigptv2", "Chat",
     "Conversation", "SeparatorStyle", "StoppingCriteriaSub",
 ]  # fmt: skip
+Stop = Callable[[Sequence[int]], bool]
 # A file, its content, a PIL image, or a processed tensor [3, S, S] or [1, 3, S, S].
 ImageSource = str | Path | bytes | Image.Image | Tensor
-
-
-@dataclass
-class Answer:
-    """An answer while it is generated; ``decode`` maps its token ids to text."""
-
-    prompt_tokens: int  # images included
-    cached_tokens: int  # of the prompt's; they were prefilled in an earlier turn
-    decode: Callable[[Sequence[int]], str]
-    num_dropped_turns: int = 0  # the oldest ones, which did not fit into the context
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[Logprobs] = field(default_factory=list)  # one per id, where ``options.top_logprobs`` asks for them
-    finish_reason: str | None = None  # "stop", or "length" at max_new_tokens
-    seconds: float = 0.0  # from the start to the latest token
-    seconds_to_first_token: float = 0.0
-
-    @property
-    def text(self) -> str:
-        """The text so far; it is decoded on access, so that callers who wait for the end pay once."""
-        return self.decode(self.ids)
 
 
 class Chat:
@@ -197,7 +175,9 @@ class Chat:
         """
         options = GenerationOptions(**settings)
         ids, _ = build_context(self.model, conv, len(img_list), max_length - options.max_new_tokens)
-        embeds, _ = self._embed([ids], [img_list])
+        images = torch.cat(img_list) if img_list else None
+        with torch.no_grad():
+            embeds = self.model.embed_inputs(torch.tensor([ids], device=self.device), images)
         conv.append_message(conv.roles[1], None)
         arguments = {name: value for name, value in vars(options).items() if name not in OWN_OPTIONS}
         return {"inputs_embeds": embeds, "stopping_criteria": self.stopping_criteria, **arguments}
@@ -233,10 +213,9 @@ class Chat:
         options: GenerationOptions | Sequence[GenerationOptions],
         max_length: int = 2000,
     ) -> Iterator[tuple[int, Answer]]:
-        """Answers several conversations in one batch.
+        """Answers several conversations in one batch; each continues from its chat's cached prefix.
 
-        A single one continues from its cached prefix; in a batch every context is prefilled. Closing the iterator stops
-        the answers; what has been generated is appended to the conversations.
+        Closing the iterator stops the answers; what has been generated is appended to the conversations.
 
         Args:
             convs, img_lists, max_length: as for ``answer``.
@@ -245,54 +224,18 @@ class Chat:
         Yields:
             (index of the conversation, its answer so far) whenever one has grown.
         """
-        devices.use(self.device)  # the threads of a server start on the first device
-        start, model = time.perf_counter(), self.model
-        each = [options] * len(convs) if isinstance(options, GenerationOptions) else list(options)
-        contexts = [
-            build_context(model, conv, len(images), max_length - o.max_new_tokens)
-            for conv, images, o in zip(convs, img_lists, each, strict=True)
-        ]
-        rows = [context.ids for context in contexts]
-        each = [replace(o, stop=self._stop(conv, o.stop)) for conv, o in zip(convs, each, strict=True)]
-        prefix = self.prefixes.take(rows[0], img_lists[0], convs[0].owner) if len(rows) == 1 else Prefix()
-        num_cached = len(prefix.ids)
-        answers = [
-            Answer(len(ids), num_cached, functools.partial(self.decode_answer, conv=conv), num_dropped)
-            for (ids, num_dropped), conv in zip(contexts, convs, strict=True)
-        ]
-        embeds, mask = self._embed(rows, img_lists)
-        arguments = (embeds[:, num_cached:], mask, each, model.bos_ids, model.eos_ids, prefix.cache)
+        each = [options] * len(convs) if isinstance(options, GenerationOptions) else options
+        batch = AnswerBatch(self, max_length)
+        rows = list(zip(convs, img_lists, each, strict=True))
+        plans = [batch.plan(conv, len(images), option) for conv, images, option in rows]
+        answers = [batch.add(conv, images, plan) for (conv, images, _), plan in zip(rows, plans, strict=True)]
+        numbers = {id(answer): i for i, answer in enumerate(answers)}
         try:
-            for row, token_id, is_end, logprobs in stream(model.llama_model, *arguments):
-                answer = answers[row]
-                answer.ids.append(token_id)
-                answer.logprobs += [logprobs] if logprobs else []
-                answer.seconds = time.perf_counter() - start
-                answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
-                if is_end:
-                    answer.finish_reason = "stop"
-                elif len(answer.ids) >= each[row].max_new_tokens:
-                    answer.finish_reason = "length"
-                yield row, answer
-        except GeneratorExit:  # between two tokens
-            raise
-        except BaseException:  # such as out of memory: some layers of the cache may be ahead of others
-            prefix = None
-            raise
+            while len(batch):
+                for answer in batch.step():
+                    yield numbers[id(answer)], answer
         finally:
-            if len(rows) == 1 and prefix is not None:
-                self.prefixes.put(prefix, rows[0] + answers[0].ids, img_lists[0])
-            for conv, answer in zip(convs, answers, strict=True):
-                if answer.ids:
-                    conv.append_message(conv.roles[1], answer.text)
-
-    @torch.no_grad()
-    def _embed(self, rows: Sequence[list[int]], img_lists: Sequence[list[Tensor]]) -> tuple[Tensor, Tensor]:
-        """Contexts to LM inputs [B, T, L] and mask int64 [B, T] on the CPU, padded on the left: all end together."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], True, padding_side="left")
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], True, padding_side="left")
-        images = [image for img_list in img_lists for image in img_list]
-        return self.model.embed_inputs(ids.to(self.device), torch.cat(images) if images else None), mask
+            batch.close()
 
     def check_length(
         self, conv: Conversation, img_list: list[Tensor], options: GenerationOptions, max_length: int = 2000
@@ -309,7 +252,9 @@ class Chat:
             text = text.split(stop)[0]
         return (text.split(conv.answer_marker)[-1] if conv.answer_marker else text).strip()
 
-    def _stop(self, conv: Conversation, other: Callable[[Sequence[int]], bool]) -> Callable[[Sequence[int]], bool]:
+    def stop_function(
+        self, conv: Conversation, other: Callable[[Sequence[int]], bool]
+    ) -> Callable[[Sequence[int]], bool]:
         """Whether new ids end an answer: by the template's stop string, ``other`` or the caller's criteria."""
         own = StopStringCriteria(self.model.llama_tokenizer, conv.stop_string)
         criteria = [criterion for criterion in self.stopping_criteria if criterion is not self._template_stop]

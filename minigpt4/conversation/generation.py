@@ -3,7 +3,7 @@
 Shapes: B rows, t positions to prefill, S cached positions, L width of the LM, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,8 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from minigpt4.conversation.beam_search import beam_search
 from minigpt4.conversation.sampling import Generated, GenerationOptions, build_processors, build_warpers
-from minigpt4.models.language_model import new_cache, next_token_logits
+from minigpt4.models.growing_cache import copy_cache, new_cache
+from minigpt4.models.language_model import next_token_logits
 
 __all__ = ["DecodingState", "Generated", "GenerationOptions", "generate", "stream"]
 
@@ -31,12 +32,16 @@ class Token(NamedTuple):
     logprobs: Logprobs | None = None  # where ``options.top_logprobs`` asks for them
 
 
+OnLeave = Callable[[DynamicCache], None]  # gets the cache of a row that leaves, which is then nobody else's
+
+
 @dataclass
 class _Row:
     number: int
     options: GenerationOptions
     processors: LogitsProcessorList
     generator: torch.Generator | None
+    on_leave: OnLeave | None = None
     ids: list[int] = field(default_factory=list)
 
     def choose(self, logits: Tensor, bos_ids: Sequence[int]) -> Tensor:
@@ -72,6 +77,7 @@ class DecodingState:
         self.rows: list[_Row] = []  # those that are decoded: the batch dimension of the tensors below
         self._num_rows = 0  # added so far
         self._cache: DynamicCache | None = None
+        self._is_shared = False  # whether the cache has rows, or room, of others
         self._attention_mask = torch.empty(0)  # int64 [B, S] on the CPU, 0 on padding
         self._logits: Tensor | None = None  # float32 [B, V] for the next token; None until the last one is fed
 
@@ -82,6 +88,7 @@ class DecodingState:
         attention_mask: Tensor,
         options: Sequence[GenerationOptions],
         cache: DynamicCache | None = None,
+        on_leave: Sequence[OnLeave | None] | None = None,
     ) -> list[int]:
         """Prefills new rows, which join those that are being decoded; returns their numbers in the tokens of ``step``.
 
@@ -91,20 +98,24 @@ class DecodingState:
             options: one for each row; ``num_beams`` has no effect.
             cache: the S positions that were prefilled before. It is extended in place, and remains the cache of these
                 rows as long as no others join or leave.
+            on_leave: one for each row, called when it leaves.
         """
         cache, device = new_cache() if cache is None else cache, inputs_embeds.device
         if self.rows:
             self._feed_last_tokens()
         logits = next_token_logits(self.llm, inputs_embeds, attention_mask, cache)
         if self.rows:
-            cache = _join(self._cache, cache)
-            length = cache.get_seq_length()
+            for own, new in zip(self._cache.layers, cache.layers, strict=True):
+                own.add_rows(new)
+            length = self._cache.get_seq_length()
             masks = [pad(mask, (length - mask.shape[1], 0)) for mask in (self._attention_mask, attention_mask)]
-            attention_mask, logits = torch.cat(masks), torch.cat([self._logits, logits])
+            attention_mask, logits, cache = torch.cat(masks), torch.cat([self._logits, logits]), self._cache
+        self._is_shared = len(self.rows) + len(options) > 1
         self._cache, self._attention_mask, self._logits = cache, attention_mask, logits
-        for number, row in enumerate(options, self._num_rows):
+        for i, row in enumerate(options):
             processors = build_processors(row, self.bos_ids, self.eos_ids, device) + build_warpers(row)
-            self.rows.append(_Row(number, row, LogitsProcessorList(processors), row.generator(device)))
+            number, leave = self._num_rows + i, on_leave[i] if on_leave else None
+            self.rows.append(_Row(number, row, LogitsProcessorList(processors), row.generator(device), leave))
         self._num_rows += len(options)
         return list(range(self._num_rows - len(options), self._num_rows))
 
@@ -117,16 +128,40 @@ class DecodingState:
         else:
             choices = zip(self.rows, self._logits.split(1), strict=True)
             tokens = torch.cat([row.choose(logits, self.bos_ids) for row, logits in choices])
-        logits, events, running = self._logits, [], []
+        logits, events, finished = self._logits, [], []
         self._logits = None
         for i, (row, token_id) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
             row.ids.append(token_id)
             is_end = token_id in self.eos_ids or row.options.stop(row.ids)
             events.append(Token(row.number, token_id, is_end, row.logprobs(logits[i], token_id)))
-            if not is_end and len(row.ids) < row.options.max_new_tokens:
-                running.append(i)
-        self._keep(running)
+            if is_end or len(row.ids) >= row.options.max_new_tokens:
+                finished.append(row.number)
+        self.remove(finished)
         return events
+
+    @torch.inference_mode()
+    def remove(self, numbers: Sequence[int]) -> None:
+        """Ends rows, and drops the columns in which all that remain are padded."""
+        order = list(range(len(self.rows)))
+        for index in reversed([i for i, row in enumerate(self.rows) if row.number in numbers]):
+            row, last = self.rows[index], len(self.rows) - 1
+            if row.on_leave is not None:
+                length = int(self._attention_mask[order[index]].sum())
+                own = slice(index, index + 1), slice(self._cache.get_seq_length() - length, None)
+                row.on_leave(copy_cache(self._cache, *own) if self._is_shared else self._cache)
+            self.rows[index], order[index] = self.rows[last], order[last]
+            del self.rows[last], order[last]
+            for layer in self._cache.layers if self.rows else ():  # the last row leaves the whole cache
+                layer.remove_row(index)
+        if not self.rows:
+            self._cache = self._logits = None
+            return
+        mask = self._attention_mask[order]
+        num_padded = int(mask.any(0).int().argmax())
+        self._attention_mask = mask[:, num_padded:]
+        self._logits = None if self._logits is None else self._logits[order]
+        for layer in self._cache.layers if num_padded else ():
+            layer.drop_first(num_padded)
 
     def _feed_last_tokens(self) -> None:
         """Brings cache and logits up to date with the tokens that were chosen last."""
@@ -135,27 +170,6 @@ class DecodingState:
             self._attention_mask = pad(self._attention_mask, (0, 1), value=1)
             embeds = self.llm.get_input_embeddings()(ids)
             self._logits = next_token_logits(self.llm, embeds, self._attention_mask, self._cache)
-
-    def _keep(self, indices: list[int]) -> None:
-        """Removes all rows but those at the given indices, and the columns in which all that remain are padded."""
-        num_rows, self.rows = len(self.rows), [self.rows[i] for i in indices]
-        if not indices or len(indices) == num_rows:  # the cache of the last row is left to the caller
-            return
-        self._cache.batch_select_indices(torch.tensor(indices, device=self.llm.device))
-        mask = self._attention_mask[indices]
-        num_padded = int(mask.any(0).int().argmax())
-        self._attention_mask = mask[:, num_padded:]
-        for layer in self._cache.layers:
-            layer.keys, layer.values = layer.keys[..., num_padded:, :], layer.values[..., num_padded:, :]
-
-
-def _join(*caches: DynamicCache) -> DynamicCache:
-    """The rows of several caches in one, the shorter ones padded on the left."""
-    joined, length = new_cache(), max(cache.get_seq_length() for cache in caches)
-    for i, layers in enumerate(zip(*(cache.layers for cache in caches), strict=True)):
-        parts = [layer.keys for layer in layers], [layer.values for layer in layers]
-        joined.update(*(torch.cat([pad(x, (0, 0, length - x.shape[-2], 0)) for x in part]) for part in parts), i)
-    return joined
 
 
 @torch.inference_mode()

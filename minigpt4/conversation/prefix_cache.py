@@ -1,5 +1,6 @@
 """Key-value caches of recent chats: the next turn of a chat then prefills its new tokens only."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -7,16 +8,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from minigpt4.models.language_model import new_cache
+from minigpt4.models.growing_cache import copy_cache, new_cache
 from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX
-
-
-def copy_cache(cache: DynamicCache, length: int | None = None) -> DynamicCache:
-    """The first ``length`` positions of a cache, or all, in tensors of their own."""
-    copied = new_cache()
-    for i, layer in enumerate(cache.layers):
-        copied.update(layer.keys[..., :length, :], layer.values[..., :length, :], i)
-    return copied
 
 
 @dataclass(eq=False)
@@ -48,10 +41,11 @@ class PrefixCache:
 
     Args:
         num_chats: capacity; with a 7B model and 2,000 tokens each takes 1 GB. 0 stores nothing.
+        max_tokens: of all chats together.
     """
 
-    def __init__(self, num_chats: int = 4) -> None:
-        self.num_chats = num_chats
+    def __init__(self, num_chats: int = 4, max_tokens: float = math.inf) -> None:
+        self.num_chats, self.max_tokens = num_chats, max_tokens
         self._prefixes: list[Prefix] = []  # the latest at the end
 
     def __len__(self) -> int:
@@ -74,7 +68,7 @@ class PrefixCache:
         prefix = own[lengths.index(length)]
         has_all_images = ids[:length].count(IMAGE_TOKEN_INDEX) == prefix.ids.count(IMAGE_TOKEN_INDEX)
         if not has_all_images or 2 * length <= len(prefix.ids):
-            return Prefix(prefix.ids[:length], prefix.images, copy_cache(prefix.cache, length), owner)
+            return Prefix(prefix.ids[:length], prefix.images, copy_cache(prefix.cache, positions=slice(length)), owner)
         self._prefixes.remove(prefix)
         if length < len(prefix.ids):
             prefix.cache.crop(length - len(prefix.ids))
@@ -84,4 +78,5 @@ class PrefixCache:
         """Stores a chat; ``ids`` are all its tokens, of which the last ones may be missing in its cache."""
         prefix.ids, prefix.images = list(ids[: prefix.cache.get_seq_length()]), list(images)
         self._prefixes.append(prefix)
-        del self._prefixes[: max(0, len(self._prefixes) - self.num_chats)]
+        while len(self) > self.num_chats or sum(len(prefix.ids) for prefix in self._prefixes) > self.max_tokens:
+            del self._prefixes[0]

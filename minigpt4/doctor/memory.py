@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigpt4.common import device as devices
-from minigpt4.models.language_model import new_cache, next_token_logits
+from minigpt4.models.growing_cache import new_cache
+from minigpt4.models.language_model import next_token_logits
 
 PARTS = {"llama_model": "language model", "llama_proj": "projection"}  # by attribute; the others are vision
 

@@ -23,7 +23,7 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import read_json_object
 from minigpt4.models import llama_tokenizer
-from minigpt4.models.growing_cache import GrowingLayer
+from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.packed_attention import NAME, PackedBatch
 from minigpt4.models.parallel import local_shard
@@ -78,13 +78,6 @@ def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers, by whatever name the architecture has for them."""
     count = llm.config.get_text_config().num_hidden_layers
     return next(part for part in llm.modules() if isinstance(part, nn.ModuleList) and len(part) == count)
-
-
-def new_cache() -> DynamicCache:
-    """An empty cache of keys and values; sliding windows are in the mask, so that every cache can be cropped."""
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = GrowingLayer
-    return cache
 
 
 def next_token_logits(llm: PreTrainedModel, embeds: Tensor, attention_mask: Tensor, cache: DynamicCache) -> Tensor:
