@@ -32,6 +32,7 @@ USED_BY = {  # flags that not every mode uses
     "out": ("batch",),
     "batch_size": ("batch", "api"),
     "share": ("page",),
+    "max_batch_tokens": ("api",),
     **dict.fromkeys(("host", "port", "allow_origin"), ("page", "api")),
     **dict.fromkeys(("api_key", "allow_host", "allow_folder", "max_queue"), ("api",)),
     **dict.fromkeys(_SAMPLING, ("page", "terminal", "question", "batch")),
@@ -97,7 +98,9 @@ def parse_args() -> argparse.Namespace:
         "--batch", help="folder, glob or table (.jsonl, .csv, .parquet) of images; the question is --ask"
     )
     add("--out", default="captions.jsonl", help=".jsonl, .csv or .parquet that --batch writes, or continues")
-    add("--batch-size", type=count, default=16, help="images or requests that are answered together")
+    add("--batch-size", type=count, help="questions answered together; default: 16 for --batch, at most 64 for --api")
+    tokens = "tokens of the requests that the API answers together; default: what the free memory holds"
+    add("--max-batch-tokens", type=_number(int, 1, 10**9), help=tokens)
     modes.add_argument("--api", dest="mode", action="store_const", const="api", help="serve /v1/chat/completions")
     add("--host", type=host, default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
     add("--port", type=_number(int, 0, 65535), help="default: 7860 for the page, 8000 for the API; 0: any free port")
@@ -203,7 +206,9 @@ def run_batch(args: argparse.Namespace) -> None:
     settings = describe_settings(Config(args).check().to_dict()["model"], flags)
     # An error of the output is reported before the model is loaded.
     with closing(BatchOutput(Path(args.out), [question.row for question in questions], settings)) as output:
-        num_errors = answer_questions(build_chat(args), questions, output, generation_options(args), args.batch_size)
+        num_errors = answer_questions(
+            build_chat(args), questions, output, generation_options(args), args.batch_size or 16
+        )
     print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
     if num_errors == len(questions) > 0:
         sys.exit(1)
@@ -219,7 +224,7 @@ def run_api(args: argparse.Namespace) -> None:
     listener = open_socket(args, 8000)
     folder = Path(args.allow_folder) if args.allow_folder else None
     limits, name = Limits(allowed_hosts=args.allow_host, allowed_folder=folder), Path(args.cfg_path).stem
-    engine = Engine(build_chat(args), args.batch_size, args.max_queue)
+    engine = Engine(build_chat(args), args.batch_size or 64, args.max_queue, max_batch_tokens=args.max_batch_tokens)
     app = build_app(engine, name, limits, args.api_key, args.host, args.allow_origin)
     print(f"Model '{name}' at {address(listener)}/v1", flush=True)
     try:
@@ -286,7 +291,8 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        key = "--batch-size" if args.mode in USED_BY["batch_size"] else "--num-beams or --max-new-tokens"
+        keys = {"batch": "--batch-size", "api": "--max-batch-tokens"}
+        key = keys.get(args.mode, "--num-beams or --max-new-tokens")
         if message := explain_out_of_memory(error, key):
             sys.exit(f"error: {message}")
         raise

@@ -188,7 +188,7 @@ def test_an_address_that_cannot_be_used_is_reported_before_the_model_is_loaded(e
 
 @pytest.mark.parametrize(
     ("arguments", "advice"),
-    [(["--api", "--port", "0"], "--batch-size"), (["--ask", "Why?"], "--num-beams or --max-new-tokens")],
+    [(["--api", "--port", "0"], "--max-batch-tokens"), (["--ask", "Why?"], "--num-beams or --max-new-tokens")],
 )
 def test_out_of_memory_names_flags_that_have_an_effect(end_of, monkeypatch, arguments, advice):
     def load(_):
@@ -274,7 +274,8 @@ def test_an_unreadable_image_is_reported_before_the_model_is_loaded(end_of, mode
 
 def test_an_output_that_cannot_be_written_is_reported_before_the_model_is_loaded(end_of, tmp_path):
     (tmp_path / "a.jpg").touch()
-    assert end_of("--batch", str(tmp_path), "--out", str(tmp_path)).startswith(f"error: --out: {tmp_path} cannot be")
+    arguments = ("--batch", str(tmp_path), "--out", str(tmp_path), "--options", "model.ckpt=null")
+    assert end_of(*arguments).startswith(f"error: --out: {tmp_path} cannot be")
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])
