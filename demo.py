@@ -242,7 +242,12 @@ def run_terminal(args: argparse.Namespace) -> None:
         read_image(args.image)
     chat = build_chat(args)
     sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is a question like any other
-    terminal_chat(chat, generation_options(args), args.image, is_interactive=sys.stdin.isatty())
+    read, is_interactive = input, sys.stdin.isatty()
+    if is_interactive and sys.stdout.isatty():
+        from minigpt4.serve.line_editor import line_editor
+
+        read = line_editor()
+    terminal_chat(chat, generation_options(args), args.image, read, is_interactive)
 
 
 def run_question(args: argparse.Namespace) -> None:

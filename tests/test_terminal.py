@@ -1,10 +1,13 @@
 """The chat in the terminal, on the embedded model."""
 
+import re
+import shlex
+
 import pytest
 from serving import GREEDY, QUESTION
 
 from minigpt4.conversation.stopping import hold_back_partial_stop
-from minigpt4.serve.terminal import terminal_chat
+from minigpt4.serve.terminal import parse_path, terminal_chat
 
 
 def talk(chat, capsys, *lines):
@@ -23,7 +26,7 @@ def talk(chat, capsys, *lines):
 
 def test_commands_and_answers(chat, capsys, scene_folder):
     shown = talk(chat, capsys, "/help", f"/image {scene_folder}/0.png", "What is at the top?", "/reset", "Yes?")
-    assert "/reset" in shown.out and "Received." in shown.out and len(shown.out.splitlines()) == 4 and not shown.err
+    assert "/reset" in shown.out and "Received." in shown.out and len(shown.out.splitlines()) == 5 and not shown.err
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,11 @@ def test_commands_and_answers(chat, capsys, scene_folder):
         ("/image {}/absent.jpg", "absent.jpg"),
         ("x" * 100_000, "too long"),
         ("<ImageHere>", "cannot contain"),
+        ("/imge {}/0.png", "There is no command /imge. Did you mean '/image'?"),
+        ("/what?", "There is no command /what?. To ask a question with this beginning, write //what?"),
+        ("{}/0.png", "To add this file, write /image /"),
+        ("/image", "/image needs a file"),
+        ("/image  ", "/image needs a file"),
     ],
 )
 def test_the_chat_continues_after_a_mistake(chat, capsys, scene_folder, line, message):
@@ -47,6 +55,65 @@ def test_a_refused_question_and_a_reset_chat_leave_nothing(chat, capsys, scene_f
     assert with_image != without
     assert talk(chat, capsys, image, "x" * 100_000, question).out.splitlines()[-1] == with_image
     assert talk(chat, capsys, image, "/reset", question).out.splitlines()[-1] == without
+
+
+@pytest.mark.parametrize("line", ["//proc?", "//", "// x"])
+def test_a_question_may_begin_with_a_slash(chat, capsys, monkeypatch, line):
+    asked, ask = [], chat.ask
+    monkeypatch.setattr(chat, "ask", lambda text, conv: asked.append(text) or ask(text, conv))
+    shown = talk(chat, capsys, line, "a/b?")
+    assert asked == [line[1:], "a/b?"] and len(shown.out.splitlines()) == 2 and not shown.err
+
+
+def test_blank_lines_are_ignored_and_quit_ends_the_chat(chat, capsys):
+    shown = talk(chat, capsys, "", "  ", "Why?", "", "What?", "/quit", "Who?")
+    assert len(shown.out.splitlines()) == 2 and not shown.err
+
+
+def test_paths_as_typed_or_dragged(chat, capsys, scene_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["a b.png", "it's.png", 'say "hi".png', "back\\slash.png", "你好 🙂.png", "a#b.png", "100%.png"]
+    for name in names:
+        (tmp_path / name).write_bytes((scene_folder / "0.png").read_bytes())
+    for name in names:
+        path = str(tmp_path / name)
+        typed = [
+            path,
+            f"~/{name}",
+            f"  {path}  ",
+            shlex.quote(path),
+            shlex.quote(path) + " ",
+            re.sub(r"(\W)", r"\\\1", path),
+        ]
+        for text in [*typed, tmp_path.joinpath(name).as_uri()]:
+            assert parse_path(text) == path, text
+        assert talk(chat, capsys, f"/image {shlex.quote(path)}").out == "Received.\n"
+    assert parse_path("it's absent.png") == "it's absent.png" and parse_path("a\0b") == "a\0b"
+
+
+def interrupting(chat, monkeypatch, after):
+    """Makes Ctrl-C arrive in the first answer, after this many pieces of its text."""
+    stream, count = chat.stream_answer, []
+
+    def hooked(*arguments, **options):
+        pieces = stream(*arguments, **options)
+        count.append(1)
+        for number, piece in enumerate(pieces):
+            if number == after and len(count) == 1:
+                pieces.close()
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(chat, "stream_answer", hooked)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_interrupted_answer_ends_and_the_chat_continues(chat, capsys, scene_folder, monkeypatch, after):
+    image = f"/image {scene_folder}/0.png"
+    plain = talk(chat, capsys, image, QUESTION).out.splitlines()
+    interrupting(chat, monkeypatch, after)
+    shown = talk(chat, capsys, image, QUESTION, "/reset", image, QUESTION).out.splitlines()
+    assert shown[0] == shown[2] == "Received." and shown[3] == plain[1] and plain[1].startswith(shown[1])
 
 
 def test_images_of_every_kind(chat, capsys, image_kinds):
