@@ -25,7 +25,6 @@ QUESTION = "Describe this image in detail."
 MODES = {
     "page": "the web page", "terminal": "--terminal", "question": "--ask", "batch": "--batch", "api": "--api",
 }  # fmt: skip
-_SAMPLING = ("greedy", "temperature", "top_p", "num_beams", "max_new_tokens")  # requests to the API have their own
 USED_BY = {  # flags that not every mode uses
     "image": ("terminal", "question"),
     "ask": ("question", "batch"),
@@ -34,8 +33,8 @@ USED_BY = {  # flags that not every mode uses
     "share": ("page",),
     "max_batch_tokens": ("api",),
     **dict.fromkeys(("host", "port", "allow_origin"), ("page", "api")),
-    **dict.fromkeys(("api_key", "allow_host", "allow_folder", "max_queue"), ("api",)),
-    **dict.fromkeys(_SAMPLING, ("page", "terminal", "question", "batch")),
+    **dict.fromkeys(("api_key", "api_keys", "rate_limit", "allow_host", "allow_folder", "max_queue"), ("api",)),
+    "shutdown_seconds": ("api",),
 }
 
 
@@ -107,12 +106,17 @@ def parse_args() -> argparse.Namespace:
     add("--share", action="store_true", help="also open a public tunnel to the page")
     key = os.environ.get("MINIGPT4_API_KEY")
     add("--api-key", default=key, help="key that clients of the API must send; better set MINIGPT4_API_KEY")
+    add("--api-keys", help="file of such keys, one per line, each with a name after it; read again when it changes")
+    add("--rate-limit", type=count, help="requests per minute of each key, or of each address where there are no keys")
     add("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
     add("--allow-host", type=allowed, action="append", default=[], help="HOST or HOST:PORT that the API may fetch from")
     add("--allow-folder", type=_folder, help="folder whose images the API's clients may name as file:///NAME")
     add("--max-queue", type=count, default=64, help="requests that may wait for the API")
+    seconds = _number(int, 0, 86_400)
+    add("--shutdown-seconds", type=seconds, default=5, help="time of running requests to the API after SIGTERM")
+    # With --api, these are what requests get that do not say otherwise.
     add("--greedy", action="store_true", help="take the most likely token instead of sampling")
-    add("--seed", type=seed, default=42, help="seed of sampling")
+    add("--seed", type=seed, help="seed of sampling; default: 42, or another one for each request to the API")
     add("--temperature", type=_number(float, 0, 2), default=1.0)
     add("--top-p", type=_number(float, 0.01, 1), default=0.9)
     add("--num-beams", type=_number(int, 1, 32), default=1)
@@ -123,16 +127,17 @@ def parse_args() -> argparse.Namespace:
     elif args.mode is None:
         args.mode = "page" if args.ask is None else "question"
     _check_combination(parser, args)
+    if args.seed is None and args.mode != "api":
+        args.seed = 42
     return args
 
 
 def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses flags that would have no effect."""
-    given = [name for name in USED_BY if getattr(args, name) != parser.get_default(name)]
-    for name in given:
-        flag = "--" + name.replace("_", "-")
-        if args.mode not in USED_BY[name]:
-            others = " or ".join(MODES[mode] for mode in USED_BY[name])
+    for name in (name for name, value in vars(args).items() if name != "mode" and value != parser.get_default(name)):
+        flag, modes = "--" + name.replace("_", "-"), USED_BY.get(name, MODES)
+        if args.mode not in modes:
+            others = " or ".join(MODES[mode] for mode in modes)
             parser.error(f"{flag} has no effect with {MODES[args.mode]}; it is for {others}.")
         if args.greedy and args.mode != "page" and name in ("temperature", "top_p"):
             parser.error(f"{flag} has no effect with --greedy, which does not sample; leave one of them out.")
@@ -140,13 +145,14 @@ def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 def open_socket(args: argparse.Namespace, default_port: int) -> socket.socket:
     """Checks who may use the server and opens its socket, before the model is loaded, which takes minutes."""
-    from minigpt4.serve.access import check_api_key, parse_origin
+    from minigpt4.serve.access import parse_origin
+    from minigpt4.serve.clients import ApiKeys
     from minigpt4.serve.server import listen
 
     for origin in args.allow_origin:
         parse_origin(origin)
     if args.mode == "api":
-        check_api_key(args.api_key)
+        ApiKeys(args.api_key, args.api_keys)
     return listen(args.host, default_port if args.port is None else args.port)
 
 
@@ -167,7 +173,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     if args.gpu_id not in (None, device.index or 0):
         text = f"--gpu-id is {args.gpu_id}, but run.device is {run_cfg.device} and the model would run on {device}"
         raise UserError(f"{text}; leave --gpu-id out, or give another run.device.")
-    devices.seed_everything(args.seed)
+    devices.seed_everything(42 if args.seed is None else args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     template = choose_template(read_section(ModelConfig, cfg.model_cfg, "model"), model.llama_tokenizer)
     return Chat(model, eval_image_processor(cfg), device, template=template)
@@ -224,11 +230,13 @@ def run_api(args: argparse.Namespace) -> None:
     listener = open_socket(args, 8000)
     folder = Path(args.allow_folder) if args.allow_folder else None
     limits, name = Limits(allowed_hosts=args.allow_host, allowed_folder=folder), Path(args.cfg_path).stem
+    limits.max_tokens = max(limits.max_tokens, args.max_new_tokens)
     engine = Engine(build_chat(args), args.batch_size or 64, args.max_queue, max_batch_tokens=args.max_batch_tokens)
-    app = build_app(engine, name, limits, args.api_key, args.host, args.allow_origin)
+    access = (args.api_key, args.host, args.allow_origin, args.api_keys, args.rate_limit)
+    app = build_app(engine, name, limits, *access, generation_options(args))
     print(f"Model '{name}' at {address(listener)}/v1", flush=True)
     try:
-        serve(app, listener)
+        serve(app, listener, args.shutdown_seconds)
     finally:
         engine.close(timeout_seconds=2)
 

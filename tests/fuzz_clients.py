@@ -14,7 +14,8 @@ from fuzz_cases import (
 )
 from hypothesis import strategies as st
 
-from minigpt4.serve.api_requests import ApiError, Limits, load_image, parse_body
+from minigpt4.serve.api_requests import ApiError, Limits, parse_body
+from minigpt4.serve.image_sources import load_image
 
 BODY = {
     "model": "m",

@@ -62,10 +62,11 @@ def served(app):
 class Server:
     """The API on a free port, in a thread."""
 
-    def __init__(self, chat, api_key=None, max_queue=8, **limits):
+    def __init__(self, chat, api_key=None, max_queue=8, rate_limit=None, **limits):
         self.engine = Engine(chat, max_batch=4, max_queue=max_queue, max_length=400)
         self.stack = ExitStack()
-        self.url = self.stack.enter_context(served(api.build_app(self.engine, NAME, Limits(**limits), api_key)))
+        app = api.build_app(self.engine, NAME, Limits(**limits), api_key, rate_limit=rate_limit)
+        self.url = self.stack.enter_context(served(app))
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key or "none", max_retries=0)
 
     def ask(self, what, **options):

@@ -128,10 +128,12 @@ MISTAKES = {
     "--max-queue 2": "--max-queue has no effect",
     "--allow-host a.example": "--allow-host has no effect",
     "--allow-folder .": "--allow-folder has no effect",
-    "--api --greedy": "--greedy has no effect with --api",
-    "--api --temperature 0.5": "--temperature has no effect with --api",
-    "--api --num-beams 2": "--num-beams has no effect with --api",
-    "--api --max-new-tokens 5": "--max-new-tokens has no effect with --api",
+    "--api --greedy --temperature 0.5": "--temperature has no effect with --greedy",
+    "--api --rate-limit 0": "--rate-limit: '0' is not a whole number from 1",
+    "--api --shutdown-seconds -1": "--shutdown-seconds: '-1' is not a whole number from 0",
+    "--rate-limit 5": "--rate-limit has no effect with the web page; it is for --api",
+    "--terminal --api-keys F": "--api-keys has no effect with --terminal; it is for --api",
+    "--batch . --shutdown-seconds 9": "--shutdown-seconds has no effect with --batch",
     "--terminal --greedy --temperature 0.5": "--temperature has no effect with --greedy",
     "--ask Why? --greedy --top-p 0.5": "--top-p has no effect with --greedy",
 }
@@ -213,7 +215,7 @@ def run_server(chat, monkeypatch, capsys):
             assert "http" not in capsys.readouterr().out
             return chat
 
-        def serve(app, listener, **_):
+        def serve(app, listener, *_, **__):
             served.extend((server.address(listener), app, capsys.readouterr().out))
             listener.close()
 

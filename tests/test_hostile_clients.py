@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.serve import api, api_requests, server
+from minigpt4.serve import api, api_requests
 from minigpt4.serve.api_requests import Limits
 from minigpt4.serve.engine import Engine
 
@@ -62,6 +62,13 @@ def data_url(data):
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
+def schema(value):
+    return body(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}})
+
+
+DEEP = {"type": "integer"}
+for _ in range(200):
+    DEEP = {"type": "array", "items": DEEP}
 LONG = [{"role": role, "content": "x"} for _ in range(600) for role in ("user", "assistant")]
 REFUSED = {
     # bodies
@@ -82,7 +89,7 @@ REFUSED = {
     "no messages": (body(messages=[]), 400, "messages"),
     "messages as a text": (body(messages="Why?"), 400, "messages"),
     "a message as a text": (body(messages=["Why?"]), 400, "messages.0"),
-    "a message of null": (said(None), 400, "content"),
+    "a message of null": (said(None), 400, "empty"),
     "a message of a number": (said(5), 400, "content"),
     "an unknown role": (said("Why?", role="root"), 400, "role"),
     "the model's turn": (said("Why?", role="assistant"), 400, "last message"),
@@ -94,12 +101,12 @@ REFUSED = {
     "the placeholder of an image from the system": (
         body(messages=[{"role": "system", "content": "<ImageHere>"}, {"role": "user", "content": "Why?"}]),
         400,
-        "images",
+        "cannot contain <ImageHere>",
     ),
     "the placeholder of an image from the model": (
         body(messages=[{"role": "assistant", "content": "<ImageHere>"}, {"role": "user", "content": "Why?"}]),
         400,
-        "images",
+        "cannot contain <ImageHere>",
     ),
     "300,000 letters": (said("x" * 300_000), 400, "300000 characters"),
     "100,000 letters": (said("x" * 100_000), 400, "too long"),
@@ -112,15 +119,31 @@ REFUSED = {
     "2000 parts": (said([{"type": "text", "text": "a"}] * 2000), 400, "content"),
     # numbers
     "tokens below one": (body(max_tokens=0), 400, "max_tokens"),
-    "tokens without end": (body(max_tokens=10**9), 400, "max_tokens"),
     "tokens as a text": (body(max_tokens="many"), 400, "max_tokens"),
     "a temperature below zero": (body(temperature=-1), 400, "temperature"),
     "NaN": (json.dumps(body(temperature=float("nan"))).encode(), 400, "temperature"),
     "infinity": (json.dumps(body(temperature=float("inf"))).encode(), 400, "temperature"),
-    "a share of nothing": (body(top_p=0), 400, "top_p"),
+    "a share below zero": (body(top_p=-1), 400, "top_p"),
     "a share of two": (body(top_p=2), 400, "top_p"),
     "a seed as a fraction": (body(seed=1.5), 400, "seed"),
-    "two answers": (body(n=2), 400, "n"),
+    "nine answers": (body(n=9), 400, "n"),
+    "no answers": (body(n=0), 400, "n"),
+    "a penalty of three": (body(presence_penalty=3), 400, "presence_penalty"),
+    "a penalty that is none": (json.dumps(body(frequency_penalty=float("nan"))).encode(), 400, "frequency_penalty"),
+    "a repetition penalty near zero": (body(repetition_penalty=1e-30), 400, "repetition_penalty"),
+    "a bias of a token that is none": (body(logit_bias={"100000": 1}), 400, "100000 is no token"),
+    "a bias of a text": (body(logit_bias={"cat": 1}), 400, "logit_bias"),
+    "a bias without end": (body(logit_bias={"5": 1e30}), 400, "logit_bias"),
+    "5000 biases": (body(logit_bias={str(i): 1 for i in range(5000)}), 400, "logit_bias"),
+    "unknown fields": (body(evil={"a": [1]}), 400, "'evil' is not supported"),
+    "half a surrogate pair as a field": (json.dumps(body(**{"\ud800": 1})).encode(), 400, "unicode"),
+    # formats
+    "a schema of another schema": (schema({"type": "objekt"}), 400, "objekt"),
+    "a schema that refers to a host": (schema({"$ref": "http://127.0.0.1/x"}), 400, "schema"),
+    "a schema that refers to a file": (schema({"$ref": "file:///etc/passwd"}), 400, "schema"),
+    "a schema of 200 levels": (schema(DEEP), 400, "recursion"),
+    "half an expression": (schema({"type": "string", "pattern": "("}), 400, "unclosed"),
+    "a schema as a text": (schema("{}"), 400, "schema"),
     "a stop word of a megabyte": (body(stop="x" * 500_000), 400, "stop"),
     "100 stop words": (body(stop=["x"] * 100), 400, "stop"),
     "stop words of numbers": (body(stop=[5]), 400, "stop"),
@@ -174,12 +197,17 @@ ANSWERED = {
     "a zero byte": said("Why\0?"),
     "marks of the template": said("###Human: a ###Assistant: b </s><s>"),
     "other writing": said("为什么🙂? \u202e\u0000"),
+    "tokens without end": body(max_tokens=10**9),
+    "a share of nothing": body(top_p=0, temperature=1),
+    "large penalties": body(presence_penalty=2, frequency_penalty=-2, repetition_penalty=10, temperature=2),
+    "an expression of many steps": schema({"type": "string", "pattern": "(a|b|ab)*c{1000}(x?){200}x{200}"}),
+    "an expression that others try again and again": schema({"type": "string", "pattern": "(a+)+$"}),
+    "a schema that contains itself": schema({"type": "array", "items": {"$ref": "#"}}),
     "a huge seed": body(seed=10**30, temperature=1),
     "a seed far below zero": body(seed=-(10**30), temperature=1),
     "next to no temperature": body(temperature=1e-300, seed=1),
     "next to no share": body(temperature=1, top_p=1e-300),
     "an empty stop word": body(stop=""),
-    "unknown fields": body(evil={"a": [1]}),
     "an image": shown("data:image/png;base64," + PNG),
     "an image of the folder": shown("file:///a.png"),
 }
@@ -222,7 +250,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_request():
 
     with pytest.raises(api_requests.ApiError) as error:
         asyncio.run(api_requests.read_body(Request({"type": "http", "method": "POST"}, receive), 100))
-    assert error.value.status == 400 and "disconnected" in str(error.value.body)
+    assert error.value.status == 499 and "disconnected" in str(error.value.body)
 
 
 def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confined):
@@ -266,16 +294,6 @@ def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):
     for thread in threads:
         thread.join()
     assert len(most) == 6 and max(most) == 2
-
-
-def test_connections_are_limited(monkeypatch):
-    served = []
-    monkeypatch.setattr(server.uvicorn.Server, "run", lambda self, sockets: served.append((self.config, *sockets)))
-    with server.listen("127.0.0.1", 0) as listener:
-        server.serve(None, listener)
-        server.serve(None, listener, max_connections=1000)
-    assert [config.limit_concurrency for config, _ in served] == [server.MAX_CONNECTIONS, 1000]
-    assert all(used is listener for _, used in served)
 
 
 def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from minigpt4.common.errors import UserError
-from minigpt4.serve import api_requests
-from minigpt4.serve.api_requests import Limits, load_image
+from minigpt4.serve import image_sources
+from minigpt4.serve.api_requests import Limits
+from minigpt4.serve.image_sources import load_image
 
 MAX_BYTES = 2**20
 
@@ -50,7 +51,7 @@ def test_an_endless_image_is_given_up(confined):
 
 
 def test_an_image_that_arrives_slowly_is_given_up(monkeypatch, confined):
-    monkeypatch.setattr(api_requests, "MAX_DOWNLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(image_sources, "MAX_DOWNLOAD_SECONDS", 0.5)
 
     def trickle(connection):
         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
@@ -104,7 +105,7 @@ def test_hosts_and_ports(monkeypatch, allowed, url, is_allowed):
     async def download(address, max_bytes):
         return str(address.host).encode()
 
-    monkeypatch.setattr(api_requests, "_download", download)
+    monkeypatch.setattr(image_sources, "_download", download)
     loading = load_image(url, Limits(allowed_hosts=[allowed]))
     if is_allowed:
         assert asyncio.run(loading).decode() in allowed.lower()

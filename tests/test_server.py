@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from serving import GREEDY
 
@@ -65,6 +66,94 @@ def test_sigterm_ends_the_server_with_status_0(requests):
             for client in clients:
                 client.close()
     assert process.returncode == 0 and output.endswith("ended\n") and "Traceback" not in output
+
+
+ENDING = """
+import asyncio, sys, threading
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.routing import Route
+from minigpt4.serve import server
+
+release = threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), release.set()), daemon=True).start()
+
+async def stream(request):
+    async def lines():
+        yield "begun\\n"
+        while not release.is_set():
+            await asyncio.sleep(0.02)
+        yield "ended\\n"
+    return StreamingResponse(lines())
+
+async def read(request):
+    return PlainTextResponse("read")
+
+listener = server.listen("127.0.0.1", 0)
+print(server.address(listener), flush=True)
+server.serve(Starlette(routes=[Route("/stream", stream), Route("/read", read)]), listener, 60, max_connections=3)
+print("left", flush=True)
+"""
+
+
+@pytest.fixture
+def ending_server():
+    """A server whose streams end when it reads a line, and its URL."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([sys.executable, "-c", ENDING], cwd=ROOT, text=True, **pipes) as process:
+        yield process, process.stdout.readline().strip()
+        process.kill()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_running_streams_end_and_new_requests_are_refused(ending_server, sign):
+    process, url = ending_server
+    with httpx.stream("GET", f"{url}/stream", timeout=20) as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "begun"
+        process.send_signal(sign)
+        deadline = time.monotonic() + 20
+        while (found := httpx.get(f"{url}/read")).status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert found.status_code == 503 and int(found.headers["retry-after"]) > 0
+        assert found.json()["error"]["message"] == "The server is ending."
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert next(lines) == "ended"
+    output, _ = process.communicate(timeout=20)
+    if sign == signal.SIGTERM:
+        assert (process.returncode, output) == (0, "left\n")
+    else:
+        assert process.returncode != 0 and "KeyboardInterrupt" in output
+
+
+def test_a_second_signal_ends_the_server_at_once(ending_server):
+    process, url = ending_server
+    with httpx.stream("GET", f"{url}/stream", timeout=20) as stream:
+        lines = stream.iter_lines()  # its end would close the connection
+        assert next(lines) == "begun"
+        begin = time.monotonic()
+        for _ in range(2):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and output.endswith("left\n") and "Traceback" not in output
+    assert time.monotonic() - begin < 15  # and not a minute
+
+
+def test_too_many_connections_are_refused(ending_server):
+    _, url = ending_server
+    address = ("127.0.0.1", int(url.rpartition(":")[2]))
+    others = [socket.create_connection(address) for _ in range(3)]
+    found = httpx.get(f"{url}/read")
+    assert found.status_code == 503 and int(found.headers["retry-after"]) > 0
+    assert found.json()["error"]["type"] == "server_error" and "too many connections" in found.text
+    for other in others:
+        other.close()
+    deadline = time.monotonic() + 20
+    while (found := httpx.get(f"{url}/read")).status_code != 200 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert found.text == "read"
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")

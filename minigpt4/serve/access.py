@@ -1,4 +1,4 @@
-"""Who may use a server: its API key, and checks of the Host and Origin headers with CORS."""
+"""Which pages and names may use a server: checks of the Host and Origin headers, with CORS."""
 
 import ipaddress
 import re
@@ -43,12 +43,17 @@ class OriginCheck:
             label = name.partition(".")[0]
             self.names |= {name, label, f"{label}.local"}
         # Only accepted origins get there.
-        self.app = CORSMiddleware(app, allow_origin_regex=".*", allow_methods=["*"], allow_headers=["*"])
+        anything = {"allow_origin_regex": ".*", "allow_methods": ["*"], "allow_headers": ["*"]}
+        self.app = CORSMiddleware(app, **anything, expose_headers=["Retry-After"])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes an accepted request on."""
         error = self._refuse(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else None
-        await (JSONResponse(error.body, error.status) if error else self.app)(scope, receive, send)
+        if error is None:
+            await self.app(scope, receive, send)
+        else:
+            scope.setdefault("state", {})["reason"] = error.code
+            await JSONResponse(error.body, error.status)(scope, receive, send)
 
     def _refuse(self, headers: Headers) -> ApiError | None:
         host, origin = ",".join(headers.getlist("host")), headers.get("origin")
@@ -97,12 +102,3 @@ def _advice(origin: str) -> str:
         parse_origin(origin)
         return f"; start the server with --allow-origin {origin}."
     return "."
-
-
-def check_api_key(api_key: str | None) -> None:
-    """Raises UserError for a key that cannot be sent in a header; None is none."""
-    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
-        kind = "has other characters than ASCII's letters, digits and signs" if api_key else "is empty"
-        raise UserError(
-            f"The API key (--api-key or MINIGPT4_API_KEY) {kind}; give another, or none for an open server."
-        )

@@ -1,15 +1,14 @@
 """/v1/chat/completions: loads a request's images, has the engine answer it, and sends the answer, whole or streamed."""
 
 import asyncio
-import json
+import functools
 import logging
 import queue
 import time
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -17,77 +16,128 @@ from torch import Tensor
 
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Answer
-from minigpt4.conversation.stopping import hold_back_partial_stop
-from minigpt4.serve import api_requests
+from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.serve import api_requests, constrained
 from minigpt4.serve.api_requests import ApiError, Body, Limits
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.engine import Request as EngineRequest
 from minigpt4.serve.image_decoder import ImageDecoder
+from minigpt4.serve.image_sources import load_image
+from minigpt4.serve.metrics import Metrics
+from minigpt4.serve.responses import ResponseWriter
 
 T = TypeVar("T")
 _INTERNAL = {"status": 500, "code": "internal"}
 _QUEUE_FULL = {"message": "Too many requests are waiting; try again later.", "status": 429, "code": "queue_full"}
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events
 
 
 @dataclass
 class Completions:
-    """Chat completions of the model ``name``."""
+    """Chat completions of the model ``name``; ``defaults`` are the options of requests that do not set them."""
 
     engine: Engine
     name: str
     limits: Limits
+    metrics: Metrics
+    defaults: GenerationOptions = field(default_factory=GenerationOptions)
     decoder: ImageDecoder = field(default_factory=ImageDecoder)
     # An own processor may get images of 400 MB.
     processing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
+    _vocabulary: constrained.Vocabulary | None = None
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def create(self, request: Request) -> JSONResponse | StreamingResponse:
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for the name of another model."""
+        if name != self.name:
+            text = f"There is no model '{name}'; this server has '{self.name}'."
+            raise ApiError(text, "model", status=404, code="model_not_found")
+
+    async def create(self, request: Request, client: str) -> JSONResponse | StreamingResponse:
         """The response to a request; ApiError if it is refused. A client that disconnects cancels it."""
-        arrival, client = time.monotonic(), request.client.host if request.client else ""
+        arrival = time.monotonic()
         try:
             async with asyncio.timeout(self.limits.timeout_seconds):
                 body = await api_requests.read_body(request, self.limits.max_body_bytes)
-                if body.model != self.name:
-                    text = f"There is no model '{body.model}'; this server has '{self.name}'."
-                    raise ApiError(text, "model", status=404, code="no_model")
-                answers = await _unless_disconnected(request, self._submit(body, client, arrival))
+                self.check_model(body.model)
+                updates = await _unless_disconnected(request, self._submit(body, client, arrival))
         except TimeoutError as error:
             raise self._timeout() from error
+        counted = _count_tokens(updates, request)
+        writer = ResponseWriter(body, [self.engine.chat.template.stop_string, *body.stop], self._vocabulary)
         if body.stream:
-            first = await _unless_disconnected(request, anext(answers))  # an error still has its HTTP status
-            stop_strings = [self.engine.chat.template.stop_string, *body.stop]
-            return StreamingResponse(_events(answers, first, body, stop_strings), media_type="text/event-stream")
-        answer = await _unless_disconnected(request, _last(answers))
-        message = {"role": "assistant", "content": answer.text}
-        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
-        return JSONResponse(_head("chat.completion", self.name) | {"choices": [choice], "usage": _usage(answer)})
+            first = await _unless_disconnected(request, anext(counted))  # an error still has its HTTP status
+            events = writer.events(counted, first)
+            return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+        answers = await _unless_disconnected(request, _last(counted))
+        return JSONResponse(writer.whole([answers[i] for i in range(body.n)]))
 
-    async def _submit(self, body: Body, client: str, arrival: float) -> AsyncIterator[Answer]:
-        """Checks a request, loads its images and puts it into the engine's queue; returns the growing answer."""
+    async def _submit(self, body: Body, client: str, arrival: float) -> AsyncIterator[tuple[int, Answer]]:
+        """Checks a request, loads its images and puts it into the engine's queue; returns the growing answers."""
         api_requests.check_messages(body.messages, self.limits)
-        options = api_requests.read_options(body, self.limits, self.engine.chat.model.llama_tokenizer.decode)
-        messages = await api_requests.load_messages(
-            body.messages, self.limits, lambda data: self._process_image(data, client)
-        )
-        loop, updates = asyncio.get_running_loop(), asyncio.Queue()
-
-        def truncate(text: str) -> str:
-            return min((text.split(stop)[0] for stop in body.stop), key=len, default=text)
-
-        def on_update(update: Answer | Exception) -> None:  # called on the engine's thread
-            if isinstance(update, Answer):  # a snapshot, as the engine's own grows
-                decode = update.decode
-                update = replace(update, ids=list(update.ids), decode=lambda ids: truncate(decode(ids)))
-            with suppress(RuntimeError):  # the loop is closed, as the server has ended
-                loop.call_soon_threadsafe(updates.put_nowait, update)
-
-        request = EngineRequest(messages, options, on_update, self.limits.timeout_seconds, client, arrival=arrival)
+        tokenizer = self.engine.chat.model.llama_tokenizer
+        options = api_requests.read_options(body, self.limits, self.defaults, tokenizer.decode)
+        if body.logit_bias:
+            num_tokens = self.engine.chat.model.llama_model.get_input_embeddings().num_embeddings
+            bias = constrained.add_bias(body.logit_bias, num_tokens)
+            options = replace(options, logits_processors=[*options.logits_processors, bias])
+        if body.logprobs or body.response_format.type != "text":
+            vocabulary = await self._read_vocabulary()
+        grammar = None
+        if body.response_format.type != "text":
+            grammar = await asyncio.to_thread(constrained.compile_format, body.response_format, vocabulary)
+        messages = await api_requests.load_messages(body.messages, lambda url: self._load_image(url, client))
+        requests, checks, updates = [], [], asyncio.Queue()
+        for i in range(body.n):
+            own = options if options.seed is None else replace(options, seed=options.seed + i)
+            if grammar is not None:
+                processor = constrained.GrammarProcessor(vocabulary, grammar)
+                own = replace(own, logits_processors=[*own.logits_processors, processor])
+                checks.append(processor.check)
+            on_update = self._updater(i, updates, body.stop, arrival)
+            requests.append(
+                EngineRequest(messages, own, on_update, self.limits.timeout_seconds, client, arrival=arrival)
+            )
         try:
-            self.engine.submit(request)
+            for request in requests:
+                self.engine.submit(request)
         except queue.Full:
+            for request in requests:
+                request.cancelled.set()
             raise ApiError(**_QUEUE_FULL) from None
-        return self._receive(request, updates)
+        return self._receive(requests, updates, checks)
 
-    async def _process_image(self, data: bytes, client: str) -> Tensor:
+    async def _read_vocabulary(self) -> constrained.Vocabulary:
+        async with self._reading:
+            if self._vocabulary is None:
+                chat = self.engine.chat
+                arguments = (chat.model.llama_tokenizer, chat.model.eos_ids, chat.template.stop_string)
+                self._vocabulary = await asyncio.to_thread(constrained.read_vocabulary, *arguments)
+        return self._vocabulary
+
+    def _updater(
+        self, index: int, updates: asyncio.Queue, stop: Sequence[str], arrival: float
+    ) -> Callable[[Answer | Exception], None]:
+        """What the engine calls on its thread with one answer as it grows, which goes into ``updates``."""
+        loop, observe = asyncio.get_running_loop(), self.metrics.observer(arrival)
+        eos_ids = set(self.engine.chat.model.eos_ids)
+
+        def decode(answer: Answer, ids: Sequence[int]) -> str:
+            text = answer.decode([i for i in ids if i not in eos_ids])  # some templates keep the end token
+            return min((text.split(end)[0] for end in stop), key=len, default=text)
+
+        def on_update(update: Answer | Exception) -> None:
+            if isinstance(update, Answer):  # a snapshot, as the engine's own grows
+                observe(update)
+                own = functools.partial(decode, update)
+                update = replace(update, ids=list(update.ids), logprobs=list(update.logprobs), decode=own)
+            with suppress(RuntimeError):  # the loop is closed, as the server has ended
+                loop.call_soon_threadsafe(updates.put_nowait, (index, update))
+
+        return on_update
+
+    async def _load_image(self, url: str, client: str) -> Tensor:
+        data = await load_image(url, self.limits)
         if self.decoder.num_waiting(client) >= self.engine.waiting.maxsize:
             raise ApiError(**_QUEUE_FULL)
         size = getattr(self.engine.chat.vis_processor, "first_size", None)
@@ -101,25 +151,34 @@ class Completions:
             logging.exception("An image could not be processed.")
             raise ApiError("An image could not be processed; the server's log has the reason.", **_INTERNAL) from error
 
-    async def _receive(self, request: EngineRequest, updates: asyncio.Queue) -> AsyncIterator[Answer]:
-        """The answer as it grows; closing the iterator cancels the request."""
+    async def _receive(
+        self, requests: Sequence[EngineRequest], updates: asyncio.Queue, checks: Sequence[Callable[[], None]]
+    ) -> AsyncIterator[tuple[int, Answer]]:
+        """(Index, answer) as the answers of ``requests`` grow; closing the iterator cancels them."""
         try:
-            is_over = False
-            while not is_over:
-                remaining = request.arrival + request.timeout_seconds - time.monotonic()
-                update = await asyncio.wait_for(updates.get(), max(remaining, 0))
+            num_running, end = len(requests), requests[0].arrival + self.limits.timeout_seconds
+            while num_running:
+                index, update = await asyncio.wait_for(updates.get(), max(end - time.monotonic(), 0))
                 if isinstance(update, Exception):
                     raise update
-                is_over = update.finish_reason is not None
-                yield update
+                if time.monotonic() > end:  # the engine ends answers that are out of time, too
+                    raise TimeoutError
+                if update.finish_reason is not None:
+                    num_running -= 1
+                    for check in checks:
+                        check()
+                yield index, update
         except TimeoutError as error:
             raise self._timeout() from error
         except UserError as error:
             raise ApiError(str(error), "messages") from error
+        except ApiError:
+            raise
         except Exception as error:
             raise ApiError("The model failed; the server's log has the reason.", **_INTERNAL) from error
         finally:
-            request.cancelled.set()
+            for request in requests:
+                request.cancelled.set()
 
     def _timeout(self) -> ApiError:
         text = f"The answer took longer than {self.limits.timeout_seconds:g} s."
@@ -137,7 +196,7 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ApiError("The client disconnected.")
+            raise ApiError("The client disconnected.", status=499, code="disconnected")
         return working.result()
     finally:
         for task in tasks:
@@ -145,49 +204,23 @@ async def _unless_disconnected(request: Request, work: Awaitable[T]) -> T:
         await asyncio.wait(tasks)
 
 
-async def _last(answers: AsyncIterator[Answer]) -> Answer:
-    async with aclosing(answers):
-        while not (answer := await anext(answers)).finish_reason:
-            pass
-    return answer
+async def _count_tokens(
+    updates: AsyncIterator[tuple[int, Answer]], request: Request
+) -> AsyncIterator[tuple[int, Answer]]:
+    """Passes updates on; the access log reads their number of tokens, and the reason of an error."""
+    counts: dict[int, int] = {}
+    async with aclosing(updates):
+        try:
+            async for index, answer in updates:
+                counts[index] = len(answer.ids)
+                request.state.num_tokens = sum(counts.values())
+                yield index, answer
+        except ApiError as error:
+            request.state.reason = error.code
+            raise
 
 
-def _head(kind: str, name: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": name}
-
-
-def _usage(answer: Answer) -> dict[str, Any]:
-    prompt, completion = answer.prompt_tokens, len(answer.ids)
-    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-    return usage | {"prompt_tokens_details": {"cached_tokens": answer.cached_tokens}}
-
-
-async def _events(
-    answers: AsyncIterator[Answer], answer: Answer, body: Body, stop_strings: Sequence[str]
-) -> AsyncIterator[str]:
-    """The server-sent events of a stream; ``answer`` is its first update."""
-    head = _head("chat.completion.chunk", body.model)
-
-    def event(delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
-
-    sent = ""
-    yield event({"role": "assistant", "content": ""})
-    try:
-        while True:
-            text = answer.text if answer.finish_reason else hold_back_partial_stop(answer.text, stop_strings)
-            if text.startswith(sent) and text != sent:
-                yield event({"content": text[len(sent) :]})
-                sent = text
-            if answer.finish_reason:
-                break
-            answer = await anext(answers)
-        yield event({}, answer.finish_reason)
-        if body.stream_options.get("include_usage"):
-            yield f"data: {json.dumps(head | {'choices': [], 'usage': _usage(answer)})}\n\n"
-        yield "data: [DONE]\n\n"
-    except ApiError as error:
-        yield f"data: {json.dumps(error.body)}\n\n"
-    finally:
-        await answers.aclose()
+async def _last(updates: AsyncIterator[tuple[int, Answer]]) -> dict[int, Answer]:
+    """The final answers by their index."""
+    async with aclosing(updates):
+        return {index: answer async for index, answer in updates}
