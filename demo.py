@@ -25,6 +25,7 @@ QUESTION = "Describe this image in detail."
 MODES = {
     "page": "the web page", "terminal": "--terminal", "question": "--ask", "batch": "--batch", "api": "--api",
 }  # fmt: skip
+_SAMPLING = ("greedy", "temperature", "top_p", "num_beams", "max_new_tokens")
 USED_BY = {  # flags that not every mode uses
     "image": ("terminal", "question"),
     "ask": ("question", "batch"),

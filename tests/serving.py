@@ -7,6 +7,7 @@ from argparse import Namespace
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
 import openai
 import uvicorn
 
@@ -18,7 +19,7 @@ from minigpt4.serve.engine import Engine
 from minigpt4.serve.server import address, listen
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
-NAME = "small"
+NAME, PATH = "small", "/v1/chat/completions"
 QUESTION = "Describe this image in detail."
 
 
@@ -41,6 +42,21 @@ def post_text(**changes):
     """The body of a request without images."""
     body = {"model": NAME, "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4, "temperature": 0}
     return json.dumps(body | changes).encode()
+
+
+def post(server, **changes):
+    """The response to a short question; ``changes`` are fields of its body."""
+    return httpx.post(server.url + PATH, content=post_text(**changes), timeout=60)
+
+
+def answered(server, **changes):
+    found = post(server, **changes)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def text_of(completion, index=0):
+    return completion["choices"][index]["message"]["content"]
 
 
 def rows_of(file):
