@@ -125,7 +125,8 @@ def test_text_that_was_sent_is_not_sent_again_in_other_words(chat, monkeypatch):
     """What precedes "Assistant:" is no part of an answer, but it has been sent when that is seen."""
     ids = chat.model.llama_tokenizer("It is a dog. Assistant: yes###", add_special_tokens=False).input_ids
     tokens = iter([Token(0, i, n == len(ids)) for n, i in enumerate(ids, 1)])
-    monkeypatch.setattr(generation.DecodingState, "step", lambda _: [next(tokens)])
+    for name in ("add", "step"):
+        monkeypatch.setattr(generation.DecodingState, name, lambda *_: [next(tokens)])
     conv, images = asked(chat, "What is it?")
     assert "".join(chat.stream_answer(conv, images)) == "It is a dog. Assistant"
     assert conv.messages[-1] == ["Assistant", "yes"]

@@ -93,11 +93,17 @@ def test_each_way_to_end_is_reported(llm):
     assert not any(is_end for row in events.values() for _, is_end in row[:-1])
 
 
+def collect(collected, tokens):
+    """Appends tokens to the ids by row number; returns the numbers of their rows."""
+    for token in tokens:
+        collected.setdefault(token.row, []).append(token.id)
+    return [token.row for token in tokens]
+
+
 def run(state, collected, num_steps=None):
     """Steps until all rows have ended, or so many; ids by row number."""
     while state.rows and num_steps != 0:
-        for row, token, *_ in state.step():
-            collected.setdefault(row, []).append(token)
+        collect(collected, state.step())
         num_steps = None if num_steps is None else num_steps - 1
     return collected
 
@@ -114,9 +120,9 @@ def test_a_row_that_joins_gets_the_tokens_it_gets_alone(llm, joins_at, length, o
     others = [row.ids for row in generate(llm, embeds, mask, greedy(12), BOS, NO_EOS)]
     alone = generate(llm, late, late_mask, options, BOS, NO_EOS)[0].ids
     state, ids = DecodingState(llm, BOS, NO_EOS), {}
-    assert state.add(embeds, mask, [greedy(12)] * 3) == [0, 1, 2]
+    assert collect(ids, state.add(embeds, mask, [greedy(12)] * 3)) == [0, 1, 2]
     run(state, ids, joins_at)
-    assert state.add(late, late_mask, [options]) == [3]
+    assert collect(ids, state.add(late, late_mask, [options])) == [3]
     assert run(state, ids) == dict(enumerate([*others, alone]))
 
 
@@ -128,7 +134,7 @@ def test_rows_join_and_leave_in_every_architecture(any_llm):
     alone = [generate(any_llm, *part, options, BOS, NO_EOS)[0].ids for part, options in pairs]
     state, ids = DecodingState(any_llm, BOS, NO_EOS), {}
     for part, options, num_steps in zip(parts, each, (2, 3, 99, 99), strict=True):
-        state.add(*part, [options])
+        collect(ids, state.add(*part, [options]))
         run(state, ids, num_steps)
     assert ids == dict(enumerate(alone))
 
@@ -137,11 +143,11 @@ def test_a_row_joins_with_a_cache_of_its_own(llm):
     embeds, mask = context(llm, 8, seed=4)
     alone = generate(llm, embeds, mask, greedy(6), BOS, NO_EOS)[0].ids
     state, ids, cache = DecodingState(llm, BOS, NO_EOS), {}, new_cache()
-    state.add(*contexts(llm), [greedy(8)] * 3)
+    collect(ids, state.add(*contexts(llm), [greedy(8)] * 3))
     run(state, ids, 3)
     with torch.no_grad():
         next_token_logits(llm, embeds[:, :5], mask[:, :5], cache)
-    (row,) = state.add(embeds[:, 5:], mask, [greedy(6)], cache)
+    (row,) = collect(ids, state.add(embeds[:, 5:], mask, [greedy(6)], cache))
     assert run(state, ids)[row] == alone
 
 

@@ -73,6 +73,18 @@ class _Row:
     embeds: Tensor | None = None  # LM inputs [1, T, L] until they are prefilled
     start: float = field(default_factory=time.perf_counter)
 
+    def grow(self, token: Token) -> None:
+        """Adds a token to the answer."""
+        answer = self.answer
+        answer.ids.append(token.id)
+        answer.logprobs += [token.logprobs] if token.logprobs else []
+        answer.seconds = time.perf_counter() - self.start
+        answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
+        if token.is_end:
+            answer.finish_reason = "stop"
+        elif len(answer.ids) >= self.plan.options.max_new_tokens:
+            answer.finish_reason = "length"
+
     def end(self) -> None:
         """Adds the answer to the conversation, if there is one."""
         if self.answer.ids:
@@ -113,6 +125,7 @@ class AnswerBatch:
         self._state = DecodingState(model.llama_model, model.bos_ids, model.eos_ids)
         self._waiting: deque[_Row] = deque()  # to be prefilled
         self._running: dict[int, _Row] = {}  # by their numbers in the state
+        self._prefills = False  # whether the last step did
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
@@ -149,25 +162,28 @@ class AnswerBatch:
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
-        """Prefills a part of what is new and chooses a token for each row; returns the answers that have grown.
+        """Prefills a part of what is new or, in turns, decodes a token for each row; returns the answers that grew.
 
-        Several tokens of one answer may come at once. An exception, such as out of memory, ends all answers.
+        A beam search gives all its tokens at once. An exception, such as out of memory, ends all answers.
         """
+        if not len(self):
+            return []
         devices.use(self.chat.device)  # the threads of a server start on the first device
+        self._prefills = bool(self._waiting) and not (self._prefills and self._running)
         try:
-            grown = self._prefill()
-            for token in self._state.step() if self._state.rows else ():
-                row = self._running[token.row]
-                _grow(row, token)
-                if row.answer.finish_reason:
-                    self._running.pop(token.row).end()
-                grown.append(row.answer)
+            tokens = self._prefill() if self._prefills else self._state.step()
         except BaseException:  # some layers of the cache may be ahead of others
             for row in (*self._waiting, *self._running.values()):
                 row.end()
             self._clear()
             raise
-        return grown
+        rows = {token.row: self._running[token.row] for token in tokens}
+        for token in tokens:
+            rows[token.row].grow(token)
+        for number, row in rows.items():
+            if row.answer.finish_reason:
+                self._running.pop(number).end()
+        return [row.answer for row in rows.values()]
 
     def remove(self, answer: Answer) -> None:
         """Ends an answer; what has been generated is kept."""
@@ -185,8 +201,8 @@ class AnswerBatch:
         for row in (*self._waiting, *self._running.values()):
             self.remove(row.answer)
 
-    def _prefill(self) -> list[Answer]:
-        """Prefills the first waiting contexts, together if they are short; returns the answers of beam searches."""
+    def _prefill(self) -> list[Token]:
+        """Prefills the first waiting contexts, together if they are short; returns their first tokens."""
         group: list[_Row] = []
         while self._waiting:
             row = self._waiting[0]
@@ -204,11 +220,9 @@ class AnswerBatch:
                 self._waiting.append(row)  # others come first
                 return []
             if row.plan.options.num_beams > 1:
-                return [self._search_beams(row)]
+                return self._search_beams(row)
             group.append(row)
-        if group:
-            self._join(group)
-        return []
+        return self._join(group)
 
     def _start(self, row: _Row) -> None:
         row.prefix = self.chat.prefixes.take(row.ids, row.images, row.conv.owner)
@@ -216,7 +230,7 @@ class AnswerBatch:
         ids = torch.tensor([row.ids], device=self.chat.device)
         row.embeds = self.chat.model.embed_inputs(ids, torch.cat(row.images) if row.images else None)
 
-    def _join(self, group: list[_Row]) -> None:
+    def _join(self, group: list[_Row]) -> list[Token]:
         """Prefills the last positions of several contexts, which then are decoded.
 
         All get as many positions, so that none has padding between its cached and its new ones, which would be too far
@@ -233,23 +247,23 @@ class AnswerBatch:
         mask = torch.stack([(torch.arange(total) >= total - length).long() for length in lengths])
         options = [row.plan.options for row in group]
         on_leave = [functools.partial(self._store, row) for row in group] if self.chat.prefixes.num_chats else None
-        numbers = self._state.add(torch.cat(embeds), mask, options, cache, on_leave)
-        self._running |= dict(zip(numbers, group, strict=True))
+        tokens = self._state.add(torch.cat(embeds), mask, options, cache, on_leave)
+        self._running |= {token.row: row for token, row in zip(tokens, group, strict=True)}
+        return tokens
 
     def _store(self, row: _Row, cache: DynamicCache) -> None:
         row.prefix.cache = cache
         self.chat.prefixes.put(row.prefix, row.ids + row.answer.ids, row.images)
 
-    def _search_beams(self, row: _Row) -> Answer:
+    def _search_beams(self, row: _Row) -> list[Token]:
         """Answers one row by beam search, to its end."""
         model, mask = self.chat.model, torch.ones(1, len(row.ids), dtype=torch.long)
         embeds = row.embeds[:, -row.num_remaining :]
         arguments = (embeds, mask, row.plan.options, model.bos_ids, model.eos_ids, row.prefix.cache)
-        for token in stream(model.llama_model, *arguments):
-            _grow(row, token)
+        tokens = [token._replace(row=-1) for token in stream(model.llama_model, *arguments)]
         self._store(row, row.prefix.cache)
-        row.end()
-        return row.answer
+        self._running[-1] = row  # until it ends, in this step
+        return tokens
 
 
 def tokens_that_fit(chat: "Chat") -> int:
@@ -263,15 +277,3 @@ def tokens_that_fit(chat: "Chat") -> int:
         next_token_logits(llm, embeds, torch.ones(1, 1, dtype=torch.long), cache)
     num_bytes = sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
     return int(0.8 * devices.memory_left(chat.device)[1] / (2 * num_bytes))
-
-
-def _grow(row: _Row, token: Token) -> None:
-    answer = row.answer
-    answer.ids.append(token.id)
-    answer.logprobs += [token.logprobs] if token.logprobs else []
-    answer.seconds = time.perf_counter() - row.start
-    answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
-    if token.is_end:
-        answer.finish_reason = "stop"
-    elif len(answer.ids) >= row.plan.options.max_new_tokens:
-        answer.finish_reason = "length"

@@ -64,7 +64,7 @@ class DecodingState:
     """Rows that are decoded together, one token per ``step``. Rows may join between steps, and leave when they end.
 
     The rows share one cache, in which shorter rows are padded on the left. It contains every chosen token except each
-    row's last one, which is fed when the next step needs its logits.
+    row's last one, which the next step feeds.
 
     Args:
         llm: the language model.
@@ -79,7 +79,6 @@ class DecodingState:
         self._cache: DynamicCache | None = None
         self._is_shared = False  # whether the cache has rows, or room, of others
         self._attention_mask = torch.empty(0)  # int64 [B, S] on the CPU, 0 on padding
-        self._logits: Tensor | None = None  # float32 [B, V] for the next token; None until the last one is fed
 
     @torch.inference_mode()
     def add(
@@ -89,8 +88,8 @@ class DecodingState:
         options: Sequence[GenerationOptions],
         cache: DynamicCache | None = None,
         on_leave: Sequence[OnLeave | None] | None = None,
-    ) -> list[int]:
-        """Prefills new rows, which join those that are being decoded; returns their numbers in the tokens of ``step``.
+    ) -> list[Token]:
+        """Prefills new rows, which join those that are being decoded; returns the first token of each.
 
         Args:
             inputs_embeds: the positions to prefill [B, t, L], shorter rows padded on the left.
@@ -100,44 +99,48 @@ class DecodingState:
                 rows as long as no others join or leave.
             on_leave: one for each row, called when it leaves.
         """
-        cache, device = new_cache() if cache is None else cache, inputs_embeds.device
-        if self.rows:
-            self._feed_last_tokens()
+        cache, device, rows = new_cache() if cache is None else cache, inputs_embeds.device, []
         logits = next_token_logits(self.llm, inputs_embeds, attention_mask, cache)
+        for i, row in enumerate(options):
+            processors = build_processors(row, self.bos_ids, self.eos_ids, device) + build_warpers(row)
+            number, leave = self._num_rows + i, on_leave[i] if on_leave else None
+            rows.append(_Row(number, row, LogitsProcessorList(processors), row.generator(device), leave))
         if self.rows:
             for own, new in zip(self._cache.layers, cache.layers, strict=True):
                 own.add_rows(new)
             length = self._cache.get_seq_length()
             masks = [pad(mask, (length - mask.shape[1], 0)) for mask in (self._attention_mask, attention_mask)]
-            attention_mask, logits, cache = torch.cat(masks), torch.cat([self._logits, logits]), self._cache
-        self._is_shared = len(self.rows) + len(options) > 1
-        self._cache, self._attention_mask, self._logits = cache, attention_mask, logits
-        for i, row in enumerate(options):
-            processors = build_processors(row, self.bos_ids, self.eos_ids, device) + build_warpers(row)
-            number, leave = self._num_rows + i, on_leave[i] if on_leave else None
-            self.rows.append(_Row(number, row, LogitsProcessorList(processors), row.generator(device), leave))
-        self._num_rows += len(options)
-        return list(range(self._num_rows - len(options), self._num_rows))
+            attention_mask, cache = torch.cat(masks), self._cache
+        self._cache, self._attention_mask = cache, attention_mask
+        self.rows += rows
+        self._num_rows += len(rows)
+        self._is_shared = len(self.rows) > 1
+        return self._choose(rows, logits)
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Chooses one token for each row; rows that end leave."""
-        self._feed_last_tokens()
-        if not any(row.processors or row.options.do_sample for row in self.rows):
-            tokens = self._logits.argmax(-1)
+        """Chooses one more token for each row; rows that end leave."""
+        ids = torch.tensor([row.ids[-1:] for row in self.rows], device=self.llm.device)
+        self._attention_mask = pad(self._attention_mask, (0, 1), value=1)
+        embeds = self.llm.get_input_embeddings()(ids)
+        return self._choose(self.rows, next_token_logits(self.llm, embeds, self._attention_mask, self._cache))
+
+    def _choose(self, rows: Sequence[_Row], logits: Tensor) -> list[Token]:
+        """Tokens for rows by their logits float32 [B, V]; those that end leave."""
+        if not any(row.processors or row.options.do_sample for row in rows):
+            chosen = logits.argmax(-1)
         else:
-            choices = zip(self.rows, self._logits.split(1), strict=True)
-            tokens = torch.cat([row.choose(logits, self.bos_ids) for row, logits in choices])
-        logits, events, finished = self._logits, [], []
-        self._logits = None
-        for i, (row, token_id) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
+            choices = zip(rows, logits.split(1), strict=True)
+            chosen = torch.cat([row.choose(own, self.bos_ids) for row, own in choices])
+        tokens, finished = [], []
+        for row, token_id, own in zip(rows, chosen.tolist(), logits, strict=True):
             row.ids.append(token_id)
             is_end = token_id in self.eos_ids or row.options.stop(row.ids)
-            events.append(Token(row.number, token_id, is_end, row.logprobs(logits[i], token_id)))
+            tokens.append(Token(row.number, token_id, is_end, row.logprobs(own, token_id)))
             if is_end or len(row.ids) >= row.options.max_new_tokens:
                 finished.append(row.number)
         self.remove(finished)
-        return events
+        return tokens
 
     @torch.inference_mode()
     def remove(self, numbers: Sequence[int]) -> None:
@@ -154,22 +157,13 @@ class DecodingState:
             for layer in self._cache.layers if self.rows else ():  # the last row leaves the whole cache
                 layer.remove_row(index)
         if not self.rows:
-            self._cache = self._logits = None
+            self._cache = None
             return
         mask = self._attention_mask[order]
         num_padded = int(mask.any(0).int().argmax())
         self._attention_mask = mask[:, num_padded:]
-        self._logits = None if self._logits is None else self._logits[order]
         for layer in self._cache.layers if num_padded else ():
             layer.drop_first(num_padded)
-
-    def _feed_last_tokens(self) -> None:
-        """Brings cache and logits up to date with the tokens that were chosen last."""
-        if self._logits is None:
-            ids = torch.tensor([row.ids[-1:] for row in self.rows], device=self.llm.device)
-            self._attention_mask = pad(self._attention_mask, (0, 1), value=1)
-            embeds = self.llm.get_input_embeddings()(ids)
-            self._logits = next_token_logits(self.llm, embeds, self._attention_mask, self._cache)
 
 
 @torch.inference_mode()
@@ -222,7 +216,7 @@ def stream(
                 yield Token(row, token_id, n == len(ids) and (token_id in eos_ids or stop(ids)))
         return
     state = DecodingState(llm, bos_ids, eos_ids)
-    state.add(inputs_embeds, attention_mask, each, cache)
+    yield from state.add(inputs_embeds, attention_mask, each, cache)
     while state.rows:
         yield from state.step()
 
