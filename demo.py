@@ -209,7 +209,8 @@ def run_batch(args: argparse.Namespace) -> None:
     from minigpt4.serve.batch_output import BatchOutput
 
     questions = find_questions(args.batch, args.ask or QUESTION)
-    flags = {name: getattr(args, name) for name in (*_SAMPLING, "seed")}
+    names = ("greedy", "temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+    flags = {name: getattr(args, name) for name in names}
     settings = describe_settings(Config(args).check().to_dict()["model"], flags)
     # An error of the output is reported before the model is loaded.
     with closing(BatchOutput(Path(args.out), [question.row for question in questions], settings)) as output:
