@@ -9,11 +9,13 @@ again. The ports of docs/serving (8000, 8001, 8080) have to be free.
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -29,7 +31,9 @@ import sys
 import demo
 from minigpt4.serve import server
 
-def serve(app, listener, run=server.serve, **options):
+run = server.serve
+
+def serve(app, listener, *options, **settings):
     async def tell(scope, receive, send):
         async def add(message):
             if message["type"] == "http.response.start":
@@ -37,7 +41,7 @@ def serve(app, listener, run=server.serve, **options):
                 message["headers"] = [*message["headers"], *((k.encode(), str(v).encode()) for k, v in own)]
             await send(message)
         await app(scope, receive, add)
-    run(tell, listener, **options)
+    run(tell, listener, *options, **settings)
 
 server.serve = serve
 demo.main()
@@ -81,7 +85,7 @@ def replica(port: int) -> list[str]:
     """The command of a replica."""
     checkpoint = "output/quickstart/stage2/checkpoint.pth"
     options = ["run.device=cpu", f"model.ckpt={checkpoint if (ROOT / checkpoint).exists() else 'null'}"]
-    flags = ["--api", "--port", str(port), "--allow-origin", f"http://{HOST}"]
+    flags = ["--api", "--port", str(port), "--allow-origin", f"http://{HOST}", "--shutdown-seconds", "20"]
     cfg_path = ["--cfg-path", "eval_configs/quickstart_eval.yaml"]
     return [sys.executable, "-c", REPLICA, *cfg_path, *flags, "--options", *options]
 
@@ -129,10 +133,21 @@ def stream(seed: int) -> tuple[int, float, float]:
     return len(times), times[0], times[-1]
 
 
+@contextmanager
+def half_a_request(port: int):
+    """A request that a replica waits for, so that it does not end at once."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+        connection.sendall(head.encode())
+        time.sleep(0.5)
+        yield
+
+
 def check(name: str, binary: str) -> None:
     """Prints a line for each check of one proxy; an AssertionError ends it."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         log = Path(folder) / "log"
+        stack.callback(lambda: sys.exc_info()[0] and print(log.read_text(errors="replace")[-2000:]))
         os.chmod(folder, 0o755)  # for the workers of a proxy that runs as root
         processes = [stack.enter_context(running(replica(port), log)) for port in PORTS]
         for port in PORTS:
@@ -148,6 +163,8 @@ def check(name: str, binary: str) -> None:
         refused = httpx.get(f"{URL}/health", headers={"Host": "other.example"}).status_code
         forged = httpx.get(f"{URL}/health", headers={"Host": HOST, "X-Forwarded-For": "1.2.3.4"})
         assert refused == 403 and forged.headers["x-client"] == "127.0.0.1", forged.headers
+        assert httpx.get(f"{URL}/metrics", headers={"Host": HOST}).status_code == 404
+        assert httpx.get(f"http://127.0.0.1:{PORTS[0]}/metrics").status_code == 200
         report("another Host header, and a forged X-Forwarded-For", "refused; overwritten")
         large = ask(0, "What?" + "\u4f60" * 100_000)
         assert "longer" in large.text or "too long" in large.text, large.text
@@ -159,13 +176,24 @@ def check(name: str, binary: str) -> None:
         after = Counter(ask(client).headers.get("x-replica", "failed") for client in range(16))
         assert after == {str(PORTS[1]): 16}, after
         report("after kill -9 of replica 8000", f"{after[str(PORTS[1])]} of 16 requests answered by 8001")
-        stack.enter_context(running(replica(PORTS[0]), log))
+        restarted = stack.enter_context(running(replica(PORTS[0]), log))
         wait_for(f"http://127.0.0.1:{PORTS[0]}/health")
-        begin = time.monotonic()
-        while {client: ask(client).headers["x-replica"] for client in range(16)} != before:
-            assert time.monotonic() - begin < 60
+        _wait_until_back(before, report)
+        with half_a_request(PORTS[0]):
+            os.killpg(restarted.pid, signal.SIGTERM)
             time.sleep(0.5)
-        report("after its restart, every client is back at its replica within", f"{time.monotonic() - begin:.0f} s")
+            statuses = Counter(ask(client).status_code for client in range(16))
+            time.sleep(5)
+            assert all(ask(client).status_code == 200 for client in range(16))
+        report("status of 16 requests while replica 8000 ends, within 5 s and later", f"{dict(statuses)}, all 200")
+
+
+def _wait_until_back(before: dict[int, str], report: Callable[[str, object], None]) -> None:
+    begin = time.monotonic()
+    while {client: ask(client).headers["x-replica"] for client in range(16)} != before:
+        assert time.monotonic() - begin < 60
+        time.sleep(0.5)
+    report("after its restart, every client is back at its replica within", f"{time.monotonic() - begin:.0f} s")
 
 
 def main() -> None:
