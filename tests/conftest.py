@@ -4,12 +4,14 @@ import argparse
 
 import pytest
 import torch
+from architectures import write_language_model
 from confined import confined, time_limit  # noqa: F401  (fixtures)
 from data_samples import pairs, shards  # noqa: F401
 from golden_data import TINY
 from omegaconf import OmegaConf
 
 from minigpt4.models import MiniGPT4
+from minigpt4.models.language_model import load_language_model
 
 torch.set_num_threads(1)  # the golden numbers were made so, and the tiny matrices gain nothing from more
 
@@ -112,3 +114,22 @@ def image_kinds(tmp_path_factory):
     import picture_kinds
 
     return picture_kinds.write_all(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """A random model of an architecture, each built once."""
+    models = {}
+
+    def get(name="llama with biases"):
+        if name not in models:
+            folder = write_language_model(tmp_path_factory.mktemp("llm"), name)
+            models[name] = load_language_model(folder, torch.float32)
+        return models[name]
+
+    return get
+
+
+@pytest.fixture
+def llm(load):
+    return load()

@@ -3,63 +3,18 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES, write_language_model
+from decoding import BOS, EOS, LENGTHS, NO_EOS, by_transformers, context, contexts, greedy
 
 from minigpt4.conversation import generation
 from minigpt4.conversation.generation import DecodingState, GenerationOptions, generate, stream
-from minigpt4.conversation.sampling import build_warpers
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.language_model import load_language_model, next_token_logits
-
-BOS, EOS, NO_EOS = [1], [2], [599]
-LENGTHS = (5, 9, 7)
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """A random model of an architecture, each built once."""
-    models = {}
-
-    def get(name="llama with biases"):
-        if name not in models:
-            folder = write_language_model(tmp_path_factory.mktemp("llm"), name)
-            models[name] = load_language_model(folder, torch.float32)
-        return models[name]
-
-    return get
-
-
-@pytest.fixture
-def llm(load):
-    return load()
 
 
 @pytest.fixture(params=ARCHITECTURES)
 def any_llm(request, load):
     return load(request.param)
-
-
-def contexts(llm, lengths=LENGTHS, seed=1):
-    """Embeddings [B, T, L], shorter rows padded on the left, and their mask."""
-    width = max(lengths)
-    generator = torch.Generator().manual_seed(seed)
-    embeds = 0.5 * torch.randn(len(lengths), width, llm.config.hidden_size, generator=generator)
-    return embeds, torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
-
-
-def context(llm, length, seed):
-    return contexts(llm, (length,), seed)
-
-
-def greedy(count, **changes):
-    return GenerationOptions(do_sample=False, max_new_tokens=count, **changes)
-
-
-def by_transformers(llm, embeds, mask, count, **settings):
-    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": EOS} | settings
-    output = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count, **settings)
-    rows = [row.tolist() for row in output]
-    return [row[: row.index(EOS[0]) + 1] if EOS[0] in row else row for row in rows]
 
 
 @pytest.mark.parametrize("lengths", [(6,), LENGTHS])
@@ -199,148 +154,3 @@ def test_eight_bit_rows_together_and_alone(tmp_path):
     together = [row.ids for row in generate(llm, embeds, mask, greedy(8), BOS, EOS)]
     rows = [(embeds[i : i + 1, 9 - n :], mask[i : i + 1, 9 - n :]) for i, n in enumerate(LENGTHS)]
     assert together == [generate(llm, *row, greedy(8), BOS, EOS)[0].ids for row in rows]
-
-
-# ---- penalties and sampling -----------------------------------------------------------------------------------------
-
-
-def by_hand(llm, embeds, count, bos, eos, penalty=1.0, min_length=0):
-    """Greedy decoding by whole forwards, with the rules written out for one row."""
-    ids = []
-    while len(ids) < count:
-        with torch.no_grad():
-            scores = llm(inputs_embeds=embeds).logits[0, -1].tolist()
-        for token in {*bos, *ids}:
-            scores[token] *= penalty if scores[token] < 0 else 1 / penalty
-        if len(bos) + len(ids) < min_length:
-            scores[eos] = -float("inf")
-        ids.append(max(range(len(scores)), key=scores.__getitem__))
-        if ids[-1] == eos:
-            break
-        embeds = torch.cat([embeds, llm.get_input_embeddings()(torch.tensor([ids[-1:]]))], 1)
-    return ids
-
-
-@pytest.mark.parametrize("bos", [[1], []], ids=["begin token", "no begin token"])
-@pytest.mark.parametrize("penalty", [0.7, 1.3, 3.0])
-def test_repetition_penalty_over_a_long_history(llm, penalty, bos):
-    for seed in range(3):
-        embeds, mask = context(llm, 6, seed)
-        plain = generate(llm, embeds, mask, greedy(24), bos, NO_EOS)[0].ids
-        found = generate(llm, embeds, mask, greedy(24, repetition_penalty=penalty), bos, NO_EOS)[0].ids
-        assert found == by_hand(llm, embeds, 24, bos, NO_EOS[0], penalty)
-        assert found != plain or penalty < 1
-
-
-def test_the_penalty_sees_the_begin_token(llm):
-    """The best first token is made the begin token: with a penalty, another one is chosen."""
-    embeds, mask = context(llm, 6, seed=2)
-    (best,) = generate(llm, embeds, mask, greedy(1), [], NO_EOS)[0].ids
-    options = greedy(1, repetition_penalty=100.0)
-    assert generate(llm, embeds, mask, options, [], NO_EOS)[0].ids == [best]
-    assert generate(llm, embeds, mask, options, [best], NO_EOS)[0].ids != [best]
-
-
-@pytest.mark.filterwarnings("ignore:Passing `repetition_penalty`")
-def test_penalties_are_those_of_transformers_where_no_token_precedes(llm):
-    embeds, mask = context(llm, 6, seed=1)
-    settings = {"repetition_penalty": 1.4, "min_new_tokens": 9}
-    found = generate(llm, embeds, mask, greedy(20, repetition_penalty=1.4, min_length=9), [], EOS)[0].ids
-    assert [found] == by_transformers(llm, embeds, mask, 20, **settings)
-
-
-@pytest.mark.parametrize("bos", [[1], []], ids=["begin token", "no begin token"])
-@pytest.mark.parametrize("min_length", [1, 4, 8])
-def test_min_length_counts_the_begin_token(llm, min_length, bos):
-    for seed, number in ((0, 0), (1, 2), (2, 2)):
-        embeds, mask = context(llm, 6, seed)
-        eos = by_hand(llm, embeds, 6, bos, -1)[number]  # would end the row there, unless it is banned
-        found = generate(llm, embeds, mask, greedy(12, min_length=min_length), bos, [eos])[0].ids
-        assert found == by_hand(llm, embeds, 12, bos, eos, min_length=min_length)
-        assert eos not in found[: min_length - len(bos)]
-
-
-def test_any_of_several_end_tokens_ends_a_row(llm):
-    embeds, mask = context(llm, 6, seed=1)
-    full = generate(llm, embeds, mask, greedy(8), BOS, NO_EOS)[0].ids
-    ends = [full[5], full[3]]
-    first = min(full.index(token) for token in ends)
-    assert generate(llm, embeds, mask, greedy(8), BOS, ends)[0].ids == full[: first + 1]
-
-
-@pytest.mark.parametrize(("presence", "frequency"), [(0.3, 0.0), (0.0, 0.2), (-0.1, 0.4)])
-def test_presence_and_frequency_penalties_are_openais_formula(llm, presence, frequency):
-    embeds, mask = context(llm, 6, seed=1)
-    plain = generate(llm, embeds, mask, greedy(24), BOS, NO_EOS)[0].ids
-    options = greedy(24, presence_penalty=presence, frequency_penalty=frequency)
-    found, inputs, ids = generate(llm, embeds, mask, options, BOS, NO_EOS)[0].ids, embeds, []
-    for _ in range(24):
-        with torch.no_grad():
-            scores = llm(inputs_embeds=inputs).logits[0, -1].tolist()
-        for token in set(ids):
-            scores[token] -= presence + frequency * ids.count(token)
-        ids.append(max(range(len(scores)), key=scores.__getitem__))
-        inputs = torch.cat([inputs, llm.get_input_embeddings()(torch.tensor([ids[-1:]]))], 1)
-    assert found == ids != plain
-
-
-def test_own_logits_processors_are_called_with_the_history(llm):
-    embeds, mask = context(llm, 6, seed=1)
-    plain, histories = generate(llm, embeds, mask, greedy(3), BOS, NO_EOS)[0].ids, []
-
-    def ban_first_choice(ids, scores):
-        histories.append(ids.tolist())
-        return scores.index_fill(1, torch.tensor([plain[0]]), -float("inf"))
-
-    found = generate(llm, embeds, mask, greedy(3, logits_processors=[ban_first_choice]), BOS, NO_EOS)[0].ids
-    assert plain[0] not in found and histories == [[BOS + found[:n]] for n in range(3)]
-
-
-def test_log_probabilities_are_those_of_the_models_logits(llm):
-    embeds, mask = context(llm, 6, seed=1)
-    with torch.no_grad():
-        expected = next_token_logits(llm, embeds, mask, new_cache())[0].log_softmax(-1)
-    options = [greedy(1, top_logprobs=3, presence_penalty=1.0), greedy(1, top_logprobs=0), greedy(1)]
-    rows = embeds.expand(3, -1, -1), mask.expand(3, -1)
-    tokens = {token.row: token for token in stream(llm, *rows, options, BOS, NO_EOS)}
-    best = expected.topk(3)
-    logprob, top = tokens[0].logprobs
-    assert logprob == pytest.approx(expected[tokens[0].id].item(), abs=1e-5)
-    assert [token_id for token_id, _ in top] == best.indices.tolist()
-    assert [value for _, value in top] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert tokens[1].logprobs == (pytest.approx(logprob), []) and tokens[2].logprobs is None
-
-
-def test_sampled_tokens_have_the_probabilities_of_the_warped_logits(llm):
-    embeds, mask = context(llm, 6, seed=1)
-    count, options = 2000, GenerationOptions(max_new_tokens=1, temperature=0.8, top_p=0.8)
-    with torch.no_grad():
-        logits = next_token_logits(llm, embeds, mask, new_cache())
-    expected = build_warpers(options)(None, logits).softmax(-1)[0]
-    rows = embeds.expand(count, -1, -1), mask.expand(count, -1)
-    torch.manual_seed(0)
-    drawn = [row.ids[0] for row in generate(llm, *rows, options, BOS, NO_EOS)]
-    found = torch.bincount(torch.tensor(drawn), minlength=len(expected)) / count
-    assert (found[expected == 0] == 0).all()
-    assert (found - expected).abs().max() < 0.04  # four standard deviations of a share of one half
-
-
-def test_seeds_make_rows_repeatable_whatever_is_drawn_beside_them(llm):
-    embeds, mask = context(llm, 6, seed=1)
-
-    def draw(seed):
-        torch.manual_seed(draw.calls)
-        draw.calls += 1
-        options = GenerationOptions(max_new_tokens=8, temperature=2.0, seed=seed)
-        return tuple(generate(llm, embeds, mask, options, BOS, NO_EOS)[0].ids)
-
-    draw.calls = 0
-    assert draw(3) == draw(3) and len({draw(seed) for seed in range(4)}) > 1
-    assert draw(-1) == draw(-1) and draw(2**70) == draw(2**70)
-
-
-def test_temperature_zero_takes_the_most_probable_token(llm):
-    embeds, mask = context(llm, 6, seed=1)
-    options = [greedy(8), GenerationOptions(max_new_tokens=8, temperature=0), greedy(8, temperature=0)]
-    ids = [generate(llm, embeds, mask, o, BOS, NO_EOS)[0].ids for o in options]
-    assert ids[0] == ids[1] == ids[2]

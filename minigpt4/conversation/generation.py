@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
 from minigpt4.conversation.beam_search import beam_search
-from minigpt4.conversation.sampling import Generated, GenerationOptions, build_processors, build_warpers
+from minigpt4.conversation.sampling import Generated, GenerationOptions, build_processors, build_warpers, sample
 from minigpt4.models.growing_cache import copy_cache, new_cache
 from minigpt4.models.language_model import next_token_logits
 
@@ -44,12 +44,11 @@ class _Row:
     on_leave: OnLeave | None = None
     ids: list[int] = field(default_factory=list)
 
-    def choose(self, logits: Tensor, bos_ids: Sequence[int]) -> Tensor:
-        """Logits [1, V] to the next token id [1]."""
-        scores = self.processors(torch.tensor([[*bos_ids, *self.ids]], dtype=torch.long, device=logits.device), logits)
-        if not self.options.do_sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[0]
+    def process(self, logits: Tensor, bos_ids: Sequence[int]) -> Tensor:
+        """Logits [1, V] with penalties for the row's history."""
+        if not self.processors:
+            return logits
+        return self.processors(torch.tensor([[*bos_ids, *self.ids]], dtype=torch.long, device=logits.device), logits)
 
     def logprobs(self, logits: Tensor, token_id: int) -> Logprobs | None:
         """Log probabilities under the LM's own logits [V], before penalties and temperature."""
@@ -102,9 +101,9 @@ class DecodingState:
         cache, device, rows = new_cache() if cache is None else cache, inputs_embeds.device, []
         logits = next_token_logits(self.llm, inputs_embeds, attention_mask, cache)
         for i, row in enumerate(options):
-            processors = build_processors(row, self.bos_ids, self.eos_ids, device) + build_warpers(row)
+            processors = build_processors(row, self.bos_ids, self.eos_ids, device)
             number, leave = self._num_rows + i, on_leave[i] if on_leave else None
-            rows.append(_Row(number, row, LogitsProcessorList(processors), row.generator(device), leave))
+            rows.append(_Row(number, row, processors, row.generator(device), leave))
         if self.rows:
             for own, new in zip(self._cache.layers, cache.layers, strict=True):
                 own.add_rows(new)
@@ -127,11 +126,17 @@ class DecodingState:
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> list[Token]:
         """Tokens for rows by their logits float32 [B, V]; those that end leave."""
-        if not any(row.processors or row.options.do_sample for row in rows):
-            chosen = logits.argmax(-1)
-        else:
-            choices = zip(rows, logits.split(1), strict=True)
-            chosen = torch.cat([row.choose(own, self.bos_ids) for row, own in choices])
+        scores = logits
+        if any(row.processors for row in rows):
+            scores = torch.cat([row.process(own, self.bos_ids) for row, own in zip(rows, logits.split(1), strict=True)])
+        chosen = scores.argmax(-1)
+        alike: dict[tuple[float, float], list[int]] = {}  # rows that are sampled, by the settings of their warpers
+        for i, options in enumerate(row.options for row in rows):
+            if options.do_sample:
+                alike.setdefault((options.temperature, options.top_p), []).append(i)
+        for indices in alike.values():
+            warped = build_warpers(rows[indices[0]].options)(None, scores[indices])
+            chosen[indices] = sample(warped, [rows[i].generator for i in indices])
         tokens, finished = [], []
         for row, token_id, own in zip(rows, chosen.tolist(), logits, strict=True):
             row.ids.append(token_id)

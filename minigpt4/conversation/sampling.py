@@ -72,6 +72,36 @@ class _CountPenalty(LogitsProcessor):
         return scores - self.presence * (counts > 0) - self.frequency * counts
 
 
+def remaining(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The scores [B, n] of [B, V] that are left, highest first, with their indices; -inf in rows that keep fewer."""
+    return scores.topk(int((scores > -torch.inf).sum(-1).max()))
+
+
+def sample(scores: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """Draws an index of each row of scores [B, V] by the generator of the row; int64 [B].
+
+    One number per row is drawn and looked up in the distribution, so that a row's draws do not depend on other rows.
+    """
+    values, indices = remaining(scores)
+    probabilities = values.softmax(-1)
+    drawn = torch.cat([torch.rand(1, generator=each, device=scores.device) for each in generators])
+    sums = probabilities.cumsum(-1)
+    chosen = (sums <= drawn[:, None] * sums[:, -1:]).sum(-1).minimum((probabilities > 0).sum(-1) - 1)
+    return indices.gather(1, chosen[:, None])[:, 0]
+
+
+class _TopP(LogitsProcessor):
+    """transformers' top-p for scores of which few are left: those are sorted, and not the whole vocabulary."""
+
+    def __init__(self, top_p: float, num_kept: int) -> None:
+        self.warper = TopPLogitsWarper(top_p, min_tokens_to_keep=num_kept)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [B, V] to scores [B, V]; -inf removes a token."""
+        values, indices = remaining(scores)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, indices, self.warper(input_ids, values))
+
+
 @dataclass
 class Generated:
     """The new token ids of one row, without the begin token; with beam search also all beams, best first."""
@@ -106,5 +136,5 @@ def build_warpers(options: GenerationOptions) -> LogitsProcessorList:
         TopKLogitsWarper(TOP_K, min_tokens_to_keep=num_kept),
     ])  # fmt: skip
     if options.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(options.top_p, min_tokens_to_keep=num_kept))
+        warpers.append(_TopP(options.top_p, num_kept))
     return warpers
