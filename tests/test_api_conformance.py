@@ -69,6 +69,8 @@ def test_more_tokens_than_fit_beside_the_prompt_are_as_many_as_fit(server):
     num_prompt = answered(server, messages=messages, max_tokens=1)["usage"]["prompt_tokens"]
     assert 300 < num_prompt < 400  # of the engine's 400
     usage = answered(server, messages=messages, max_tokens=1024)["usage"]
+    error = refused(server, messages=[{"role": "user", "content": "Why? " * 800}])
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
     assert usage["prompt_tokens"] == num_prompt and 1 <= usage["completion_tokens"] <= 400 - num_prompt
 
 

@@ -8,7 +8,7 @@ import torch
 from golden_data import TINY
 from serving import Server, content, data_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.models.llama_tokenizer import load_tokenizer
@@ -49,9 +49,16 @@ def byte_level():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
-@pytest.mark.parametrize("kind", ["slow", "fast"])
+TOKENIZERS = {
+    "slow": lambda: load_tokenizer(TINY / "llama"),
+    "fast, of bytes": byte_level,
+    "fast, of pieces": lambda: AutoTokenizer.from_pretrained(TINY / "llama", local_files_only=True),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
 def test_random_tokens_follow_the_schema(kind):
-    tokenizer = load_tokenizer(TINY / "llama") if kind == "slow" else byte_level()
+    tokenizer = TOKENIZERS[kind]()
     vocabulary = read_vocabulary(tokenizer, [tokenizer.eos_token_id], "###")
     grammar, generator = compile_format(form(SCHEMA), vocabulary), torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -134,3 +141,9 @@ def test_beam_search_has_no_grammar(server, monkeypatch):
         with pytest.raises(ApiError, match="--num-beams") as error:
             read_options(body, Limits(), beams, str)
         assert error.value.body["error"]["param"] in fields
+
+
+def test_a_tokenizer_that_cannot_be_read_is_reported():
+    with pytest.raises(ApiError, match="not supported with the tokenizer of this model") as error:
+        read_vocabulary(object(), [2])
+    assert error.value.status == 400

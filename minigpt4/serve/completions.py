@@ -171,7 +171,8 @@ class Completions:
         except TimeoutError as error:
             raise self._timeout() from error
         except UserError as error:
-            raise ApiError(str(error), "messages") from error
+            code = "context_length_exceeded" if "too long" in str(error) else "bad_request"
+            raise ApiError(str(error), "messages", code=code) from error
         except ApiError:
             raise
         except Exception as error:

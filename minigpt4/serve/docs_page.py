@@ -1,5 +1,6 @@
 """The page /docs: the server's OpenAPI description as plain HTML without scripts, which needs no other host."""
 
+import json
 from html import escape
 from typing import Any
 
@@ -35,8 +36,8 @@ def render(schema: dict[str, Any]) -> str:
 
 
 def _row(name: str, field: dict[str, Any], model: dict[str, Any]) -> str:
-    default = "required" if name in model.get("required", ()) else field.get("default")
-    texts = [_type(field), "" if default is None else f"<code>{escape(str(default))}</code>"]
+    default = "" if field.get("default") is None else f"<code>{escape(json.dumps(field['default']))}</code>"
+    texts = [_type(field), "required" if name in model.get("required", ()) else default]
     return f"<tr><td><code>{name}</code><td>{'<td>'.join(texts)}<td>{escape(field.get('description', ''))}</tr>"
 
 

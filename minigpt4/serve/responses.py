@@ -29,7 +29,7 @@ class ResponseWriter:
         choices = []
         for i, answer in enumerate(answers):
             message = {"role": "assistant", "content": answer.text, "refusal": None}
-            logprobs = self._logprobs(answer, 0, self._num_tokens(answer, answer.text))
+            logprobs = self._logprobs(answer, 0, self._num_tokens(answer, answer.text, 0))
             choices.append(
                 {"index": i, "message": message, "finish_reason": answer.finish_reason, "logprobs": logprobs}
             )
@@ -47,7 +47,7 @@ class ResponseWriter:
                 text = answer.text
                 text = text if answer.finish_reason else hold_back_partial_stop(text, self.stop_strings)
                 if text.startswith(sent[i]) and text != sent[i]:
-                    num = self._num_tokens(answer, text)
+                    num = self._num_tokens(answer, text, num_tokens[i])
                     yield self._event(i, {"content": text[len(sent[i]) :]}, self._logprobs(answer, num_tokens[i], num))
                     sent[i], num_tokens[i] = text, num
                 if answer.finish_reason:
@@ -81,18 +81,18 @@ class ResponseWriter:
     def _data(self, fields: dict[str, Any]) -> str:
         return f"data: {json.dumps(self._head('chat.completion.chunk') | fields)}\n\n"
 
-    def _num_tokens(self, answer: Answer, text: str) -> int:
-        """The number of an answer's tokens that are needed for ``text``, with which its text begins."""
+    def _num_tokens(self, answer: Answer, text: str, start: int) -> int:
+        """The number of an answer's tokens that are needed for ``text``, with which its text begins; from ``start``."""
         if not self.body.logprobs:
             return 0
-        counts, decode, text = range(len(answer.ids)), answer.decode, text.rstrip()
-        return bisect.bisect_left(counts, True, key=lambda n: decode(answer.ids[:n]).startswith(text))
+        counts, decode, text = range(start, len(answer.ids)), answer.decode, text.rstrip()
+        return start + bisect.bisect_left(counts, True, key=lambda n: decode(answer.ids[:n]).startswith(text))
 
     def _logprobs(self, answer: Answer, start: int, stop: int) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
         content = []
-        for token_id, (logprob, top) in list(zip(answer.ids, answer.logprobs, strict=True))[start:stop]:
+        for token_id, (logprob, top) in zip(answer.ids[start:stop], answer.logprobs[start:stop], strict=True):
             alternatives = [self._token(*alternative) for alternative in top]
             content.append(self._token(token_id, logprob) | {"top_logprobs": alternatives})
         return {"content": content, "refusal": None}
