@@ -238,13 +238,15 @@ def test_a_second_process_is_refused_until_the_first_one_ends(questions, folder)
     open_output(folder / "out.jsonl", questions).close()
 
 
-def test_questions_about_one_image_decode_it_once(chat, folder, monkeypatch):
+def test_questions_about_one_image_decode_and_encode_it_once(chat, folder, monkeypatch):
     rows = [{"image": f"{i // 4}.png", "question": f"Question {i}?"} for i in range(8)]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    decoded, preprocess = [], chat.preprocess_image
+    decoded, preprocess, encoded, encode = [], chat.preprocess_image, [], chat.model.encode_img
+    monkeypatch.setattr(chat.model, "encode_img", lambda images: encoded.extend(images) or encode(images))
     monkeypatch.setattr(chat, "preprocess_image", lambda image: decoded.append(image) or preprocess(image))
     assert answer(chat, find_questions(str(folder / "rows.jsonl"), ""), folder / "out.jsonl") == 0
     assert [Path(image).name for image in decoded if isinstance(image, str)] == ["0.png", "1.png"]
+    assert len(encoded) == 2
     assert [row["question"] for row in rows_of(folder / "out.jsonl")] == [row["question"] for row in rows]
 
 
@@ -259,6 +261,16 @@ def test_an_unexpected_error_ends_the_run_and_keeps_the_rows_before_it(chat, que
     with pytest.raises(RuntimeError, match="out of memory"):
         answer(chat, questions, folder / "out.jsonl")
     assert len(rows_of(folder / "out.jsonl")) == 1
+
+
+def test_an_error_of_the_model_is_raised_and_not_logged(chat, questions, folder, monkeypatch, caplog):
+    def fail(_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(chat.model, "encode_img", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        answer(chat, questions, folder / "out.jsonl")
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("pattern", "count", "status"), [("a*.jpg", 1, 1), ("*.[jp]*g", 4, 0)])

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -152,9 +153,14 @@ def _asking(chat: Chat, options: GenerationOptions, batch_size: int) -> Iterator
         except Exception as error:
             result.set_exception(error)
 
+    def has_no_traceback(record: logging.LogRecord) -> bool:
+        return not record.exc_info  # the engine logs errors that end the run with a message of their own
+
+    logging.getLogger().addFilter(has_no_traceback)
     try:
         yield ask
     finally:  # after an error, what is still unanswered is of no use
         cancelled.set()
         decoders.shutdown(cancel_futures=True)
         engine.close()
+        logging.getLogger().removeFilter(has_no_traceback)
