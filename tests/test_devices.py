@@ -50,10 +50,11 @@ def test_an_unavailable_device_is_replaced_with_one_warning(caplog):
 
 
 @on_cpu
-def test_rank_0_alone_warns_of_an_unavailable_device(caplog, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_alone_warns_of_an_unavailable_device(caplog, monkeypatch, rank):
     devices._log_once.cache_clear()
-    monkeypatch.setenv("RANK", "1")
-    assert devices.pick("cuda").type == "cpu" and not caplog.records
+    monkeypatch.setenv("RANK", str(rank))
+    assert devices.pick("cuda").type == "cpu" and len(caplog.records) == 1 - rank
     devices._log_once.cache_clear()
 
 

@@ -82,6 +82,23 @@ def test_an_evaluation_that_cannot_run_fails_before_the_first_step(runner_of, sp
     assert task.calls == []
 
 
+def test_a_trial_does_not_prepare_an_evaluation_of_the_users_own(runner_of):
+    """It may need the whole split, so that only its batches are read; it is prepared once for each evaluation."""
+
+    calls = []  # of the copy that is tried, too
+
+    class Own(Drawing):
+        def before_evaluation(self, model, dataset, **kwargs):
+            calls.append("before")
+
+        def evaluation(self, model, data_loader, cuda_enabled=True):
+            calls.append("evaluation")
+            return super().evaluation(model, data_loader, cuda_enabled)
+
+    runner_of(Own(), max_epoch=1).train()
+    assert calls == ["before", "evaluation"] * 2
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [({"val": []}, "datasets.own: its builder returned"), ({}, "No data set has a split 'val'")],
