@@ -235,3 +235,4 @@ def test_a_target_with_other_rows_is_left_unchanged(chat, tmp_path, case):
     found = find_questions(str(tmp_path), "What?")
     told(lambda: answer(chat, found, tmp_path / "out.jsonl"), "--out", "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == FOREIGN_TARGETS[case]
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "out.jsonl"]

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ class BatchOutput:
         try:
             self._read()
         except BaseException:
-            self._lock.close()
+            with self._lock, suppress(OSError):
+                if not self._meta.stat().st_size:  # the output of another program has no such file
+                    self._meta.unlink()
             raise
 
     def _read(self) -> None:
