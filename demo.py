@@ -30,11 +30,11 @@ USED_BY = {  # flags that not every mode uses
     "image": ("terminal", "question"),
     "ask": ("question", "batch"),
     "out": ("batch",),
-    "batch_size": ("batch", "api"),
-    "share": ("page",),
-    "max_batch_tokens": ("api",),
+    **dict.fromkeys(("share", "feedback"), ("page",)),
+    "batch_size": ("page", "batch", "api"),
+    **dict.fromkeys(("max_batch_tokens", "max_queue"), ("page", "api")),
     **dict.fromkeys(("host", "port", "allow_origin"), ("page", "api")),
-    **dict.fromkeys(("api_key", "api_keys", "rate_limit", "allow_host", "allow_folder", "max_queue"), ("api",)),
+    **dict.fromkeys(("api_key", "api_keys", "rate_limit", "allow_host", "allow_folder"), ("api",)),
     "shutdown_seconds": ("api",),
 }
 
@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     source = r"([\w.-]+|\[[\da-fA-F.:]+\])(:\d{1,5})?|[\da-fA-F.:]+"
     allowed = _text(source, "{} is not a host name or an address, with or without a port.")
     question = _text(r"(?s).*\S.*", "the question is empty; write what you want to know.")
-    add("--cfg-path", required=True, help="YAML file of the model")
+    add("--cfg-path", required=True, nargs="+", help="YAML file of the model; two for a page that compares them")
     add("--gpu-id", type=_number(int, 0, 1023), help="index of the accelerator; default: 0")
     add("--options", nargs="+", help="settings that override the file: model.ckpt=FILE …")
     add("--image", help="an image to start with, for --terminal and --ask")
@@ -104,6 +104,7 @@ def parse_args() -> argparse.Namespace:
     modes.add_argument("--api", dest="mode", action="store_const", const="api", help="serve /v1/chat/completions")
     add("--host", type=host, default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
     add("--port", type=_number(int, 0, 65535), help="default: 7860 for the page, 8000 for the API; 0: any free port")
+    add("--feedback", help="JSONL file to which the page's users can add ratings of answers, with their chats")
     add("--share", action="store_true", help="also open a public tunnel to the page")
     key = os.environ.get("MINIGPT4_API_KEY")
     add("--api-key", default=key, help="key that clients of the API must send; better set MINIGPT4_API_KEY")
@@ -112,7 +113,7 @@ def parse_args() -> argparse.Namespace:
     add("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
     add("--allow-host", type=allowed, action="append", default=[], help="HOST or HOST:PORT that the API may fetch from")
     add("--allow-folder", type=_folder, help="folder whose images the API's clients may name as file:///NAME")
-    add("--max-queue", type=count, default=64, help="requests that may wait for the API")
+    add("--max-queue", type=count, default=64, help="requests that may wait for page or API")
     seconds = _number(int, 0, 86_400)
     add("--shutdown-seconds", type=seconds, default=5, help="time of running requests to the API after SIGTERM")
     # With --api, these are what requests get that do not say otherwise.
@@ -130,11 +131,14 @@ def parse_args() -> argparse.Namespace:
     _check_combination(parser, args)
     if args.seed is None and args.mode != "api":
         args.seed = 42
+    args.cfg_paths, args.cfg_path = args.cfg_path, args.cfg_path[0]
     return args
 
 
 def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses flags that would have no effect."""
+    if len(args.cfg_path) > (2 if args.mode == "page" else 1):
+        parser.error("--cfg-path takes one file, or two for the web page, which then compares their answers.")
     for name in (name for name, value in vars(args).items() if name != "mode" and value != parser.get_default(name)):
         flag, modes = "--" + name.replace("_", "-"), USED_BY.get(name, MODES)
         if args.mode not in modes:
@@ -276,17 +280,31 @@ def run_question(args: argparse.Namespace) -> None:
 
 def run_page(args: argparse.Namespace) -> None:
     """Serves the web page until it is interrupted."""
+    from minigpt4.common.config import Config
+    from minigpt4.serve.engine import Engine
+    from minigpt4.serve.page_answers import PageModel
+    from minigpt4.serve.page_chat import check_writable
+    from minigpt4.serve.page_examples import find_examples
     from minigpt4.serve.server import address, serve
     from minigpt4.serve.web import build_app, open_tunnel
 
     listener = open_socket(args, 7860)
-    tunnels = [open_tunnel(listener)] if args.share else []
-    chat = build_chat(args)
-    examples = sorted(Path("output/quickstart/held_out/image").glob("[0-5].jpg"))
-    description, options = describe_model(args, chat), generation_options(args)
-    app = build_app(chat, description, options, examples, args.host, args.allow_origin + tunnels)
-    print(f"Model '{Path(args.cfg_path).stem}' at {' and '.join([address(listener), *tunnels])}", flush=True)
-    serve(app, listener, grace_seconds=1, max_connections=1000)  # each open page holds one
+    feedback = check_writable(Path(args.feedback)) if args.feedback else None
+    tunnels, models = [open_tunnel(listener)] if args.share else [], []
+    for path in args.cfg_paths:
+        args.cfg_path = path
+        chat, is_unique = build_chat(args), len({Path(other).stem for other in args.cfg_paths}) == len(args.cfg_paths)
+        engine = Engine(chat, args.batch_size or 64, args.max_queue, max_batch_tokens=args.max_batch_tokens)
+        models.append(PageModel(engine, Path(path).stem if is_unique else path, describe_model(args, chat)))
+    origins = args.allow_origin + tunnels
+    app = build_app(models, generation_options(args), find_examples(Config(args).config), args.host, origins, feedback)
+    names = " and ".join(f"'{model.name}'" for model in models)
+    print(f"Model {names} at {' and '.join([address(listener), *tunnels])}", flush=True)
+    try:
+        serve(app, listener, grace_seconds=1, max_connections=1000)  # each open page holds one
+    finally:
+        for model in models:
+            model.engine.close(timeout_seconds=2)
 
 
 def main() -> None:
@@ -306,7 +324,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        keys = {"batch": "--batch-size", "api": "--max-batch-tokens"}
+        keys = {"batch": "--batch-size", "api": "--max-batch-tokens", "page": "--max-batch-tokens"}
         key = keys.get(args.mode, "--num-beams or --max-new-tokens")
         if message := explain_out_of_memory(error, key):
             sys.exit(f"error: {message}")

@@ -1,87 +1,33 @@
-"""The web page's server, without a browser: what clients may send, what it stores, and what it says about errors."""
+# ruff: noqa: F811  (fixtures)
+"""The web page's server, without a browser: chats, their images and files, and what it says about errors."""
 
 import gc
-import io
 import json
 import os
+import queue
 import re
-import shutil
-import socket
 import threading
 import time
-from argparse import Namespace
 from pathlib import Path
 
-import httpx
 import pytest
 from gradio_client import Client, handle_file
+from page_clients import SETTINGS, answered, ask, connect, folder, models, page, picture, readable, stored  # noqa: F401
 from picture_kinds import saved
 from PIL import Image
 from serving import GREEDY, served
 
-from minigpt4.serve import page_guard, web
+from minigpt4.serve import page_answers, page_chat, page_layout, web
 
 SECRET = "/srv/secret/weights.pth"
-DEFAULTS = [False, 1, 1.0, 0.9, 1, 4]  # of the settings, but for sampling and length
-FILE = {"orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    file = tmp_path_factory.mktemp("uploads") / "a*b*.png"
-    file.write_bytes(saved(Image.new("RGB", (40, 30), "red"), "PNG"))
-    return file
-
-
-@pytest.fixture(scope="module")
-def page(chat, picture):
-    with served(web.build_app(chat, "Small", GREEDY, [picture])) as url:
-        yield url
-
-
-@pytest.fixture
-def folder(page):
-    """Where the server stores uploads and images of chats; afterwards without uploads."""
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    yield folder
-    delete_uploads(folder)
-
-
-def stored(folder, uploads=False):
-    """The images of chats, or the uploads."""
-    files = [file for file in folder.rglob("*") if file.is_file() and file.parent.name != "kept"]
-    return [file for file in files if file.parent.name.startswith("kept") != uploads]
-
-
-def delete_uploads(folder):
-    for file in stored(folder, uploads=True):
-        file.unlink() if file.parent == folder else shutil.rmtree(file.parent, ignore_errors=True)
-
-
-def ask(client, *files, text=""):
-    """Text left in the box, files left there, messages of the chat, and the status line."""
-    message = {"text": text, "files": [handle_file(str(file)) for file in files]}
-    box, messages, status = client.predict(message, api_name="/submit")
-    return box, messages, re.sub(r"\\(.)", r"\1", status)
-
-
-@pytest.fixture
-def connect(page):
-    """A new session of the page, in a language."""
-    return lambda language="en": Client(page, verbose=False, headers={"Accept-Language": language})
-
-
-def upload(page, name="a.png", data=b"x"):
-    return httpx.post(f"{page}/gradio_api/upload", files={"files": (name, io.BytesIO(data))})
 
 
 def test_a_chat_has_a_limited_number_of_images(connect, picture, folder, monkeypatch):
-    assert web.MAX_IMAGES <= 16
-    monkeypatch.setattr(web, "MAX_IMAGES", 2)
+    assert page_chat.MAX_IMAGES <= 16
+    monkeypatch.setattr(page_chat, "MAX_IMAGES", 2)
     client = connect()
     for count, is_refused in ((3, True), (1, False), (2, True), (1, False), (1, True)):
         assert ("A chat can have 2 images" in ask(client, *[picture] * count)[2]) == is_refused
-        client.predict(*DEFAULTS, api_name="/answer")
     client.predict(api_name="/clear")
     assert "⚠" not in ask(client, picture)[2]
     assert "一次对话最多 2 张图片" in ask(connect("zh-CN"), *[picture] * 3)[2]
@@ -98,7 +44,7 @@ def test_large_images_do_not_stay_in_memory(connect, tmp_path, folder):
     assert peak_memory() - before < 3 * size**2  # the pixels of one image
     for file in stored(folder):
         with Image.open(file) as shown:
-            assert max(shown.size) <= web.MAX_SHOWN_SIDE
+            assert max(shown.size) <= page_chat.MAX_SHOWN_SIDE
 
 
 def peak_memory():
@@ -111,21 +57,20 @@ def test_images_are_deleted_with_their_chat(connect, picture, folder, tmp_path):
     for count in (1, 2):
         assert "'broken.png' cannot be read" in ask(client, picture, broken)[2]
         assert "⚠" not in ask(client, picture)[2]
-        client.predict(*DEFAULTS, api_name="/answer")
         assert len(set(stored(folder)) - before) == count
     client.predict(api_name="/clear")
     assert set(stored(folder)) == before
 
 
-def test_images_of_a_message_that_the_model_refuses_are_deleted_with_the_next_one(
-    connect, picture, folder, chat, monkeypatch
-):
+def test_what_the_model_cannot_answer_can_be_asked_again(connect, picture, folder, chat, monkeypatch):
     client, before = connect(), set(stored(folder))
-    monkeypatch.setattr(chat, "stream", lambda *_: 1 / 0)
-    for _ in range(3):
-        ask(client, picture, text="Why?")
-        client.predict(*DEFAULTS, api_name="/answer")
-        assert len(set(stored(folder)) - before) == 1
+    monkeypatch.setattr(chat, "encode_img", lambda *_: 1 / 0)
+    _, messages, status = ask(client, picture)
+    assert "The model failed" in status and messages[-1]["content"][0]["text"] == "–"
+    assert len(set(stored(folder)) - before) == 1
+    monkeypatch.undo()
+    _, messages, status = answered(client, client.predict(*SETTINGS, api_name="/regenerate"))
+    assert "tokens/s" in status and messages[-1]["content"][0]["text"] != "–" and len(messages) == 3
 
 
 def test_images_are_deleted_when_their_session_ends(connect, picture, folder, monkeypatch):
@@ -140,16 +85,6 @@ def test_images_are_deleted_when_their_session_ends(connect, picture, folder, mo
         time.sleep(0.1)
 
 
-def test_old_and_partial_uploads_are_deleted(page, folder):
-    (old,) = upload(page, "old.png", b"old").json()
-    (folder / "tmp_partial").write_bytes(b"x")  # as a client leaves it that disconnects
-    hours_ago = time.time() - 2 * page_guard.MAX_STORED_SECONDS
-    for path in (Path(old).parent, folder / "tmp_partial"):
-        os.utime(path, (hours_ago, hours_ago))
-    (new,) = upload(page, "new.png", b"new").json()
-    assert not Path(old).exists() and stored(folder, uploads=True) == [Path(new)]
-
-
 def test_two_chats_can_have_the_same_upload(connect, picture, folder):
     assert "⚠" not in ask(connect(), picture)[2]
     assert len(stored(folder, uploads=True)) == 1  # the path depends on the content only
@@ -158,33 +93,33 @@ def test_two_chats_can_have_the_same_upload(connect, picture, folder):
 @pytest.fixture
 def reading(chat, monkeypatch):
     """Two events: an image is being read, and it may go on."""
-    begun, may_end, plain = threading.Event(), threading.Event(), chat.preprocess_image
-    monkeypatch.setattr(chat, "preprocess_image", lambda image: (begun.set(), may_end.wait(20), plain(image))[-1])
+    begun, may_end, plain = threading.Event(), threading.Event(), chat.vis_processor
+    monkeypatch.setattr(chat, "vis_processor", lambda image: (begun.set(), may_end.wait(20), plain(image))[-1])
     yield begun, may_end
     may_end.set()
 
 
 def sent(client, picture):
-    return client.submit({"text": "", "files": [handle_file(str(picture))]}, api_name="/submit")
+    message = {"text": "", "files": [handle_file(str(picture))]}
+    return client.submit(message, *SETTINGS, api_name="/submit")
 
 
 def test_chats_do_not_wait_for_the_images_of_others(connect, picture, folder, chat, monkeypatch):
-    barrier, plain = threading.Barrier(3), chat.preprocess_image
-    monkeypatch.setattr(chat, "preprocess_image", lambda image: (barrier.wait(20), plain(image))[-1])
+    barrier, plain = threading.Barrier(3), chat.vis_processor
+    monkeypatch.setattr(chat, "vis_processor", lambda image: (barrier.wait(20), plain(image))[-1])
     clients = [connect() for _ in range(3)]
-    assert all("⚠" not in event.result(30)[-1] for event in [sent(client, picture) for client in clients])
+    events = [sent(client, picture) for client in clients]
+    assert all("⚠" not in readable(event.result(30))[2] for event in events)
 
 
 def test_of_two_messages_at_the_same_time_one_is_refused(connect, picture, folder, reading):
     client, (begun, may_end) = connect(), reading
     first = sent(client, picture)
     assert begun.wait(20)
-    assert "is being answered" in ask(client, text="Why?")[2]
-    assert client.predict(*DEFAULTS, api_name="/answer") is not None  # which follows any message, but has no job yet
+    assert "is being answered" in ask(client)[2]
     may_end.set()
-    assert "⚠" not in first.result(20)[-1]
-    messages, _ = client.predict(*DEFAULTS, api_name="/answer")
-    assert [message["role"] for message in messages] == ["user"]
+    _, messages, status = answered(client, first.result(20))
+    assert "⚠" not in status and [message["role"] for message in messages] == ["user", "user", "assistant"]
 
 
 def test_a_chat_that_is_cleared_while_its_images_are_read_stays_empty(connect, picture, folder, reading):
@@ -194,27 +129,36 @@ def test_a_chat_that_is_cleared_while_its_images_are_read_stays_empty(connect, p
     client.predict(api_name="/clear")
     may_end.set()
     first.result(20)
-    ask(client, text="Why?")
-    messages, _ = client.predict(*DEFAULTS, api_name="/answer")
+    _, messages, _ = ask(client)
     assert [message["role"] for message in messages] == ["user", "assistant"]
 
 
+def test_stop_ends_a_message_whose_images_are_read(connect, picture, folder, reading):
+    client, (begun, may_end) = connect(), reading
+    first = sent(client, picture)
+    assert begun.wait(20)
+    client.predict(api_name="/stop")
+    may_end.set()
+    _, messages, status = readable(first.result(20))
+    assert "Stopped." in status and messages == []
+
+
 def test_the_turns_of_images_are_those_of_addresses(connect, picture, folder, monkeypatch):
-    clients, plain = set(), web.ImageDecoder.submit
+    clients, plain = set(), page_answers.ImageDecoder.submit
 
     def submit(self, data, name, size, client):
         clients.add(client)
         return plain(self, data, name, size, client)
 
-    monkeypatch.setattr(web.ImageDecoder, "submit", submit)
+    monkeypatch.setattr(page_answers.ImageDecoder, "submit", submit)
     ask(connect(), picture)
     assert clients == {"127.0.0.1"}
 
 
-def test_sessions_are_limited(chat, picture, monkeypatch):
-    monkeypatch.setattr(web, "MAX_SESSIONS", 1)
+def test_sessions_are_limited(models, picture, monkeypatch):
+    monkeypatch.setattr(page_layout, "MAX_SESSIONS", 1)
     monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ["GRADIO_TEMP_DIR"])  # restored afterwards
-    with served(web.build_app(chat, "Small", GREEDY)) as url:
+    with served(web.build_app(models, GREEDY)) as url:
         for _ in range(2):
             ask(Client(url, verbose=False), picture)
         gc.collect()
@@ -230,89 +174,6 @@ def test_an_upload_that_is_gone_is_asked_for_again(connect, picture, monkeypatch
     assert "⚠ ab.png is no longer on the server: add it again." in ask(connect(), picture)[2]
 
 
-def test_the_bytes_of_requests_are_limited(page, monkeypatch):
-    assert upload(page, data=bytes(page_guard.MAX_UPLOADED_FILE_BYTES + 1)).status_code == 413
-    monkeypatch.setattr(page_guard, "MAX_UPLOAD_BYTES", 1000)
-    assert upload(page, data=bytes(2000)).status_code == 413
-    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", 0)
-    found = httpx.post(f"{page}/gradio_api/upload", files={"files": b"x"}, headers={"Accept-Language": "zh"})
-    assert (found.status_code, found.json()["detail"]) == (507, "服务器上的上传文件过多，请稍后再试。")
-    join = f"{page}/gradio_api/queue/join"
-    assert httpx.post(join, json={"data": "x" * page_guard.MAX_BODY_BYTES}).status_code == 413
-    assert httpx.post(join, content=iter([b"{}"])).status_code == 411
-    assert httpx.post(join, content=b"{").status_code == 400
-    assert httpx.post(join, content=b"[" * 100_000).status_code == 400
-
-
-def test_running_uploads_count(page, folder, monkeypatch):
-    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", 2**27)
-    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**26}\r\n"
-    more = "Content-Type: multipart/form-data; boundary=x\r\nExpect: 100-continue\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", httpx.URL(page).port)) as slow:
-        slow.settimeout(20)
-        slow.sendall((head + more).encode())
-        assert b"100 Continue" in slow.recv(1000)
-        monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", 2**26)
-        assert upload(page).status_code == 507
-    end = time.monotonic() + 20
-    while upload(page).status_code != 200:  # the slow client has left
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def test_images_of_chats_count(page, connect, folder, tmp_path, monkeypatch):
-    Image.effect_noise((500, 500), 100).save(tmp_path / "noise.png")
-    num_bytes = sum(file.stat().st_size for file in folder.rglob("*"))
-    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", num_bytes + 50_000)
-    assert upload(page).status_code == 200
-    monkeypatch.undo()
-    client = connect()
-    assert "⚠" not in ask(client, tmp_path / "noise.png")[2]
-    delete_uploads(folder)
-    monkeypatch.setattr(page_guard, "MAX_STORED_BYTES", num_bytes + 50_000)
-    assert upload(page).status_code == 507
-
-
-@pytest.mark.parametrize("path", ["/etc/passwd", "http://127.0.0.1:9/a.png", "{}/../../etc/passwd", "a.png", "\0"])
-@pytest.mark.parametrize("more", [{}, {"is_stream": True}, {"url": "http://127.0.0.1:9/a.png"}])
-def test_only_uploads_can_be_used(page, folder, path, more):
-    """Gradio would read any file of the server, or fetch a URL."""
-    file = FILE | {"path": path.format(folder)} | more
-    for data in ([None, {"text": "", "files": [file]}], [None, file, *DEFAULTS[1:]]):
-        event = {"data": data, "fn_index": 0, "session_hash": "x"}
-        for route in ("queue/join", "run/submit", "call/submit", "call/v2/submit"):
-            assert httpx.post(f"{page}/gradio_api/{route}", json=event).status_code == (400 if path == "\0" else 403)
-    assert path == "\0" or httpx.get(f"{page}/gradio_api/file={file['path']}").status_code in (403, 404)
-
-
-@pytest.mark.parametrize(
-    "path", ["file=http://127.0.0.1:9/a", "proxy=http://127.0.0.1:9/a", "deep_link?session_hash=x"]
-)
-def test_urls_are_not_fetched_and_states_not_stored(page, path):
-    assert httpx.get(f"{page}/gradio_api/{path}").json() == {"detail": "The page does not use this."}
-
-
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({}, 200),
-        ({"Origin": "http://localhost:3000"}, 200),
-        ({"Host": "evil.example"}, 403),
-        ({"Origin": "https://evil.example"}, 403),
-        ({"Origin": "null"}, 403),
-    ],
-)
-def test_other_websites_cannot_use_the_page(page, headers, status):
-    for path in ("", "config", "gradio_api/info", "assets/none.js"):
-        assert (httpx.get(f"{page}/{path}", headers=headers).status_code == 403) == (status == 403)
-
-
-def test_every_response_has_a_policy_without_other_hosts(page):
-    for path in ("", "config", "theme.css", "absent", "gradio_api/file=http://a"):
-        policy = httpx.get(f"{page}/{path}").headers["content-security-policy"]
-        assert "default-src 'self'" in policy and "http" not in policy and "*" not in policy and "eval" not in policy
-
-
 def test_errors_show_neither_paths_nor_tracebacks(connect, picture, chat, monkeypatch, caplog):
     def fail(*_):
         raise RuntimeError(f"cannot read {SECRET}")
@@ -321,30 +182,74 @@ def test_errors_show_neither_paths_nor_tracebacks(connect, picture, chat, monkey
     monkeypatch.setattr(chat, "vis_processor", fail)
     shown = [ask(client, picture), ask(chinese, picture)]
     monkeypatch.undo()
-    monkeypatch.setattr(chat, "stream", fail)
-    for each in (client, chinese):
-        ask(each, text="Why?")
-        shown.append(each.predict(*DEFAULTS, api_name="/answer"))
+    monkeypatch.setattr(chat, "encode_img", fail)
+    shown += [ask(client, picture), ask(chinese, picture)]
     monkeypatch.undo()
-    texts = [re.sub(r"\\(.)", r"\1", str(result[-1])) for result in shown]
+    texts = [status for _, _, status in shown]
     assert all(("The model failed" in text) == (i % 2 == 0) for i, text in enumerate(texts))
     assert all(("模型出错" in text) == (i % 2 == 1) for i, text in enumerate(texts))
-    assert caplog.text.count("RuntimeError: cannot read") == 4  # where the operator finds the reason
-    monkeypatch.setattr(chat, "template", Namespace(copy=fail))
+    assert caplog.text.count("RuntimeError: cannot read") >= 4  # where the operator finds the reason
+    monkeypatch.setattr(page_chat.Session, "delete_files", fail)
     with pytest.raises(Exception) as error:
         client.predict(api_name="/clear")
     monkeypatch.undo()
     shown = json.dumps([shown, str(error.value)])
-    assert "minigpt4" not in shown and SECRET not in shown and "RuntimeError" not in shown
-    ask(client, text="Again?")  # the chat continues
-    assert "⚠" not in client.predict(*DEFAULTS, api_name="/answer")[-1]
+    assert "minigpt4/" not in shown and SECRET not in shown and "RuntimeError" not in shown
+    client.predict(api_name="/clear")
+    assert "⚠" not in ask(client)[2]  # the chat continues
 
 
-def test_the_folder_is_deleted_with_the_server(chat, picture):
-    before = os.environ["GRADIO_TEMP_DIR"]
-    with served(web.build_app(chat, "Small", GREEDY, [picture])):
-        folder = Path(os.environ["GRADIO_TEMP_DIR"])
-        assert stored(folder) == [] and len(list((folder / "kept").iterdir())) == 1
-        assert folder.stat().st_mode & 0o077 == 0
-    assert not folder.exists()
-    os.environ["GRADIO_TEMP_DIR"] = before
+def test_too_many_questions_and_slow_answers_are_refused(connect, models, monkeypatch):
+    def full(request):
+        raise queue.Full
+
+    monkeypatch.setattr(models[0].engine, "submit", full)
+    assert "Too many questions are waiting" in ask(connect())[2]
+    assert "等待的问题过多" in ask(connect("zh"))[2]
+    monkeypatch.undo()
+    monkeypatch.setattr(page_answers, "TIMEOUT_SECONDS", -1.0)
+    assert "took longer than" in ask(connect())[2] and "已中止" in ask(connect("zh"))[2]
+
+
+def test_left_out_turns_are_reported(connect, models, monkeypatch):
+    client, engine = connect(), models[0].engine
+    ask(client, text=60 * "why ")
+    monkeypatch.setattr(engine, "max_length", 200)
+    monkeypatch.setattr(engine._batch, "max_length", 200)
+    assert "its oldest question and answer were left out" in ask(client, text=60 * "how ")[2]
+
+
+def test_images_of_every_kind(connect, folder, image_kinds):
+    good, bad = image_kinds
+    for file in bad:
+        assert f"'{file.name}'" in ask(connect(), file)[2]
+    client = connect()
+    for count in (0, 16):
+        assert "⚠" not in ask(client, *good[count : count + 16])[2]
+        client.predict(api_name="/clear")
+
+
+def test_kept_chats_are_restored_in_any_session_and_checked(connect, picture, folder):
+    client = connect()
+    message = {"text": "Why?", "files": [handle_file(str(picture))]}
+    client.predict(message, *SETTINGS, api_name="/submit")
+    outputs = client.predict(api_name="/answer")
+    kept, messages = outputs[3], outputs[1]
+    restored = connect().predict(kept, api_name="/restore")[1]
+    assert [message["role"] for message in restored] == [message["role"] for message in messages]
+    assert restored[1:] == messages[1:]
+    question = kept["turns"][0]
+    for wrong in (
+        {"turns": []},
+        {"minigpt4_chat": 2, "turns": []},
+        kept | {"turns": [question | {"question": 5}]},
+        kept | {"turns": [question | {"question": "x" * 30_000}]},
+        kept | {"turns": [question | {"images": ["/etc/passwd"]}]},
+        kept | {"turns": [question | {"images": ["data:image/webp;base64,%%"]}]},
+        kept
+        | {"turns": [question | {"images": question["images"] * 10}, question | {"images": question["images"] * 10}]},
+    ):
+        status = str(connect().predict(wrong, api_name="/restore"))
+        assert "This file is no saved chat" in status or "Only uploaded files" in status, wrong
+    broken = kept | {"turns": [question | {"images": [question["images"][0][:63]]}]}
+    assert "cannot be read as an image" in re.sub(r"\\(.)", r"\1", connect().predict(broken, api_name="/restore")[2])

@@ -1,48 +1,47 @@
 """The page in a browser, with the embedded model before any training: its answers are nonsense, but they stream."""
 
-import argparse
+import base64
+import json
 import re
 import shutil
 import time
-from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from random import Random
 
-import picture_kinds
+import page_browser
 import pytest
-from serving import served
+from serving import build_chat, served
 
-from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.sampling import GenerationOptions
+from minigpt4.serve import page_answers
+from minigpt4.serve.engine import Engine
+from minigpt4.serve.page_answers import PageModel
+from minigpt4.serve.web import build_app
 from quickstart.scenes import draw_scene, render
 
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 OPTIONS = GenerationOptions(max_new_tokens=200, seed=42)
-SECONDS_PER_TOKEN = 0.02  # the embedded model is faster than anyone can press Stop
+SECONDS_PER_STEP = 0.02  # the embedded model is faster than anyone can press Stop
 
-pytestmark = pytest.mark.skipif(not shutil.which(CHROMIUM), reason=f"there is no browser at {CHROMIUM}")
+pytestmark = pytest.mark.skipif(not shutil.which(page_browser.CHROMIUM), reason="there is no Chromium")
 
 
 @pytest.fixture(scope="module")
-def chat():
-    import demo
-
-    args = argparse.Namespace(
-        cfg_path="eval_configs/quickstart_eval.yaml", gpu_id=0, options=["model.ckpt=null", "run.device=cpu"], seed=42
-    )
-    chat = demo.build_chat(args)
-    plain = chat.stream
-
-    def slow_stream(conv, images, options):
-        with closing(plain(conv, images, replace(options, min_length=1000))) as answers:
-            for answer in answers:
-                time.sleep(SECONDS_PER_TOKEN)
-                yield answer
-
-    chat.stream = slow_stream
+def slow_chat():
+    chat = build_chat()
+    llm, plain = chat.model.llama_model, chat.model.llama_model.forward
+    llm.forward = lambda *arguments, **named: (time.sleep(SECONDS_PER_STEP), plain(*arguments, **named))[1]
     chat.template = replace(chat.template, sep="%%")  # a stop string that it never generates
-    return chat
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_answers, "GenerationOptions", partial(GenerationOptions, min_length=1000))
+        yield chat
+
+
+@pytest.fixture(scope="module")
+def engine(slow_chat):
+    engine = Engine(slow_chat)
+    yield engine
+    engine.close(2)
 
 
 @pytest.fixture(scope="module")
@@ -55,80 +54,29 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(chat, images):
-    from minigpt4.serve.web import build_app
+def ratings(tmp_path_factory):
+    return tmp_path_factory.mktemp("ratings") / "ratings.jsonl"
 
-    with served(build_app(chat, "Embedded model, CPU", OPTIONS, [images / "0.png"])) as url:
+
+@pytest.fixture(scope="module")
+def address(engine, images, ratings):
+    model = PageModel(engine, "embedded", "Embedded model, CPU")
+    with served(build_app([model], OPTIONS, [images / "0.png"], feedback=ratings)) as url:
         yield url
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-class Page:
-    """What a person does on the page and sees there."""
-
-    def __init__(self, browser, address, locale="en-US"):
-        self.context = browser.new_context(locale=locale, viewport={"width": 1100, "height": 900})
-        self.context.set_default_timeout(15_000)
-        self.page = self.context.new_page()
-        self.page.goto(address)
-        self.page.wait_for_selector("#box textarea")
-
-    def upload(self, path):
-        before = self.page.locator("#box button.delete-button").count()
-        self.page.set_input_files("#box input[type=file]", str(path))
-        self.wait(lambda: self.page.locator("#box button.delete-button").count() > before)
-
-    def send(self, text=""):
-        self.page.fill("#box textarea", text)
-        self.page.press("#box textarea", "Enter")
-
-    def press(self, name):
-        self.page.click(f"#{name}")
-
-    @property
-    def questions(self):
-        texts = self.page.locator("#chat [data-testid=user]").all_inner_texts()
-        return [text.strip() for text in texts if text.strip()]
-
-    @property
-    def answers(self):
-        return self.page.locator("#chat [data-testid=bot]").all_inner_texts()
-
-    @property
-    def status(self):
-        return self.page.inner_text("#status")
-
-    @property
-    def num_images(self):
-        return self.page.locator("#chat img[src*='/file=']").count()
-
-    @property
-    def num_tokens(self):
-        found = re.search(r"(\d+) tokens,", self.status)
-        return int(found.group(1)) if found else 0
-
-    def wait(self, condition, seconds=15):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"{self.status!r} {self.page.inner_text('#chat')!r}"
-            self.page.wait_for_timeout(30)
+    with page_browser.browser() as chromium:
+        yield chromium
 
 
 @pytest.fixture
 def visit(browser, address):
     pages = []
 
-    def new(**options):
-        pages.append(Page(browser, address, **options))
+    def new(url=address, **options):
+        pages.append(page_browser.Page(browser, url, **options))
         return pages[-1]
 
     yield new
@@ -136,141 +84,237 @@ def visit(browser, address):
         page.context.close()
 
 
+def asked(page, question="What is there?"):
+    """Asks, and stops the answer after a few tokens."""
+    page.send(question)
+    page.wait(lambda: page.questions[-1:] == [question] and page.answer)
+    page.press("Stop")
+    page.wait(lambda: page.has_button("Send"))
+
+
+def test_the_first_view_says_what_it_is_and_its_examples_run(visit):
+    page = visit()
+    text = page.page.inner_text("#page")
+    assert "Ask about an image" in text and "Embedded model, CPU" in text
+    assert page.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
+    assert page.page.evaluate("document.documentElement.lang") == "en"
+    page.page.click(".example >> nth=0")
+    page.wait(lambda: page.answer)
+    assert page.questions == ["Describe this image in detail."] and page.num_images == 1
+    assert not page.page.is_visible("#welcome") and page.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
+    assert page.page.get_attribute("#chat0 .message-row img", "alt") == "Image 1 of this chat"
+    page.press("Stop")
+
+
 def test_answers_stream_and_stop(visit, images):
     page = visit()
     page.upload(images / "0.png")
     page.send("What is there?")
-    page.wait(lambda: page.num_tokens)
-    first, begun = page.num_tokens, page.answers[0]
-    page.wait(lambda: page.num_tokens > first + 10)
-    assert page.answers[0].startswith(begun[:10]) and len(page.answers[0]) > len(begun)
-    page.press("stop")
-    page.wait(lambda: "stopped" in page.status)
-    count, partial = page.num_tokens, page.answers
-    assert 0 < count < 200
-    page.page.wait_for_timeout(500)
-    assert (page.num_tokens, page.answers) == (count, partial)
-    assert "Embedded model, CPU" in page.status and "tokens/s" in page.status
-    assert page.questions == ["What is there?"] and page.num_images == 1
-
-    page.send("And now?")  # the partial answer is part of the prompt
-    page.wait(lambda: len(page.answers) == 2)
-    cached, prompt = map(int, re.search(r"(\d+) of (\d+) prompt", page.status).groups())
-    assert count < cached < prompt
-    page.press("stop")
-    page.wait(lambda: "stopped" in page.status)
-
-    page.press("retry")
-    page.wait(lambda: "stopped" not in page.status and page.num_tokens)
-    assert len(page.answers) == 2
-    page.press("clear")
-    page.wait(lambda: not page.questions and not page.answers)
+    page.wait(lambda: page.answer)
+    begun = page.answer
+    page.wait(lambda: len(page.answer) > len(begun) + 10)
+    assert page.answer.startswith(begun[:10]) and page.has_button("Stop") and not page.has_button("Send")
+    page.page.fill("#box textarea", "And n")  # while the answer grows
+    page.press("Stop")
+    page.wait(lambda: "Stopped." in page.status)
+    count, partial_answer = page.num_tokens, page.answers
+    assert 0 < count < 200 and page.typed == "And n" and page.has_button("Send")
     page.page.wait_for_timeout(300)
-    assert not page.answers and page.num_images == 0
+    assert (page.num_tokens, page.answers) == (count, partial_answer)
+    assert "tokens/s" in page.status and page.questions == ["What is there?"] and page.num_images == 1
+    asked(page, "And now?")
+    assert len(page.answers) == 2
+    page.press("Retry")
+    page.wait(lambda: page.has_button("Stop") and page.answer)
+    assert page.page.input_value("#side input[type=number] >> nth=2") == "43"  # the seed
+    page.press("new")
+    page.wait(lambda: not page.questions and not page.answers and page.page.is_visible("#welcome"))
+    page.page.wait_for_timeout(300)
+    assert not page.answers and page.num_images == 0 and page.has_button("Send")
 
 
 TYPED = "a*b*c **d** <script>e</script> <b>f</b> &lt; <img src='http://evil.example/1.png'> # g"
 TYPED += " ![h](http://evil.example/2.png) [i](http://evil.example) http://evil.example/3.png $$j$$ `k`"
 
 
-def test_texts_are_shown_as_they_are_and_nothing_comes_from_other_hosts(visit, address, images, chat, monkeypatch):
+def test_texts_are_shown_as_they_are_and_nothing_comes_from_other_hosts(visit, address, images, slow_chat, monkeypatch):
     page, hosts, messages = visit(), set(), []
     page.context.on("request", lambda request: hosts.add(re.sub(r"^(\w+:(//[^/]*)?).*", r"\1", request.url)))
+    monkeypatch.setattr(slow_chat, "decode_answer", lambda ids, conv: TYPED)
+    page.reload()
     page.page.on("console", lambda message: messages.append(message.text))
-    monkeypatch.setattr(chat, "decode_answer", lambda ids, conv: TYPED)
-    page.page.reload()
-    page.page.wait_for_selector("#box textarea")
+    page.page.on("pageerror", lambda error: messages.append(str(error)))
     page.upload(images / "0.png")
-    page.send(TYPED)
-    page.wait(lambda: page.num_tokens)
-    page.press("stop")
-    page.wait(lambda: "stopped" in page.status)
+    asked(page, TYPED)
     assert page.questions == page.answers == [TYPED]
     (strange := images / "[a](b) _c_.png").write_bytes(b"no image")
     page.upload(strange)
     page.send()
-    page.wait(lambda: "cannot be read" in page.status)
-    assert f"'{strange.name}'" in page.status and f"'{strange.name}'" in page.page.inner_text(".toast-wrap")
+    page.wait(lambda: "cannot be read" in page.status and page.toasts)
+    assert f"'{strange.name}'" in page.status and f"'{strange.name}'" in page.toasts
+    page.press("Remove this image")
     page.send("Is <ImageHere> *an* image?")
-    page.wait(lambda: "A question cannot contain <ImageHere>" in page.page.inner_text(".toast-wrap"))
-    assert "cannot contain <ImageHere>" in page.status
-    assert page.page.input_value("#box textarea") == "Is <ImageHere> *an* image?"  # the question is not lost
+    page.wait(lambda: "A question cannot contain <ImageHere>" in page.toasts)
+    assert "cannot contain <ImageHere>" in page.status and page.typed == "Is <ImageHere> *an* image?"
     assert hosts <= {address, "data:", f"blob:{address}"} and address in hosts and not messages
 
 
-def test_browsers_do_not_see_each_other_and_wait_in_turn(visit, images):
+def test_browsers_are_answered_at_the_same_time_and_do_not_see_each_other(visit, images):
     one, other = visit(), visit()
     for page, question in ((one, "First?"), (other, "Second?")):
         page.upload(images / "1.png")
         page.send(question)
-        page.wait(lambda page=page: page.questions)
-    one.wait(lambda: one.num_tokens)
+    for page in (one, other):
+        page.wait(lambda page=page: page.answer)
+    assert one.has_button("Stop") and other.has_button("Stop")  # neither had to wait for the other's end
     assert (one.questions, other.questions) == (["First?"], ["Second?"])
-    assert not other.answers
-    other.wait(lambda: "queue" in other.page.inner_text("#chat"))
-    one.press("stop")
-    other.wait(lambda: other.answers)
-    assert len(one.answers) == len(other.answers) == 1
-    other.press("stop")
-    other.wait(lambda: "stopped" in other.status)
+    for page in (one, other):
+        page.press("Stop")
     third = visit()
     assert not third.questions and not third.answers and third.num_images == 0
 
 
-def test_an_answer_ends_with_its_page(visit):
-    left, next_one = visit(), visit()
-    left.send("Anyone?")
-    left.wait(lambda: left.num_tokens)
-    left.context.close()
+def test_who_waits_sees_how_many_are_before_and_can_stop(visit, engine, monkeypatch):
+    monkeypatch.setattr(engine, "max_batch", 1)
+    pages = [visit() for _ in range(4)]
+    for page, locale in zip(pages, "1234", strict=True):
+        page.send(f"Question {locale}?")
+        page.wait(lambda page=page: page.questions)
+    pages[0].wait(lambda: pages[0].answer)
+    pages[3].wait(lambda: "2 questions are before yours." in pages[3].status)
+    pages[2].wait(lambda: "1 question is before yours." in pages[2].status)
+    pages[2].press("Stop")
+    pages[2].wait(lambda: "Stopped." in pages[2].status)
+    assert pages[2].answers == ["–"] and pages[2].has_button("Retry")
+    pages[0].press("Stop")
+    pages[1].wait(lambda: pages[1].answer)
+    pages[1].context.close()  # an answer ends with its page
     begin = time.monotonic()
-    next_one.send("Is it my turn?")
-    next_one.wait(lambda: next_one.num_tokens)
-    assert time.monotonic() - begin < 200 * SECONDS_PER_TOKEN / 2
-    next_one.press("stop")
+    pages[3].wait(lambda: pages[3].answer)
+    assert time.monotonic() - begin < 200 * SECONDS_PER_STEP / 2
+    pages[3].press("Stop")
 
 
-def test_refused_messages_leave_no_trace(visit, images):
+def test_chats_survive_a_reload_in_their_browser_only(visit, images):
     page = visit()
+    page.upload(images / "0.png")
+    asked(page)
+    questions, answers = page.questions, page.answers
+    page.reload()
+    page.wait(lambda: page.questions)
+    assert (page.questions, page.answers, page.num_images) == (questions, answers, 1)
+    asked(page, "And now?")  # the chat goes on
+    other = visit()
+    other.page.wait_for_timeout(300)
+    assert not other.questions
+    page.press("new")
+    page.wait(lambda: not page.questions)
+    page.reload()
+    page.page.wait_for_timeout(300)
+    assert not page.questions
+
+
+def test_questions_are_edited_and_taken_back(visit, images):
+    page = visit()
+    page.upload(images / "0.png")
+    asked(page, "First?")
+    asked(page, "Second?")
+    page.page.click('#chat0 button[aria-label="Edit"] >> nth=0')
+    page.page.fill("#chat0 textarea", "First again?")
+    page.page.click('#chat0 button[aria-label="Send"]')
+    page.wait(lambda: page.questions == ["First again?"] and page.answer and page.has_button("Stop"))
+    assert page.num_images == 1
+    page.page.locator("#box .stop-button").click()
+    page.wait(lambda: page.has_button("Undo"))
+    page.press("Undo")
+    page.wait(lambda: not page.questions and page.typed == "First again?" and page.num_added == 1)
+    page.page.press("#box textarea", "Enter")
+    page.wait(lambda: page.questions == ["First again?"] and page.num_images == 1 and page.answer)
+    page.press("Stop")
+
+
+def test_refused_messages_stay_in_the_box_and_errors_are_chinese(visit, images):
+    page = visit(locale="zh-CN")
+    assert page.page.inner_text("#new") == "新对话" and page.page.evaluate("document.documentElement.lang") == "zh-CN"
     page.send()
-    page.wait(lambda: "There is no question" in page.status)
+    page.wait(lambda: "没有问题" in page.status and "没有问题" in page.toasts)
     page.upload(images / "broken.png")
     page.send("What is there?")
-    page.wait(lambda: "'broken.png' cannot be read as an image" in page.status)
-    assert "'broken.png' cannot be read" in page.page.inner_text(".toast-wrap")
-    assert str(images) not in page.status and "gradio" not in page.status
-    page.send("Is <ImageHere> an image?")
-    page.wait(lambda: "A question cannot contain" in page.status)
-    assert not page.questions and not page.answers and page.num_images == 0
-
-    page.page.click("#examples button >> nth=0")  # an image alone, and the chat continues
-    page.wait(lambda: page.page.locator("#box button.delete-button").count() == 1)
-    page.send()
-    page.wait(lambda: "image received" in page.status)
-    assert page.num_images == 1 and not page.answers
-    page.send("What is there?")
-    page.wait(lambda: page.num_tokens)
-    page.press("stop")
+    page.wait(lambda: "无法读取图片 'broken.png'" in page.status)
+    assert page.typed == "What is there?" and page.num_added == 1 and not page.questions and not page.num_images
+    assert str(images) not in page.toasts and "gradio" not in page.toasts and "Warning" not in page.toasts
+    page.press("移除这张图片")
+    long = 3000 * "why "
+    page.send(long)
+    page.wait(lambda: "问题过长" in page.status)
+    assert page.typed.strip() == long.strip() and not page.questions
+    page.send("Why?")
+    page.wait(lambda: page.answer and "还没有图片" in page.status)  # a hint, and an answer
+    page.press("停止")
 
 
-def test_images_of_every_kind(visit, tmp_path):
-    good, bad = picture_kinds.write_all(tmp_path)
+def test_files_are_added_by_drop_paste_and_camera(visit, images):
     page = visit()
-    for file in good:
-        page.upload(file)
-        page.send()
-        page.wait(lambda: page.num_images == 1 and "image received" in page.status)
-        page.press("clear")
-        page.wait(lambda: page.num_images == 0)
-    for file in bad:
-        page.upload(file)
-        page.send("What is there?")
-        page.wait(lambda file=file: f"'{file.name}'" in page.status)
-    assert page.num_images == 0 and not page.questions
+    data = page.page.evaluate_handle(
+        """async (base64) => {
+            const data = new DataTransfer(), bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+            data.items.add(new File([bytes], "a.png", {type: "image/png"}));
+            return data;
+        }""",
+        base64.b64encode((images / "0.png").read_bytes()).decode(),
+    )
+    page.page.dispatch_event("#intro", "drop", {"dataTransfer": data})
+    page.wait(lambda: page.num_added == 1)
+    page.page.evaluate(
+        "(data) => document.body.dispatchEvent(new ClipboardEvent('paste', {clipboardData: data, bubbles: true}))", data
+    )
+    page.wait(lambda: page.num_added == 2)
+    page.press("camera")
+    page.wait(lambda: page.page.evaluate("document.querySelector('#shot video')?.videoWidth > 0"))
+    page.page.click("#shot button >> nth=0")
+    page.wait(lambda: page.num_added == 3 and not page.page.locator("#shot").count())
+    asked(page)
+    assert page.num_images == 3
 
 
-def test_labels_follow_the_language_of_the_browser(visit):
-    assert visit().page.inner_text("#stop") == "Stop"
-    chinese = visit(locale="zh-CN")
-    assert chinese.page.inner_text("#stop") == "停止"
-    chinese.send()
-    chinese.wait(lambda: "没有问题" in chinese.status)
+def test_chats_are_saved_as_files_and_opened_again(visit, images, tmp_path):
+    page, other = visit(), visit()
+    page.upload(images / "0.png")
+    asked(page)
+    page.page.click(".toggle-button")
+    with page.page.expect_download() as download:
+        page.press("save")
+    assert re.fullmatch(r"minigpt4-chat-\d{8}-\d{6}-\w{32}\.json", download.value.suggested_filename)
+    download.value.save_as(tmp_path / "chat.json")
+    other.page.set_input_files("#open input, input[accept='.json']", str(tmp_path / "chat.json"))
+    other.wait(lambda: other.questions)
+    assert (other.questions, other.answers, other.num_images) == (page.questions, page.answers, 1)
+
+
+def test_ratings_are_stored(visit, images, ratings):
+    page = visit()
+    page.upload(images / "0.png")
+    asked(page)
+    page.press("Like")
+    page.wait(lambda: "rating is stored" in page.status)
+    row = json.loads(ratings.read_text(encoding="utf-8").splitlines()[-1])
+    assert row["rating"] == "up" and row["model"] == "embedded" and row["settings"]["max_new_tokens"] == 200
+    question, answer = row["conversation"]
+    assert question["content"] == "What is there?" and question["images"][0].startswith("data:image/webp;base64,")
+    assert answer == {"role": "assistant", "content": page.answer} and row["time"]
+
+
+def test_two_models_answer_side_by_side(visit, engine, chat, images):
+    models = [PageModel(engine, "slow", "Slow model"), PageModel(Engine(chat), "quick", "Quick model")]
+    with served(build_app(models, OPTIONS, [images / "0.png"])) as url:
+        for width in (1100, 390):
+            page = visit(url, width=width)
+            assert "Slow model" in page.page.inner_text("#title") and not page.has_button("Like")
+            page.page.click(".example >> nth=0")
+            page.wait(lambda page=page: page.answer and page.page.locator("#chat1 [data-testid=bot]").count())
+            page.press("Stop")
+            page.wait(lambda page=page: "slow:" in page.status and "quick:" in page.status)
+            boxes = [page.page.locator(f"#chat{i}").bounding_box() for i in range(2)]
+            assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 640)  # below each other on a phone
+            assert "slow" in page.page.inner_text("#chat0") and "quick" in page.page.inner_text("#chat1")
+    models[1].engine.close(2)

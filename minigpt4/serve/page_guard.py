@@ -66,7 +66,7 @@ class PageGuard(BaseHTTPMiddleware):
         if not length.isdecimal():
             return "A Content-Length is required.", 411
         if int(length) > limit:
-            return localized(request, "too_large").format(size=int(length) >> 20, limit=limit >> 20), 413
+            return localized(request, "too_large", size=int(length) >> 20, limit=limit >> 20), 413
         if is_upload:
             num_bytes = await asyncio.to_thread(self._delete_old_uploads)
             is_full = num_bytes + self.num_arriving_bytes > MAX_STORED_BYTES

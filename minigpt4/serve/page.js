@@ -1,0 +1,124 @@
+// What gradio does not do: language, labels, focus, drop and paste anywhere, a camera, and saving a chat.
+(() => {
+  const zh = navigator.language.toLowerCase().startsWith("zh");
+  const say = (english, chinese) => (zh ? chinese : english);
+  const $ = (selector) => document.querySelector(selector);
+  document.documentElement.lang = zh ? "zh-CN" : "en";
+
+  const LABELS = {  // of gradio's parts, which it has in English only
+    "Upload a file": ["Add an image", "添加图片"],
+    "Submit": ["Send", "发送"],
+    "Stop": ["Stop", "停止"],
+    "Remove file": ["Remove this image", "移除这张图片"],
+    "Uploading": ["Uploading", "正在上传"],
+    "Uploaded files": ["Added images", "已添加的图片"],
+    "File thumbnail": ["Added image", "已添加的图片"],
+    "Multimedia input field": ["Question and images", "问题与图片"],
+    "Toggle Sidebar": ["Settings and saved chats", "设置与对话文件"],
+    "Scroll down": ["Scroll to the end", "滚动到底部"],
+    "Close": ["Close", "关闭"],
+    "Liked": ["Liked", "已赞"],
+    "Disliked": ["Disliked", "已踩"],
+    "chatbot conversation": ["Chat", "对话"],
+  };
+
+  function improve() {
+    for (const part of document.querySelectorAll("[aria-label]")) {
+      const label = part.getAttribute("aria-label");
+      const better = LABELS[label]?.[zh ? 1 : 0] ?? label
+        .replace(/^(user|bot)'s message: /, (_, role) => (role === "user" ? say("You: ", "您：") : say("Answer: ", "回答：")))
+        .replace("a component of type image", say("image", "图片"));
+      if (better !== label) part.setAttribute("aria-label", better);
+      if (better !== label && part.tagName === "BUTTON") part.title = better;
+    }
+    document.querySelectorAll(".chat").forEach((chat) => chat.querySelectorAll(".message-row img").forEach((image, i) => {
+      image.alt = say(`Image ${i + 1} of this chat`, `本次对话的第 ${i + 1} 张图片`);
+    }));
+    document.querySelectorAll(".example img").forEach((image) => { image.alt = ""; });  // the button has a text
+    const textarea = $("#box textarea"), input = $("#box input[type=file]");
+    if (textarea && !textarea.ariaLabel) {
+      textarea.ariaLabel = textarea.placeholder;
+      $("#status")?.setAttribute("role", "status");
+      if (matchMedia("(pointer: fine)").matches) textarea.focus();
+    }
+    if (input) input.accept = "image/*";
+    document.querySelectorAll(".toast-title").forEach(({ firstChild }) => {
+      if (firstChild?.data?.trim() === "Warning") firstChild.data = say("Please note ", "请注意 ");
+    });
+    if (focused && !focused.checkVisibility() && document.activeElement === document.body) textarea?.focus();
+    const link = $("#export a");
+    if (link && !link.download) {  // the file of a chat is ready
+      link.download = link.textContent;
+      link.click();
+    }
+  }
+
+  let focused = null, isDue = false;
+  document.addEventListener("focusin", (event) => { focused = event.target; });
+  new MutationObserver(() => {
+    if (isDue) return;
+    isDue = true;
+    requestAnimationFrame(() => { isDue = false; improve(); });
+  }).observe(document, { childList: true, subtree: true });
+
+  function addFiles(files) {
+    const input = $("#box input[type=file]"), data = new DataTransfer();
+    [...files].forEach((file) => data.items.add(file));
+    if (!input || !data.files.length) return;
+    input.files = data.files;
+    input.dispatchEvent(new Event("change", { bubbles: true }));
+    $("#box textarea").focus();
+  }
+
+  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
+  const mark = (isDropping) => document.body.classList.toggle("dropping", isDropping);
+  document.addEventListener("dragover", (event) => { if (hasFiles(event)) { event.preventDefault(); mark(true); } });
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) mark(false); });
+  document.addEventListener("drop", (event) => {
+    mark(false);
+    if (!hasFiles(event) || event.target.closest("#box, #open")) return;
+    event.preventDefault();
+    addFiles(event.dataTransfer.files);
+  });
+  document.addEventListener("paste", (event) => {
+    if (event.target.closest("#box textarea")) return;
+    addFiles(event.clipboardData.files);
+  });
+
+  async function openCamera() {
+    const dialog = document.createElement("dialog"), video = document.createElement("video");
+    const buttons = document.createElement("div"), [take, cancel] = [0, 1].map(() => document.createElement("button"));
+    let stream = null;
+    dialog.id = "shot";
+    dialog.setAttribute("aria-label", say("Take a photo", "拍照"));
+    Object.assign(video, { muted: true, playsInline: true, autoplay: true });
+    [take.textContent, cancel.textContent] = [say("Take the photo", "拍摄"), say("Cancel", "取消")];
+    buttons.append(take, cancel);
+    dialog.append(video, buttons);
+    document.body.append(dialog);
+    dialog.addEventListener("close", () => {
+      stream?.getTracks().forEach((track) => track.stop());
+      dialog.remove();
+    });
+    cancel.onclick = () => dialog.close();
+    take.onclick = () => {
+      const canvas = document.createElement("canvas");
+      [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
+      canvas.getContext("2d").drawImage(video, 0, 0);
+      canvas.toBlob((blob) => addFiles([new File([blob], "photo.jpg", { type: "image/jpeg" })]), "image/jpeg", 0.92);
+      dialog.close();
+    };
+    dialog.showModal();
+    try {
+      stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+      video.srcObject = stream;
+    } catch (error) {
+      take.disabled = true;
+      video.replaceWith(say("The camera cannot be used: allow it in the browser.", "无法使用摄像头：请在浏览器中允许访问。"));
+    }
+  }
+  document.addEventListener("click", (event) => { if (event.target.closest("#camera")) openCamera(); });
+  document.addEventListener("DOMContentLoaded", () => {  // browsers offer cameras to https and localhost only
+    if (!navigator.mediaDevices) document.body.classList.add("no-camera");
+  });
+})();
