@@ -6,6 +6,7 @@ import openai
 import pytest
 import torch
 from golden_data import TINY
+from llguidance import LLMatcher
 from serving import Server, content, data_url
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -70,6 +71,27 @@ def test_random_tokens_follow_the_schema(kind):
         check(json.loads(tokenizer.decode(ids[2:-1])))
 
 
+def test_a_panic_of_the_library_is_an_error_of_the_request(monkeypatch):
+    tokenizer = load_tokenizer(TINY / "llama")
+    vocabulary = read_vocabulary(tokenizer, [tokenizer.eos_token_id])
+    for n in range(4):  # cut within a character for a message
+        with pytest.raises(ApiError, match="The schema cannot be used: ") as error:
+            compile_format(form({"type": ["string", {"x" * n: "𝄞" * 200}]}), vocabulary)
+        assert error.value.status == 400
+    processor = GrammarProcessor(vocabulary, compile_format(form({"type": "integer"}), vocabulary))
+    panic = type("PanicException", (BaseException,), {})
+
+    class Matcher:
+        def consume_tokens(self, ids):
+            raise panic("index out of bounds")
+
+    processor._matcher = Matcher()
+    scores = processor(torch.tensor([[1]]), torch.zeros(1, 600))
+    assert scores.argmax() == tokenizer.eos_token_id and scores.isfinite().sum() == 1
+    with pytest.raises(ApiError, match="index out of bounds"):
+        processor.check()
+
+
 @pytest.fixture(scope="module")
 def server(chat):
     server = Server(chat, max_tokens=200)
@@ -114,6 +136,10 @@ def test_answers_follow_the_schema(server, image, options):
         {"type": "string", "pattern": "("},
         {"$ref": "http://a/"},
         {"const": "a###b"},
+        {"enum": ["x" * 100_000]},
+        {"multipleOf": 2985040},  # would take minutes
+        {"multipleOf": 29.85040},
+        {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]},
     ],
 )
 def test_a_schema_that_cannot_be_used_is_refused(server, schema):
@@ -125,7 +151,7 @@ def test_a_schema_that_cannot_be_used_is_refused(server, schema):
 def test_a_grammar_that_becomes_too_complex_ends_the_answer_with_an_error():
     tokenizer = load_tokenizer(TINY / "llama")
     vocabulary = read_vocabulary(tokenizer, [tokenizer.eos_token_id], "###")
-    processor = GrammarProcessor(vocabulary, '{"grammars": []}')
+    processor = GrammarProcessor(vocabulary, LLMatcher(vocabulary.tokens, '{"grammars": []}', log_level=0))
     scores = processor(torch.tensor([[1]]), torch.zeros(1, 600))
     assert scores.argmax() == tokenizer.eos_token_id and scores.isfinite().sum() == 1
     with pytest.raises(ApiError, match="too complex"):

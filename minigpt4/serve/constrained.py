@@ -1,12 +1,13 @@
 """What the tokens of an answer are limited to: a grammar of JSON, by llguidance, and biases; and the tokens' bytes."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import LogitsProcessor
@@ -15,6 +16,9 @@ from minigpt4.serve.api_requests import ApiError, ResponseFormat
 
 # Without free whitespace, with which a model may fill an answer.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_MAX_CHARACTERS = 100_000  # of a schema
+_MAX_MULTIPLES = 10_000
+_MAX_STATES = 25_000  # of an answer's lexer, with 1 to 2 kB each
 _PARAM = "response_format.json_schema.schema"
 
 
@@ -75,39 +79,65 @@ def read_vocabulary(tokenizer: Any, eos_ids: Sequence[int], stop_string: str = "
     return Vocabulary(tokens, stop, completing)
 
 
-def compile_format(form: ResponseFormat, vocabulary: Vocabulary) -> str:
+def compile_format(form: ResponseFormat, vocabulary: Vocabulary) -> LLMatcher:
     """The grammar of a JSON format; ApiError 400 for a schema that is wrong or has keywords that are not supported."""
     schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
+    text = json.dumps(schema, ensure_ascii=False)
     try:
+        _check_multiples(schema)
+        if len(text) > _MAX_CHARACTERS:
+            raise ValueError(f"it has {len(text)} characters, at most {_MAX_CHARACTERS} are accepted")
+        if vocabulary.stop and vocabulary.stop.decode() in text:
+            raise ValueError(f"it contains {vocabulary.stop.decode()}, which ends answers")
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_LAYOUT)
-        error = LLMatcher.validate_grammar(grammar, vocabulary.tokens)
-    except ValueError as failure:
-        error = str(failure)
-    if vocabulary.stop and vocabulary.stop in json.dumps(schema, ensure_ascii=False).encode(errors="replace"):
-        error = f"it contains {vocabulary.stop.decode()}, which ends answers"
-    if error and not error.startswith("WARNING"):
+        limits = LLParserLimits(max_lexer_states=_MAX_STATES)
+        matcher = LLMatcher(vocabulary.tokens, grammar, log_level=0, limits=limits)
+        error = matcher.get_error()
+    except BaseException as failure:
+        error = _cause(failure)
+    if error:
         raise ApiError(f"The schema cannot be used: {error[:300]}", _PARAM, code="invalid_schema")
-    return grammar
+    return matcher
+
+
+def _check_multiples(schema: dict[str, Any]) -> None:
+    """ValueError if the numbers of ``multipleOf`` add up to more than llguidance compiles within milliseconds."""
+    total, rest = 0, [schema]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            number = value.get("multipleOf")
+            if isinstance(number, int | float) and math.isfinite(number):
+                total += abs(int("".join(filter(str.isdigit, f"{number:.12f}".rstrip("0"))) or 0))
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    if total > _MAX_MULTIPLES:
+        raise ValueError(f"multipleOf is accepted up to {_MAX_MULTIPLES}, without the decimal point and added up")
 
 
 class GrammarProcessor(LogitsProcessor):
     """Excludes the tokens with which one answer would leave a grammar, or end in the middle by the stop string."""
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str) -> None:
-        self._vocabulary, self._matcher = vocabulary, LLMatcher(vocabulary.tokens, grammar, log_level=0)
-        self._num_begin = self._num_read = -1
+    def __init__(self, vocabulary: Vocabulary, grammar: LLMatcher) -> None:
+        self._vocabulary, self._matcher = vocabulary, grammar.deep_copy()
+        self._num_begin, self._num_read, self._problem = -1, -1, ""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """History [1, n] of begin and new tokens, and scores [1, V], to scores [1, V]."""
         ids = input_ids[0].tolist()
         if self._num_read < 0:
             self._num_begin = self._num_read = len(ids)
-        self._matcher.consume_tokens(ids[self._num_read :])
-        self._num_read = len(ids)
-        bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         is_allowed = torch.zeros(scores.shape[1], dtype=torch.bool)
-        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[: len(is_allowed)]
-        is_allowed[: len(found)] = found
+        try:
+            self._matcher.consume_tokens(ids[self._num_read :])
+            bits = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+            found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).bool().flatten()[: len(is_allowed)]
+            is_allowed[: len(found)] = found
+        except BaseException as error:  # it would end the engine's thread
+            self._problem = _cause(error)
+            is_allowed[self._vocabulary.tokens.eos_tokens] = True
+        self._num_read = len(ids)
         goes_on = is_allowed.clone()
         goes_on[self._ends(ids[self._num_begin :])] = False
         is_allowed = goes_on if goes_on.any() else is_allowed
@@ -121,8 +151,15 @@ class GrammarProcessor(LogitsProcessor):
 
     def check(self) -> None:
         """Raises ApiError 400 if the grammar was too complex; the answer has then ended early."""
-        if error := self._matcher.get_error():
+        if error := self._problem or self._matcher.get_error():
             raise ApiError(f"The schema is too complex: {error}", _PARAM, code="invalid_schema")
+
+
+def _cause(error: BaseException) -> str:
+    """What a ValueError says, or a panic of Rust, which is no Exception; other errors are raised again."""
+    if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+        raise error
+    return f"llguidance says: {error}"
 
 
 def add_bias(bias: Mapping[int, float], num_tokens: int) -> Callable[[Tensor, Tensor], Tensor]:
