@@ -262,6 +262,7 @@ def test_a_long_chat_is_tokenized_a_few_times(client, chat, monkeypatch, confine
 
 def test_nobody_learns_what_others_asked(client, chat, monkeypatch, confined):
     """Keys and values of a chat are used for its own client only, so that neither counts nor times reveal it."""
+    chat.prefixes.clear()  # those of other tests' clients
 
     def cached_tokens(address, *turns):
         roles = itertools.cycle(["user", "assistant"])

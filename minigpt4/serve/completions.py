@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
@@ -30,6 +31,34 @@ T = TypeVar("T")
 _INTERNAL = {"status": 500, "code": "internal"}
 _QUEUE_FULL = {"message": "Too many requests are waiting; try again later.", "status": 429, "code": "queue_full"}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events
+
+
+class _Updates:
+    """The latest update of each answer of a request; a reader that is late misses those before it.
+
+    Many streams then cost the event loop one update each per round, however fast the model is.
+    """
+
+    def __init__(self) -> None:
+        self._loop, self._arrived, self._lock = asyncio.get_running_loop(), asyncio.Event(), threading.Lock()
+        self._latest: dict[int, Answer | Exception] = {}
+
+    def put(self, index: int, update: Answer | Exception) -> None:
+        """Called on the engine's thread."""
+        with self._lock:
+            is_first = not self._latest
+            self._latest[index] = update
+        if is_first:
+            with suppress(RuntimeError):  # the loop is closed, as the server has ended
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def get(self) -> dict[int, Answer | Exception]:
+        """What has arrived since the last call, by index; waits for it."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        with self._lock:
+            latest, self._latest = self._latest, {}
+        return latest
 
 
 @dataclass
@@ -87,14 +116,14 @@ class Completions:
         if body.response_format.type != "text":
             grammar = await asyncio.to_thread(constrained.compile_format, body.response_format, vocabulary)
         messages = await api_requests.load_messages(body.messages, lambda url: self._load_image(url, client))
-        requests, checks, updates = [], [], asyncio.Queue()
+        requests, checks, updates = [], [], _Updates()
         for i in range(body.n):
             own = options if options.seed is None else replace(options, seed=options.seed + i)
             if grammar is not None:
                 processor = constrained.GrammarProcessor(vocabulary, grammar)
                 own = replace(own, logits_processors=[*own.logits_processors, processor])
                 checks.append(processor.check)
-            on_update = self._updater(i, updates, body.stop, arrival)
+            on_update = self._updater(i, updates, body, arrival)
             requests.append(
                 EngineRequest(messages, own, on_update, self.limits.timeout_seconds, client, arrival=arrival)
             )
@@ -116,10 +145,10 @@ class Completions:
         return self._vocabulary
 
     def _updater(
-        self, index: int, updates: asyncio.Queue, stop: Sequence[str], arrival: float
+        self, index: int, updates: _Updates, body: Body, arrival: float
     ) -> Callable[[Answer | Exception], None]:
         """What the engine calls on its thread with one answer as it grows, which goes into ``updates``."""
-        loop, observe = asyncio.get_running_loop(), self.metrics.observer(arrival)
+        observe, stop = self.metrics.observer(arrival), body.stop
         eos_ids = set(self.engine.chat.model.eos_ids)
 
         def decode(answer: Answer, ids: Sequence[int]) -> str:
@@ -129,10 +158,11 @@ class Completions:
         def on_update(update: Answer | Exception) -> None:
             if isinstance(update, Answer):  # a snapshot, as the engine's own grows
                 observe(update)
+                if not body.stream and update.finish_reason is None:
+                    return
                 own = functools.partial(decode, update)
                 update = replace(update, ids=list(update.ids), logprobs=list(update.logprobs), decode=own)
-            with suppress(RuntimeError):  # the loop is closed, as the server has ended
-                loop.call_soon_threadsafe(updates.put_nowait, (index, update))
+            updates.put(index, update)
 
         return on_update
 
@@ -152,22 +182,23 @@ class Completions:
             raise ApiError("An image could not be processed; the server's log has the reason.", **_INTERNAL) from error
 
     async def _receive(
-        self, requests: Sequence[EngineRequest], updates: asyncio.Queue, checks: Sequence[Callable[[], None]]
+        self, requests: Sequence[EngineRequest], updates: _Updates, checks: Sequence[Callable[[], None]]
     ) -> AsyncIterator[tuple[int, Answer]]:
         """(Index, answer) as the answers of ``requests`` grow; closing the iterator cancels them."""
         try:
             num_running, end = len(requests), requests[0].arrival + self.limits.timeout_seconds
             while num_running:
-                index, update = await asyncio.wait_for(updates.get(), max(end - time.monotonic(), 0))
-                if isinstance(update, Exception):
-                    raise update
-                if time.monotonic() > end:  # the engine ends answers that are out of time, too
-                    raise TimeoutError
-                if update.finish_reason is not None:
-                    num_running -= 1
-                    for check in checks:
-                        check()
-                yield index, update
+                arrived = await asyncio.wait_for(updates.get(), max(end - time.monotonic(), 0))
+                for index, update in arrived.items():
+                    if isinstance(update, Exception):
+                        raise update
+                    if time.monotonic() > end:  # the engine ends answers that are out of time, too
+                        raise TimeoutError
+                    if update.finish_reason is not None:
+                        num_running -= 1
+                        for check in checks:
+                            check()
+                    yield index, update
         except TimeoutError as error:
             raise self._timeout() from error
         except UserError as error:
