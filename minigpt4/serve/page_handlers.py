@@ -98,13 +98,14 @@ class PageHandlers(Answers):
         """Stores a rating, or that it was taken back."""
         rating = event.liked if isinstance(event.liked, bool) else None
         try:
+            if session.job:
+                raise Refusal("busy")
             index = page_chat.turn_of(session.turns, event.index)
             turn = session.turns[index]
             if turn.ratings.get(model) == rating:
                 return self.nothing()
             if self.feedback.exists() and self.feedback.stat().st_size > MAX_FEEDBACK_BYTES:
                 raise Refusal("feedback_full")
-            turn.ratings[model] = rating
             page_chat.append_row(self.feedback, {
                 "time": datetime.now().astimezone().isoformat("T", "seconds"),
                 "model": self.names[model],
@@ -112,6 +113,7 @@ class PageHandlers(Answers):
                 "rating": {True: "up", False: "down"}.get(rating),
                 "conversation": page_chat.rated_messages(session.turns[: index + 1], model),
             })  # fmt: skip
+            turn.ratings[model] = rating
         except Exception as error:  # no place on the disk, for example
             return self.warn(error, request)
         return self.say(localized(request, "rated"))
