@@ -69,12 +69,13 @@ def test_sigterm_ends_the_server_with_status_0(requests):
 
 
 ENDING = """
-import asyncio, sys, threading
+import asyncio, logging, sys, threading
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 from minigpt4.serve import server
 
+logging.basicConfig(level="INFO", format="%(message)s")
 release = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.readline(), release.set()), daemon=True).start()
 
@@ -122,7 +123,7 @@ def test_running_streams_end_and_new_requests_are_refused(ending_server, sign):
         assert next(lines) == "ended"
     output, _ = process.communicate(timeout=20)
     if sign == signal.SIGTERM:
-        assert (process.returncode, output) == (0, "left\n")
+        assert (process.returncode, output) == (0, "127.0.0.1 GET /read: 503 The server is ending.\nleft\n")
     else:
         assert process.returncode != 0 and "KeyboardInterrupt" in output
 

@@ -1,6 +1,7 @@
 """The listening socket of the API or the web page, and the HTTP server on it."""
 
 import asyncio
+import logging
 import math
 import signal
 import socket
@@ -67,9 +68,9 @@ class _Server(uvicorn.Server):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application, or answers that the server cannot."""
         if scope["type"] == "http" and self.end < math.inf:
-            await _unavailable("The server is ending.")(scope, receive, send)
+            await _refuse("The server is ending.", scope, receive, send)
         elif scope["type"] == "http" and len(self.server_state.connections) > self.max_connections:
-            await _unavailable("The server has too many connections; try again later.")(scope, receive, send)
+            await _refuse("The server has too many connections; try again later.", scope, receive, send)
         else:
             self.num_running += scope["type"] == "http"
             try:
@@ -79,9 +80,11 @@ class _Server(uvicorn.Server):
                 self.num_running -= scope["type"] == "http"
 
 
-def _unavailable(message: str) -> JSONResponse:
-    error = ApiError(message, status=503, code="unavailable")
-    return JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})
+async def _refuse(message: str, scope: Scope, receive: Receive, send: Send) -> None:
+    error, path = ApiError(message, status=503, code="unavailable"), str(UserError(scope["path"][:200]))
+    logging.info("%s %s %s: 503 %s", (scope.get("client") or "-")[0], scope["method"], path, error)
+    response = JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})
+    await response(scope, receive, send)
 
 
 def serve(
