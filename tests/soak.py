@@ -61,7 +61,7 @@ class Soak:
         os.environ.update(TMPDIR=str(self.temporary), OMP_NUM_THREADS="1")
         tempfile.tempdir = None  # forgets the folder looked up before
         write_data(folder / "data")
-        self.server = Server(folder, forked.free_port())
+        self.server = Server(folder, forked.free_port(), "--batch-size", "4")
         self.expected = self.server.answers()
         self.start = time.monotonic()
         self.seconds = seconds

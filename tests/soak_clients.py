@@ -78,10 +78,14 @@ class Clients:
         self.port, self.expected, self.until, self.seed = port, expected, until, seed
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.seen: dict[tuple[int, int], str] = {}  # answers of chats by their number and turn
 
-    def run(self) -> None:
-        """Runs all threads until the moment."""
-        ways = [self.good, self.good, self.streaming, self.slow, self.vanishing, self.garbage]
+    def run(self, count: int = 6) -> None:
+        """Runs so many threads until the moment."""
+        ways = [
+            self.good, self.good, self.streaming, self.slow, self.vanishing, self.garbage, self.chatting, self.stopping,
+        ]  # fmt: skip
+        ways = [ways[i % len(ways)] for i in range(count)]
         threads = [threading.Thread(target=self._repeat, args=(way, i)) for i, way in enumerate(ways)]
         for thread in threads:
             thread.start()
@@ -137,6 +141,35 @@ class Clients:
             connection.recv(200)
             return "left in the middle of an answer"
 
+    def chatting(self, rng: Random) -> str:
+        """Three turns of a chat whose sampled answers have seeds: each time, the chat is the same."""
+        number, messages = rng.randrange(24), []
+        for turn in range(3):
+            own = json.loads(body(number + turn))
+            question = own["messages"][0] if turn != 1 else {"role": "user", "content": "Are you sure?"}
+            messages.append(question)
+            lengths = {"max_tokens": (4, 16, 64)[(number + turn) % 3], "temperature": 1, "seed": number}
+            status, data = post(self.port, json.dumps(own | lengths | {"messages": messages}).encode())
+            if status != 200:
+                return judge("", status, data)
+            text = text_of(data)
+            if text != self.seen.setdefault((number, turn), text):
+                return f"wrong: chat {number}, turn {turn}, was {self.seen[number, turn]!r} and is {text!r}"
+            messages.append({"role": "assistant", "content": text})
+        return "answered"
+
+    def stopping(self, rng: Random) -> str:
+        """Ends a long answer after a few events, and has another one ended by a stop string."""
+        content = json.loads(body(rng.randrange(24), is_stream=True)) | {"max_tokens": 200, "temperature": 1}
+        with socket.create_connection(("127.0.0.1", self.port), timeout=120) as connection:
+            connection.sendall(raw_request(json.dumps(content).encode()))
+            for _ in range(3):
+                connection.recv(400)
+        status, data = post(self.port, json.dumps(content | {"stop": ["e", "o"], "stream": False}).encode())
+        if status != 200 or not set("eo") & set(text_of(data)):
+            return judge("", status, data) if status != 200 else "answered"
+        return f"wrong: the stop strings are in {text_of(data)!r}"
+
     def garbage(self, rng: Random) -> str:
         """Sends bytes that are not HTTP, JSON, an image or a request, or fewer than announced."""
         kind = rng.choice(["bytes", "header", "JSON", "image", "fields", "length"])
@@ -165,12 +198,12 @@ class Clients:
         return f"refused ({kind})"
 
 
-def start_clients(port: int, expected: Sequence[str], until: float, seed: int, report: Path) -> int:
+def start_clients(port: int, expected: Sequence[str], until: float, seed: int, report: Path, count: int = 6) -> int:
     """Starts the clients in a process that writes their counts and wrong outcomes at its end; returns its pid."""
     if pid := os.fork():
         return pid
     clients = Clients(port, expected, until, seed)
-    clients.run()
+    clients.run(count)
     report.write_text(json.dumps([clients.counts, clients.wrong]), encoding="utf-8")
     os._exit(0)
 
@@ -178,12 +211,12 @@ def start_clients(port: int, expected: Sequence[str], until: float, seed: int, r
 class Server:
     """demo.py --api."""
 
-    def __init__(self, folder: Path, port: int) -> None:
+    def __init__(self, folder: Path, port: int, *flags: str) -> None:
         self.log, self.port = folder / "server.log", port
         options = ["--cfg-path", f"eval_configs/{MODEL}.yaml", "--options", "model.ckpt=null", "run.device=cpu"]
         # Only in float32 does an answer not depend on the batch size; bfloat16 rounds differently.
         options += ["model.llm_dtype=fp32", "run.amp=False"]
-        command = [sys.executable, "demo.py", *options, "--api", "--port", str(port), "--batch-size", "4"]
+        command = [sys.executable, "demo.py", *options, "--api", "--port", str(port), *flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 

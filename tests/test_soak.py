@@ -26,6 +26,14 @@ def test_a_short_soak(tmp_path):
     assert sum(result["summary"]["restarts"].values()) >= 3 and len(result["summary"]["requests"]) >= 6
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
+def test_a_short_load(tmp_path):
+    command = [sys.executable, "-m", "tests.load", "--minutes", "0.1", "--clients", "8"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0 and "chatting, answered" in done.stdout, f"{done.stdout}\n{done.stderr}"[-6000:]
+
+
 def line(step, loss="0x1", texts="a", count=4):
     return json.dumps({"step": step, "entry": [loss, texts, count]})
 
