@@ -4,11 +4,10 @@ Shapes: B batch, S image side, Q queries, H width of the Q-Former, L width of th
 rows without padding.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +24,15 @@ from minigpt4.models import loading
 from minigpt4.models.loading import ModelFiles
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer, QFormerConfig
+from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, TextRows, captions_of
 from minigpt4.models.vision import VisionEncoder, build_vision, vision_settings
 
-IMAGE_TOKEN_INDEX = -1  # in a list of token ids: one image embedding goes here
-IGNORE_INDEX = -100  # label of a position that is no target
 Section = Mapping[str, Any] | ModelConfig
-
-
-class TextRow(NamedTuple):
-    """Token ids of a training row, image positions included, and the label of each."""
-
-    ids: list[int]
-    labels: list[int]
 
 
 @registry.register_model("minigpt4")  # the reference's later name
 @registry.register_model("mini_gpt4")
-class MiniGPT4(VisionEncoder):
+class MiniGPT4(TextRows, VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
 
     Args:
@@ -150,11 +141,6 @@ class MiniGPT4(VisionEncoder):
         return self.llama_proj.weight.device
 
     @property
-    def bos_ids(self) -> list[int]:
-        """What every sequence begins with: the begin token, or nothing where the tokenizer has none."""
-        return [] if self.llama_tokenizer.bos_token is None else [self.llama_tokenizer.bos_token_id]
-
-    @property
     def eos_ids(self) -> list[int]:
         """The tokens that end an answer."""
         return [self.llama_tokenizer.eos_token_id]
@@ -171,19 +157,6 @@ class MiniGPT4(VisionEncoder):
     def project_features(self, features: Tensor) -> Tensor:
         """Query outputs of the Q-Former [B, Q, H], in any precision, to LM inputs [B, Q, L]."""
         return self.llama_proj(features.to(self.llama_proj.weight.dtype))
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text without begin token; lone surrogates, which JSON may hold, are replaced by "?"."""
-        text = text.encode(errors="replace").decode()
-        return list(self.llama_tokenizer(text, add_special_tokens=False).input_ids)
-
-    def tokenize_prompt(self, text: str) -> list[int]:
-        """Ids of a prompt: each ``<ImageHere>`` is Q times IMAGE_TOKEN_INDEX, the text around it is encoded apart."""
-        ids: list[int] = []
-        for i, segment in enumerate(text.split(IMAGE_PLACEHOLDER)):
-            ids += [IMAGE_TOKEN_INDEX] * self.num_query_token * (i > 0)
-            ids += self.tokenize(segment) if segment else []
-        return ids
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """Ids [...] to embeddings [..., L]; image positions get those of id 0."""
@@ -221,30 +194,6 @@ class MiniGPT4(VisionEncoder):
         masks = [torch.ones_like(row[0]) for row in ids]
         return pad_sequence(rows, batch_first=True), pad_sequence(masks, batch_first=True)
 
-    def tokenize_rows(self, captions: Sequence[str], prompts: Sequence[str]) -> list[TextRow]:
-        """Training rows: begin token, prompt with image positions, caption with end symbol.
-
-        Labels are the ids where they are caption or end symbol and not the pad id, which a caption may contain as text.
-        """
-        rows, pad = [], self.llama_tokenizer.pad_token_id
-        for caption, prompt in zip(captions, prompts, strict=True):
-            before = self.bos_ids + self.tokenize_prompt(prompt)
-            target = self.tokenize(caption + self.end_sym)[: self.max_txt_len]
-            labels = [IGNORE_INDEX if token == pad else token for token in target]
-            rows.append(TextRow(before + target, [IGNORE_INDEX] * len(before) + labels))
-        return rows
-
-    def choose_prompts(self, samples: Mapping[str, Any]) -> list[str]:
-        """A prompt for each row: the sample's own, else one that is drawn for the whole batch, else the image alone."""
-        if "instruction_input" in samples:  # whole prompts
-            return list(samples["instruction_input"])
-        drawn = random.choice(self.prompt_list) if self.prompt_list else IMAGE_PLACEHOLDER
-        instructions = samples.get("instruction") or [None] * len(_captions(samples))
-        if any(instructions) and "{}" not in self.prompt_template:
-            raise UserError("Samples have instructions, but model.prompt_template is not set; see the stage-2 YAML.")
-        wrapped = f"<Img>{IMAGE_PLACEHOLDER}</Img> "
-        return [self.prompt_template.format(wrapped + text) if text else drawn for text in instructions]
-
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Any]:
         """The loss of a batch.
 
@@ -258,7 +207,7 @@ class MiniGPT4(VisionEncoder):
         """
         features = samples["features"] if "features" in samples else self.encode_images(samples["image"])
         image_embeds = self.project_features(features)  # [B, Q, L]
-        rows = self.tokenize_rows(_captions(samples), self.choose_prompts(samples))
+        rows = self.tokenize_rows(captions_of(samples), self.choose_prompts(samples))
         prefix = self._shared_prefix(rows)
         ids = [token for row in rows for token in row.ids[len(prefix) :]]  # N, the rows one after the other
         labels = [label for row in rows for label in (*row.labels[len(prefix) + 1 :], IGNORE_INDEX)]  # of the next
@@ -314,7 +263,3 @@ class MiniGPT4(VisionEncoder):
         outputs = self.llama_model.generate(inputs_embeds=inputs, attention_mask=mask, **settings)
         answers = self.llama_tokenizer.batch_decode(outputs, skip_special_tokens=True)
         return [(answer.split(self.end_sym)[0] if self.end_sym.strip() else answer).strip() for answer in answers]
-
-
-def _captions(samples: Mapping[str, Any]) -> Sequence[str]:
-    return samples["text_input"] if "text_input" in samples else samples["answer"]
