@@ -291,11 +291,11 @@ def run_page(args: argparse.Namespace) -> None:
     listener = open_socket(args, 7860)
     feedback = check_writable(Path(args.feedback)) if args.feedback else None
     tunnels, models = [open_tunnel(listener)] if args.share else [], []
-    for path in args.cfg_paths:
+    for path in reversed(args.cfg_paths):  # the first one's images are the examples
         args.cfg_path = path
         chat, is_unique = build_chat(args), len({Path(other).stem for other in args.cfg_paths}) == len(args.cfg_paths)
         engine = Engine(chat, args.batch_size or 64, args.max_queue, max_batch_tokens=args.max_batch_tokens)
-        models.append(PageModel(engine, Path(path).stem if is_unique else path, describe_model(args, chat)))
+        models.insert(0, PageModel(engine, Path(path).stem if is_unique else path, describe_model(args, chat)))
     origins = args.allow_origin + tunnels
     app = build_app(models, generation_options(args), find_examples(Config(args).config), args.host, origins, feedback)
     names = " and ".join(f"'{model.name}'" for model in models)

@@ -63,7 +63,7 @@ def delete_uploads(folder):
 def ask(client, *files, text="Why?"):
     """Sends a message: what is left in the box, the messages of the chat, and the status line at the end."""
     message = {"text": text, "files": [handle_file(str(file)) for file in files]}
-    return answered(client, client.predict(message, *SETTINGS, api_name="/submit"))
+    return answered(client, client.predict(message, {}, *SETTINGS, api_name="/submit"))
 
 
 def answered(client, outputs):

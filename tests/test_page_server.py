@@ -101,7 +101,7 @@ def reading(chat, monkeypatch):
 
 def sent(client, picture):
     message = {"text": "", "files": [handle_file(str(picture))]}
-    return client.submit(message, *SETTINGS, api_name="/submit")
+    return client.submit(message, {}, *SETTINGS, api_name="/submit")
 
 
 def test_chats_do_not_wait_for_the_images_of_others(connect, picture, folder, chat, monkeypatch):
@@ -232,12 +232,15 @@ def test_images_of_every_kind(connect, folder, image_kinds):
 def test_kept_chats_are_restored_in_any_session_and_checked(connect, picture, folder):
     client = connect()
     message = {"text": "Why?", "files": [handle_file(str(picture))]}
-    client.predict(message, *SETTINGS, api_name="/submit")
+    client.predict(message, {}, *SETTINGS, api_name="/submit")
     outputs = client.predict(api_name="/answer")
     kept, messages = outputs[3], outputs[1]
     restored = connect().predict(kept, api_name="/restore")[1]
     assert [message["role"] for message in restored] == [message["role"] for message in messages]
     assert restored[1:] == messages[1:]
+    restarted = connect()  # its page is still open, and was not reloaded
+    _, continued, _ = answered(restarted, restarted.predict({"text": "How?"}, kept, *SETTINGS, api_name="/submit"))
+    assert continued[1:3] == messages[1:3] and len(continued) == 5
     question = kept["turns"][0]
     for wrong in (
         {"turns": []},

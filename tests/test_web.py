@@ -104,6 +104,9 @@ def test_the_first_view_says_what_it_is_and_its_examples_run(visit):
     assert not page.page.is_visible("#welcome") and page.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
     assert page.page.get_attribute("#chat0 .message-row img", "alt") == "Image 1 of this chat"
     page.press("Stop")
+    page.page.click('#chat0 button[aria-label="Full size"]')
+    page.wait(lambda: page.page.evaluate("document.fullscreenElement?.querySelector('img').offsetHeight") > 600)
+    page.page.keyboard.press("Escape")
 
 
 def test_answers_stream_and_stop(visit, images):

@@ -32,6 +32,7 @@ from minigpt4.serve.page_texts import Refusal, describe_answer, describe_error, 
 UPDATE_SECONDS = 0.08  # each update of the page delays the answers
 POSITION_SECONDS = 0.5
 TIMEOUT_SECONDS = 300.0
+MAX_KEPT_BYTES = MAX_BODY_BYTES - 200_000  # it is sent together with a question
 MAX_READERS = 16  # images that are read at the same time
 Changes = dict[Any, Any]  # new values by component
 
@@ -130,7 +131,7 @@ class Answers:
     async def keep(self, session: Session, request: gr.Request) -> tuple[Changes, list[str]]:
         """What the browser stores, and a note if that is too much."""
         kept = await asyncio.to_thread(page_chat.to_json, session.turns, self.names, True)
-        if len(json.dumps(kept)) > MAX_BODY_BYTES - 10_000:  # it could not be sent back
+        if len(json.dumps(kept)) > MAX_KEPT_BYTES:
             return {self.kept: {}}, [localized(request, "not_kept")]
         return {self.kept: kept}, []
 
@@ -263,9 +264,11 @@ class Answers:
             notes.append(localized(request, "dropped_one" if count == 1 else "dropped", count=count))
         return notes
 
-    async def new_turn(self, session: Session, question: str, files: Sequence[str], request: gr.Request) -> Turn:
-        """A question about uploaded images; raises what makes it unanswerable."""
-        if sum(len(turn.pictures) for turn in session.turns) + len(files) > page_chat.MAX_IMAGES:
+    async def new_turn(
+        self, turns: Sequence[Turn], question: str, files: Sequence[str], session: Session, request: gr.Request
+    ) -> Turn:
+        """A question about uploaded images after other turns; raises what makes it unanswerable."""
+        if sum(len(turn.pictures) for turn in turns) + len(files) > page_chat.MAX_IMAGES:
             raise Refusal("too_many", count=page_chat.MAX_IMAGES)
         pictures = []
         for path in map(Path, files):

@@ -21,14 +21,20 @@ EMPTY_BOX = {"text": "", "files": []}
 class PageHandlers(Answers):
     """The handlers of the page's events, which change the session in place and return the components that change."""
 
-    async def submit(self, session: Session, message: dict[str, Any], request: gr.Request, *values: Any) -> Changes:
-        """Answers the message in the box, which keeps it if it is refused."""
+    async def submit(
+        self, session: Session, message: dict[str, Any], kept: Any, request: gr.Request, *values: Any
+    ) -> Changes:
+        """Answers the message in the box, which keeps it if it is refused.
+
+        ``kept`` is what the browser has stored: the chat's beginning, if the server has been restarted meanwhile.
+        """
         question, files = (message["text"] or "").strip(), message["files"]
 
         async def prepare() -> list[Turn]:
             if not question and not files:
                 raise Refusal("nothing")
-            return [*session.turns, await self.new_turn(session, question or QUESTION, files, request)]
+            turns = session.turns or (await self.read_kept(kept, session, request) if kept else [])
+            return [*turns, await self.new_turn(turns, question or QUESTION, files, session, request)]
 
         return await self.accept(session, request, values, prepare, accepted=EMPTY_BOX)
 
@@ -39,7 +45,8 @@ class PageHandlers(Answers):
         path, question = example
 
         async def prepare() -> list[Turn]:
-            return [*session.turns, await self.new_turn(session, question, [path], request)]
+            turns = session.turns
+            return [*turns, await self.new_turn(turns, question, [path], session, request)]
 
         return await self.accept(session, request, values, prepare)
 
@@ -50,7 +57,7 @@ class PageHandlers(Answers):
 
         async def prepare() -> list[Turn]:
             if not session.turns:
-                raise Refusal("no_answer")
+                raise Refusal("forgotten")
             return [*session.turns[:-1], replace(session.turns[-1], answers=[], ratings={})]
 
         changes = await self.accept(session, request, [*options.values()], prepare)
@@ -65,6 +72,8 @@ class PageHandlers(Answers):
         async def prepare() -> list[Turn]:
             if not question:
                 raise Refusal("nothing")
+            if not session.turns:
+                raise Refusal("forgotten")
             index = page_chat.turn_of(session.turns, event.index)
             return [*session.turns[:index], Turn(question, session.turns[index].pictures)]
 
@@ -74,7 +83,7 @@ class PageHandlers(Answers):
     async def undo(self, session: Session, message: dict[str, Any], request: gr.Request) -> Changes:
         """Takes the last question back, to the box if that is empty."""
         if session.job or not session.turns:  # the job ends a moment after its last update
-            return self.warn(Refusal("busy" if session.job else "no_answer"), request)
+            return self.warn(Refusal("busy" if session.job else "forgotten"), request)
         *session.turns, last = session.turns
         changes = self.show(session.turns) | self.say() | (await self.keep(session, request))[0]
         if not message["text"] and not message["files"]:
@@ -137,16 +146,21 @@ class PageHandlers(Answers):
         """Shows the chat that the browser has stored, after a reload of the page or a restart of the server."""
         return await self.load(session, kept, request) if kept and not session.turns else self.say()
 
+    async def read_kept(self, data: bytes | dict[str, Any], session: Session, request: gr.Request) -> list[Turn]:
+        """The turns of a kept chat; a ValueError says what is wrong with it."""
+        turns = []
+        for kept in page_chat.parse_kept(data).turns:
+            images = [page_chat.read_data_url(url) for url in kept.images]
+            pictures = [await self.read(image, "an image", session, request) for image in images]
+            turns.append(Turn(kept.question, pictures, page_chat.answers_of(kept, len(self.models))))
+        return turns
+
     async def load(self, session: Session, data: bytes | dict[str, Any], request: gr.Request) -> Changes:
         """Replaces the chat by a kept one."""
         try:
             if session.job:
                 raise Refusal("busy")
-            turns = []
-            for kept in page_chat.parse_kept(data).turns:
-                images = [page_chat.read_data_url(url) for url in kept.images]
-                pictures = [await self.read(image, "an image", session, request) for image in images]
-                turns.append(Turn(kept.question, pictures, page_chat.answers_of(kept, len(self.models))))
+            turns = await self.read_kept(data, session, request)
         except Refusal as error:
             return self.warn(error, request)
         except ValidationError as error:

@@ -63,7 +63,7 @@ def _connect(page: PageHandlers, blocks: gr.Blocks, session: gr.State, parts: di
     settings, changed = [*page.settings.values()], _outputs(page)
     accepting = {"outputs": changed, "concurrency_limit": None, **QUIET}  # the engines limit what is answered
     begun = page.box.submit(page.begin, [session, page.box], [page.box, page.status], queue=False, **QUIET)
-    _answer(page, begun.then(page.submit, [session, page.box, *settings], **accepting))
+    _answer(page, begun.then(page.submit, [session, page.box, page.kept, *settings], **accepting))
     page.box.stop(page.stop, session, None, queue=False, **QUIET)
     parts["new"].click(page.clear, session, changed, queue=False, **QUIET)
     parts["open"].upload(page.open_file, [session, parts["open"]], **accepting)

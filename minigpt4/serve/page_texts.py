@@ -52,7 +52,10 @@ TEXTS = {
         "共 {size} MiB，一次最多发送 {limit} MiB。",
     ),
     "full": ("The server holds too many uploads; try again later.", "服务器上的上传文件过多，请稍后再试。"),
-    "no_answer": ("There is no answer to generate again yet.", "还没有可以重新生成的回答。"),
+    "forgotten": (
+        "The server no longer has this chat: reload the page to restore it.",
+        "服务器上已没有本次对话：请刷新页面以恢复。",
+    ),
     "no_chat": ("There is no chat to save yet.", "还没有可以保存的对话。"),
     "bad_chat": (
         "This file is no saved chat ({reason}); open one that “Save as a file” has written.",
