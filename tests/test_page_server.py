@@ -17,6 +17,7 @@ from picture_kinds import saved
 from PIL import Image
 from serving import GREEDY, served
 
+from minigpt4.common.errors import UserError
 from minigpt4.serve import page_answers, page_chat, page_layout, web
 
 SECRET = "/srv/secret/weights.pth"
@@ -220,10 +221,9 @@ def test_left_out_turns_are_reported(connect, models, monkeypatch):
 
 
 def test_images_of_every_kind(connect, folder, image_kinds):
-    good, bad = image_kinds
+    (good, bad), client = image_kinds, connect()
     for file in bad:
-        assert f"'{file.name}'" in ask(connect(), file)[2]
-    client = connect()
+        assert f"'{file.name}'" in ask(client, file)[2]
     for count in (0, 16):
         assert "⚠" not in ask(client, *good[count : count + 16])[2]
         client.predict(api_name="/clear")
@@ -256,3 +256,8 @@ def test_kept_chats_are_restored_in_any_session_and_checked(connect, picture, fo
         assert "This file is no saved chat" in status or "Only uploaded files" in status, wrong
     broken = kept | {"turns": [question | {"images": [question["images"][0][:63]]}]}
     assert "cannot be read as an image" in re.sub(r"\\(.)", r"\1", connect().predict(broken, api_name="/restore")[2])
+
+
+def test_a_file_of_ratings_that_cannot_be_written_is_refused_at_the_start(tmp_path):
+    with pytest.raises(UserError, match=r"--feedback: .* cannot be written \(Is a directory\); give another file"):
+        page_chat.check_writable(tmp_path)

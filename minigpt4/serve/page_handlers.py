@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 import gradio as gr
 from pydantic import ValidationError
@@ -134,7 +135,7 @@ class PageHandlers(Answers):
         text = json.dumps(page_chat.to_json(session.turns, self.names), ensure_ascii=False)
         file = session.new_file(self.folder, f"minigpt4-chat-{datetime.now():%Y%m%d-%H%M%S}-", ".json")
         file.write_text(text, encoding="utf-8")
-        return {self.export: f"[{file.name}](gradio_api/file={file})"}
+        return {self.export: f"[{file.name}](gradio_api/file={quote(str(file))})"}
 
     async def open_file(self, session: Session, data: bytes, request: gr.Request) -> Changes:
         """Shows a chat that was saved as a file, in place of the present one."""
