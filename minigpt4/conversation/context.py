@@ -48,7 +48,7 @@ def build_context(model: MiniGPT4, conv: Conversation, num_images: int, capacity
         num_image_ids = sum(i == IMAGE_TOKEN_INDEX for i in ids)
         raise UserError(
             f"The question is too long: the prompt has {len(ids)} tokens ({num_image_ids} of them images), "
-            f"and {capacity} fit beside the answer; shorten it or lower max_new_tokens."
+            f"and {capacity} fit beside the answer; shorten it, or ask for a shorter answer (max_new_tokens)."
         )
     logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_before + 1)
     return Context(tokenize(shorter[num_before]), num_before + 1)
