@@ -28,8 +28,6 @@ PENDING = {
     "README.md",
     "dataset/README_OWN_DATA.md",
     "docs/CONFIGURATION.md",
-    "docs/DISTRIBUTED.md",
-    "docs/TROUBLESHOOTING.md",
     "docs/WEB.md",
 }
 ENGLISH = [name for name in PAGES if name not in CHINESE and name not in ENGLISH_ONLY | PENDING]
@@ -73,7 +71,7 @@ def links(text):
 
 def targets(text):
     """Targets of links without language and place in the page, which differ between languages."""
-    return {re.sub(r"(\.zh-CN)?\.md(#.*)?$", ".md", link) if "://" not in link else link for link in links(text)}
+    return {link if "://" in link else link.split("#")[0].replace(".zh-CN.md", ".md") for link in links(text)}
 
 
 def table_rows(text):
