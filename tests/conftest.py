@@ -63,13 +63,15 @@ def model(build):
 
 
 @pytest.fixture
-def make_runner(tmp_path, tiny_config):
-    """Builds a runner over the recorded batches; its output goes to the test's own folder."""
+def make_runner(tmp_path, tiny_config, monkeypatch):
+    """Builds a runner over the recorded batches; its output goes to the test's own folder, without report.png."""
 
     from recorded_training import RecordedLoader
 
-    from minigpt4.runners import RunnerBase
+    from minigpt4.runners import RunnerBase, runner_base
     from minigpt4.tasks import setup_task
+
+    monkeypatch.setattr(runner_base, "write_report", lambda folder: None)  # drawing takes longer than the training
 
     def make(run, model=None, job_id="job", choices=None, datasets=None):
         cfg = argparse.Namespace(

@@ -62,7 +62,8 @@ def stage1(world):
 
 
 def test_stage_1_learns_and_writes(stage1):
-    assert {"checkpoint_0.pth", "checkpoint_1.pth", "config.yaml", "log.txt"} <= {f.name for f in stage1.iterdir()}
+    written = {"checkpoint_0.pth", "checkpoint_1.pth", "config.yaml", "log.txt", "report.png"}
+    assert written <= {f.name for f in stage1.iterdir()}
     config, *epochs = map(json.loads, (stage1 / "log.txt").read_text().splitlines())
     assert config["config"]["run"]["iters_per_epoch"] == 4
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]

@@ -12,7 +12,7 @@ def setup_logger() -> None:
     rank = "" if is_main else f"[rank {dist_utils.get_rank()}] "
     level = logging.INFO if is_main else logging.WARNING
     logging.basicConfig(level=level, format=f"%(asctime)s [%(levelname)s] {rank}%(message)s", force=True)
-    for name in ("httpx", "httpcore", "filelock", "PIL", "urllib3"):  # verbose at INFO
+    for name in ("httpx", "httpcore", "filelock", "PIL", "urllib3", "matplotlib"):  # verbose at INFO
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

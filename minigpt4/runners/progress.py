@@ -127,8 +127,8 @@ class EpochProgress:
         self.epoch, self.num_iters, self._first = epoch, num_iters, first
         self._start = self._window_start = time.perf_counter()
         is_hidden = not (dist_utils.is_main_process() and sys.stderr.isatty())
-        bar = tqdm(total=num_iters, initial=first, desc=f"epoch {epoch}", disable=is_hidden, leave=False)
-        with logging_redirect_tqdm(), bar as self._bar:
+        settings = {"desc": f"epoch {epoch}", "disable": is_hidden, "leave": False, "dynamic_ncols": True}
+        with logging_redirect_tqdm(), tqdm(total=num_iters, initial=first, **settings) as self._bar:
             yield
 
     def add(
@@ -193,7 +193,7 @@ class EpochProgress:
             "(padded %(padded tokens/s).0f)  max mem: %(max mem).0f MB",
             values | {"i": i, "num_iters": self.num_iters, "eta": eta, "share": share},
         )
-        self._bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{lr:.3g}", images=f"{values['images/s']:.1f}/s")
+        self._bar.set_postfix({"loss": f"{loss:.4f}", "lr": f"{lr:.3g}", "images/s": f"{values['images/s']:.1f}"})
         self.tracker.log(step, values)
         self._window_losses.zero_()
         self._window.clear()

@@ -26,6 +26,7 @@ from minigpt4.runners import checkpoints, run_folder
 from minigpt4.runners.checkpoints import BEST, RESUME_KEY, TrainState
 from minigpt4.runners.evaluation import evaluate_split, splits_of, try_evaluation
 from minigpt4.runners.progress import EpochProgress, Tracker
+from minigpt4.runners.report import write_report
 from minigpt4.runners.signals import StopRequest, StopWaiting
 from minigpt4.runners.updater import Updater
 
@@ -162,6 +163,7 @@ class RunnerBase:
             while self.state.epoch < self.max_epoch:
                 stats = self.train_epoch(stop)
                 if stats is None:
+                    write_report(self.output_dir)
                     logging.info("Stopped at step %d; run.resume: auto resumes from here.", self.state.step)
                     return
                 self._finish_epoch(stats)
@@ -177,6 +179,7 @@ class RunnerBase:
             run_folder.append_line(self.output_dir / "log.txt", {"epoch": epoch, **stats})
         self.state.epoch, self.state.iteration = epoch + 1, 0
         self.save_checkpoint(name, stats)
+        write_report(self.output_dir)
 
     def build_train_loader(self) -> TrainLoader:
         """Builds the loader over the training splits, with this run's batch size and sample ratios."""
