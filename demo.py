@@ -170,6 +170,7 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.common.schema import ModelConfig, RunConfig, read_section
     from minigpt4.conversation.conversation import Chat
     from minigpt4.conversation.templates import choose_template
+    from minigpt4.models.lora import merge_lora
     from minigpt4.processors import eval_image_processor
 
     cfg = Config(args).check()
@@ -180,6 +181,8 @@ def build_chat(args: argparse.Namespace) -> "Chat":
         raise UserError(f"{text}; leave --gpu-id out, or give another run.device.")
     devices.seed_everything(42 if args.seed is None else args.seed)
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
+    if getattr(model, "lora", None):  # models of another arch have none
+        merge_lora(model.llama_model, model.lora)
     template = choose_template(read_section(ModelConfig, cfg.model_cfg, "model"), model.llama_tokenizer)
     return Chat(model, eval_image_processor(cfg), device, template=template)
 

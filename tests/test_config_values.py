@@ -167,7 +167,10 @@ def test_later_names_of_the_reference(load):
     assert config.datasets_cfg.cc_sbu_align.batch_size == 5 and config.evaluation_datasets_cfg.gqa.batch_size == 10
     assert registry.get_model_class("minigpt4") is registry.get_model_class("mini_gpt4") is MiniGPT4
     refused(lambda: load(model={"has_qformer": False}), "model.has_qformer", "expected True")
-    refused(lambda: load(model={"lora_r": 64}), "model.lora_r", "64")
+    assert read_section(ModelConfig, {"lora_r": 64}, "model").lora_target_modules == ["q_proj", "v_proj"]  # its own
+    assert load(model={"lora_r": 64, "lora_alpha": 32}).model_cfg.lora_r == 64
+    refused(lambda: load(model={"lora_alpha": 32}), "model.lora_alpha is 32", "model.lora_r is 0")
+    refused(lambda: load(model={"lora_r": 8, "lora_target_modules": []}), "model.lora_target_modules is empty")
 
 
 def test_a_registered_name_belongs_to_one_class():

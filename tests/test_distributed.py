@@ -84,6 +84,23 @@ def test_two_ranks_train_as_one_process(command, alone, tmp_path, parallel):
         assert (model[name] - value).abs().max() < 1e-6, name
 
 
+def test_two_ranks_train_lora_as_one_process(command, tmp_path):
+    """Beside whole and beside sharded layers; rank 0's new LoRA weights are those of all ranks."""
+    lora = ("model.lora_r=4", "model.lora_dropout=0")
+    arguments = command(tmp_path / "alone", *lora, "run.accum_grad_iters=2", "run.iters_per_epoch=8")
+    assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    losses, expected, _ = result(tmp_path / "alone")
+    for parallel in ("ddp", "fsdp"):
+        arguments = command(tmp_path / parallel, *lora, f"run.parallel={parallel}", "run.iters_per_epoch=4")
+        statuses, logs = run_ranks(2, arguments, tmp_path / f"log-{parallel}")
+        assert statuses == [0, 0], logs
+        found, model, _ = result(tmp_path / parallel)
+        assert found == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, 8, 2)], abs=1e-5)
+        assert set(model) == set(expected) and any(value.any() for name, value in model.items() if "lora_B" in name)
+        for name, value in expected.items():
+            assert (model[name] - value).abs().max() < 1e-5, name
+
+
 def test_accumulation_on_two_ranks_with_uneven_groups_resumes(command, tmp_path):
     options = ("run.accum_grad_iters=3", "run.iters_per_epoch=4", "run.max_epoch=2")
     statuses, logs = run_ranks(2, command(tmp_path / "out", *options), tmp_path / "log")

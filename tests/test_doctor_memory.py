@@ -31,7 +31,14 @@ def test_weights_of_7b_by_part():
     assert sizes["projection"] == 4 * (768 * 4096 + 4096)
 
 
-@pytest.mark.parametrize("settings", [(), ("model.llm_grad_checkpoint=True",)], ids=["plain", "layers computed again"])
+SETTINGS = {
+    "plain": (),
+    "layers computed again": ("model.llm_grad_checkpoint=True",),
+    "LoRA": ("model.lora_r=16", "model.lora_dropout=0", "model.lora_target_modules=[q_proj,down_proj]"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_training_memory_is_what_an_exact_device_measures(world, tmp_path, settings):
     """On the emulated device, which counts every byte of every tensor."""
     build = pytest.importorskip("emulated_npu.build")

@@ -8,6 +8,8 @@ from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import BUILT_IN_PROCESSORS, SPLITS, DatasetConfig, ModelConfig, RunConfig, read_section
 
+LORA_KEYS = ("lora_alpha", "lora_dropout", "lora_target_modules")
+
 
 def check_sections(sections: Mapping[str, Any], source: str) -> None:
     """Checks all sections of a merged configuration in plain containers; a UserError names ``source``, the file."""
@@ -72,6 +74,12 @@ def _run_problems(run: RunConfig) -> Iterator[str]:
 def _model_problems(run: RunConfig, model: ModelConfig) -> Iterator[str]:
     if (model.prompt_template or model.prompt_path) and not is_prompt_template(model.prompt_template):
         yield f"model.prompt_template is '{model.prompt_template}'; expected one {{}} where the prompt goes."
+    changed = [name for name in LORA_KEYS if getattr(model, name) != getattr(ModelConfig(), name)]
+    if changed and not model.lora_r:
+        problem = f"model.{changed[0]} is {getattr(model, changed[0])}, but model.lora_r is 0, so there is no LoRA"
+        yield f"{problem}; set model.lora_r, such as 16, or remove the key."
+    if model.lora_r and not model.lora_target_modules:
+        yield "model.lora_target_modules is empty; name linear layers of the language model, as in [q_proj, v_proj]."
     if run.feature_cache and not (model.freeze_vit and model.freeze_qformer):
         key = "freeze_qformer" if model.freeze_vit else "freeze_vit"
         yield f"run.feature_cache requires a frozen vision side, but model.{key} is False; set it to True."

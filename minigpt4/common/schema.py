@@ -89,8 +89,10 @@ class ModelConfig:
     max_txt_len: int = key(32, "Captions are truncated to this number of tokens, `end_sym` included.", least=1)
     end_sym: str = key("\n", "Text that ends a caption; generation stops at it.")
     ckpt: str | None = key(None, "MiniGPT-4 checkpoint: file, URL or Hugging Face id; null: a new projection.")
-    lora_r: Literal[0] = key(0, "Accepted for compatibility; LoRA is not supported.")
-    lora_alpha: int = key(16, _UNUSED)
+    lora_r: int = key(0, "Rank of LoRA weights, which are trained beside the frozen language model; 0: no LoRA.")
+    lora_alpha: int = key(16, "LoRA's update is scaled by `lora_alpha` / `lora_r`.", least=1)
+    lora_dropout: float = key(0.05, "Dropout on the input of the LoRA weights in training.", below=1)
+    lora_target_modules: list[str] = key(["q_proj", "v_proj"], "Linear layers of the decoder that get LoRA weights.")
     chat_template: bool = key(False, _UNUSED)
     max_context_len: int = key(3800, _UNUSED, least=1)
 

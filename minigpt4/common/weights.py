@@ -158,12 +158,14 @@ def describe_weights(content: Mapping[str, Any]) -> str:
     """Returns what a weight file is, as "a …"; ``content`` maps names to tensors, perhaps within {"model": …}."""
     state = content["model"] if isinstance(content.get("model"), Mapping) else content
     shapes = {str(name): list(getattr(value, "shape", ())) for name, value in state.items()}
-    if any(".lora_A" in name for name in shapes):
+    has_lora = any(".lora_A" in name for name in shapes)
+    if has_lora and "llama_proj.weight" not in shapes:
         return "a LoRA adapter, which has to be merged into its base model first"
     if projection := shapes.get("llama_proj.weight"):
         if projection[-1] == 5632:
             return "a MiniGPT-4 checkpoint of the Llama-2 variant, which has no Q-Former"
-        return f"a MiniGPT-4 checkpoint for a {LM_SIZES.get(projection[0], f'{projection[0]} wide')} LM (model.ckpt)"
+        size = f"{LM_SIZES.get(projection[0], f'{projection[0]} wide')} LM{' with LoRA' * has_lora}"
+        return f"a MiniGPT-4 checkpoint for a {size} (model.ckpt)"
     if any(name.startswith(("model.embed_tokens.", "model.layers.")) for name in shapes):
         rows, width = (*shapes.get("model.embed_tokens.weight", ()), 0, 0)[:2]
         size = f" {LM_SIZES.get(width, f'{width} wide')}, vocabulary {rows}" if rows else ", one part of several"

@@ -40,6 +40,11 @@ def run_checks(args: Any) -> list[Finding]:
     findings += collect("attention", attention.self_test, device)
     files = ModelFiles(cfg.model_cfg, device)
     findings += files.check()
+    is_training = "init_lr" in given or "max_epoch" in given
+    lora = files.model.lora if files.model else None
+    if lora and not (is_training or files.has_lora) and (files.paths["ckpt"] or not files.cfg.ckpt):
+        problem, remedy = f"is {lora.r}, but model.ckpt holds no LoRA weights", "Remove it, or name another checkpoint."
+        findings.append(Finding("model.lora_r", ERROR, problem, remedy))
     drawn, more = samples.draw(cfg, args.samples)
     captions = [caption for part in drawn for caption in part.captions]
     findings += collect(CHECK, _language_model, files, args.deep, captions)
@@ -51,7 +56,6 @@ def run_checks(args: Any) -> list[Finding]:
             findings += collect(f"run.feature_cache, {part.name}", resources.feature_cache, cfg, files, part)
     path = args.sheet or Path("output") / "doctor" / f"{Path(args.cfg_path).stem}.png"
     findings += collect("contact sheet", samples.sheet, drawn, path)
-    is_training = "init_lr" in given or "max_epoch" in given
     if is_training and files.model is not None:
         findings += collect("disk", resources.disk, run_cfg, files, drawn)
     findings += _memory(args.memory, run_cfg, cfg, files, drawn, is_training)

@@ -17,6 +17,7 @@ from minigpt4.doctor.language import tokenizer_check, version_check
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
 from minigpt4.models.int8 import to_int8
+from minigpt4.models.lora import add_lora, is_lora
 from minigpt4.models.mini_gpt4 import MiniGPT4
 from minigpt4.models.vision import VisionEncoder, build_vision, round_vision, vision_settings
 
@@ -38,6 +39,7 @@ class ModelFiles:
         self.config_folder: Path | None = None  # of the language model, perhaps without its weights
         self.tensors: dict[str, torch.Tensor] = {}  # of the language model
         self.model: Any = None
+        self.has_lora = False  # the checkpoint
 
     def check(self) -> list[Finding]:
         """Every file of the section, in the order in which a run reads them."""
@@ -46,7 +48,7 @@ class ModelFiles:
             findings += collect(f"model.{name}", self._locate, name) if getattr(self.cfg, name) is not None else []
         if self.config_folder is not None:
             try:
-                self.model = self.build()
+                self.model = self._build_as_stored()
             except UserError as error:
                 key = re.match(r"model\.\w+", str(error))
                 findings.append(refused(key.group() if key else lm.KEY, error))
@@ -60,6 +62,7 @@ class ModelFiles:
         for key, read in loading.state_readers(model, files).items():
             findings += collect(key, self._read, key, read)
         if self.model is not None:
+            self._adapt_language_model(self.model)
             config = self.model.llama_model.config
             arguments = self.config_folder, self.model.llama_tokenizer, config.vocab_size
             findings += collect("tokenizer", tokenizer_check, *arguments)
@@ -71,15 +74,28 @@ class ModelFiles:
         """Bytes of the LM's weights in their files."""
         return sum(value.nbytes for value in self.tensors.values())
 
-    def build(self, has_vision: bool = True) -> MiniGPT4:
-        """A new model without weights, in the precisions of the run; without vision as a feature cache allows."""
+    def build(self, has_vision: bool = True, has_lora: bool = True) -> MiniGPT4:
+        """A new model without weights, in the precisions of the run; without vision as a feature cache allows.
+
+        ``has_lora=False`` leaves out LoRA weights, as after they are merged.
+        """
+        model = self._build_as_stored(has_vision)
+        self._adapt_language_model(model, has_lora)
+        return model
+
+    def _build_as_stored(self, has_vision: bool = True) -> MiniGPT4:
+        """The model as its files describe it: without 8-bit layers and LoRA."""
         files = loading.ModelFiles(**self.paths | {"llama_model": self.config_folder})
         model = MiniGPT4.build(self.cfg, files, self.device, has_vision)
-        if loading.is_int8(self.cfg, self.device):
-            to_int8(model.llama_model)
         if has_vision:
             round_vision(model, self.cfg, self.device)
         return model
+
+    def _adapt_language_model(self, model: MiniGPT4, has_lora: bool = True) -> None:
+        if loading.is_int8(self.cfg, self.device):
+            to_int8(model.llama_model)
+        if model.lora and has_lora:
+            add_lora(model.llama_model, model.lora)
 
     def build_vision(self) -> VisionEncoder:
         """The vision side alone, without weights, in the precisions of the run."""
@@ -108,6 +124,7 @@ class ModelFiles:
         state = read()
         if key == lm.KEY:
             self.tensors = state
+        self.has_lora |= key == loading.CKPT and any(map(is_lora, state))
         num_bytes = sum(value.nbytes for value in state.values())
         message = f"{describe_weights(state)}; {len(state)} tensors, {size(num_bytes)}, all names and shapes match"
         return Finding(key, OK, message, numbers={"bytes": num_bytes, "tensors": len(state)})

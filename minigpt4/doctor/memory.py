@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from minigpt4.common import device as devices
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.language_model import next_token_logits
+from minigpt4.models.lora import is_lora
 
 PARTS = {"llama_model": "language model", "llama_proj": "projection"}  # by attribute; the others are vision
 
@@ -58,7 +59,8 @@ def weight_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights by part."""
     sizes = {"vision": 0, "language model": 0, "projection": 0}
     for name, value in (*model.named_parameters(), *model.named_buffers()):
-        sizes[PARTS.get(name.split(".")[0], "vision")] += value.numel() * value.element_size()
+        part = "LoRA" if is_lora(name) else PARTS.get(name.split(".")[0], "vision")
+        sizes[part] = sizes.get(part, 0) + value.numel() * value.element_size()
     return sizes
 
 

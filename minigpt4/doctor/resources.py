@@ -24,6 +24,7 @@ from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, size
 from minigpt4.doctor.samples import SampleStats
 from minigpt4.models import language_model as lm
+from minigpt4.models import loading
 
 # Share of a card that is not present for its context and libraries, for fragmentation, and for errors of prediction.
 RESERVE = 0.1
@@ -134,7 +135,8 @@ def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Ma
 
 def chat_memory(files: ModelFiles, is_training: bool, capacity: Capacity) -> Finding:
     """Memory of a full chat, compared with the device's."""
-    parts = memory.chat(files.build(), files.device, files.cfg.image_size, CHAT_TOKENS)
+    has_lora = loading.is_int8(files.cfg, files.device)  # into other layers the weights are merged
+    parts = memory.chat(files.build(has_lora=has_lora), files.device, files.cfg.image_size, CHAT_TOKENS)
     stored = size(parts["keys and values"])
     evidence = f"{_listed(parts, capacity)} (a chat of {CHAT_TOKENS} tokens; each further one that is kept {stored})"
     if sum(parts.values()) <= capacity.num_bytes:

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 MAX_KERNEL_ROWS = 12  # above this, dequantising once and multiplying costs less (measured at width 2048)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(nn.Linear):
     """A frozen linear layer with int8 weight [out, in] and scale [out, 1] (float32), the largest value of each row.
 
     Decoding on a CPU in bfloat16 runs PyTorch's kernel; otherwise the layer is dequantised to the input's dtype.
+    It is an ``nn.Linear`` for peft, which then adds LoRA weights to it as to a plain one.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
         self.quantize(linear.weight.detach())
@@ -59,5 +60,5 @@ def to_int8(llm: nn.Module) -> None:
     kept = llm.get_output_embeddings()
     for module in list(llm.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child is not kept:
+            if type(child) is nn.Linear and child is not kept:
                 setattr(module, name, Int8Linear(child))

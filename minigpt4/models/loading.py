@@ -22,6 +22,7 @@ from minigpt4.common.schema import ModelConfig
 from minigpt4.common.utils import IMAGE_PLACEHOLDER, decode_text
 from minigpt4.models import language_model as lm
 from minigpt4.models.int8 import to_int8
+from minigpt4.models.lora import add_lora, is_lora, lora_parameters, match_lora
 from minigpt4.models.parallel import shard_language_model
 from minigpt4.models.vision import Q_FORMER, VIT, States, load_vision, locate_vision, q_former_state, vit_state
 
@@ -66,6 +67,8 @@ def load_weights(
     lm.fill_weights(model.llama_model, dict(states[lm.KEY]), dtype, device, files.llama_model, prepare)
     if files.vit_weights is not None:
         load_vision(model, states, (files.vit_weights, files.q_former_model), cfg, device)
+    if model.lora:
+        add_lora(model.llama_model, model.lora)
     if files.ckpt is not None:
         copy_trained_state(model, states[CKPT], files.ckpt)
 
@@ -94,18 +97,24 @@ def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> lm
 @torch.no_grad()
 def copy_trained_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Copies the tensors of ``trained_state`` into the model; UserError where one is not finite."""
-    own = model.state_dict()
+    own = model.state_dict() | (lora_parameters(model.llama_model) if model.lora else {})
     for name, value in state.items():
         if value.is_floating_point() and not weights.is_finite(value):
             cause = "holds NaN or infinity; the run that wrote it had diverged." + see("nan")
             raise UserError(f"{CKPT}: '{name}' in {path} {cause}")
     for name, value in state.items():
         own[name].copy_(value)
-    logging.info("Loaded the projection from %s.", path)
+    parts = dict.fromkeys("LoRA" if is_lora(name) else name.split(".")[0] for name in state)
+    logging.info("Loaded %s from %s.", " and ".join(parts), path)
+    if model.lora and "LoRA" not in parts:
+        logging.info("It holds no LoRA weights; those of this run are new.")
 
 
-def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, names and shapes compared with the model; reads no values."""
+def trained_state(model: nn.Module, path: Path, needs_lora: bool = False) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names in it, names and shapes compared with the model; reads no values.
+
+    A model with LoRA accepts a checkpoint without, such as that of stage 1, except where it ``needs_lora``.
+    """
     state = weights.read_state_dict(path, CKPT)
     leftovers = ("*.position_ids", "*.rotary_emb.inv_freq")  # buffers that the reference saved along
     state = {n: v for n, v in state.items() if not any(fnmatch.fnmatch(n, pattern) for pattern in leftovers)}
@@ -118,6 +127,8 @@ def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
     if weight.shape != model.llama_proj.weight.shape:
         raise UserError(_explain_projection(model, weight, path))
     own = {n: v for n, v in model.state_dict().items() if not n.startswith("llama_model.")}
+    lora = match_lora(model.lora, state, f"{CKPT}: {path}", _lora_alpha(path), needs_lora)
+    state = {name: value for name, value in state.items() if ".lora_" not in name}
     for name, value in state.items():
         is_known = name in own and value.shape == own[name].shape
         if not is_known or value.is_floating_point() != own[name].is_floating_point():
@@ -125,7 +136,15 @@ def trained_state(model: nn.Module, path: Path) -> dict[str, Tensor]:
             raise UserError(f"{CKPT}: {unknown}; expected llama_proj and whatever parts were trained with it.")
     if "llama_proj.bias" not in state:
         raise UserError(f"{CKPT}: {path} holds llama_proj.weight but no llama_proj.bias; the file is incomplete.")
-    return state
+    return state | lora
+
+
+def _lora_alpha(path: Path) -> int | None:
+    """``model.lora_alpha`` of the run that wrote a checkpoint, where that is known."""
+    section = weights.read_file(path, CKPT) if path.is_file() else {}
+    for name in ("config", "model", "lora_alpha"):
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return section if isinstance(section, int) else None
 
 
 def _explain_projection(model: nn.Module, weight: Tensor, path: Path) -> str:
@@ -171,5 +190,7 @@ def log_summary(model: nn.Module) -> None:
         part: Any = getattr(model, name)
         parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
         state = "trained" if any(p.requires_grad for p in parameters) else "frozen"
+        if name == "llama_model" and model.lora:
+            state = "frozen with trained LoRA"
         dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
         logging.info("%-15s %14s parameters  %-9s %s", name, f"{sum(p.numel() for p in parameters):,}", dtypes, state)

@@ -22,6 +22,7 @@ from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
 from minigpt4.models.loading import ModelFiles
+from minigpt4.models.lora import LoraSettings, checkpoint_name, lora_settings, train_dropout
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, TextRows, captions_of
@@ -42,6 +43,7 @@ class MiniGPT4(TextRows, VisionEncoder):
         prompt_template: the text into which a sample's own instruction is formatted.
         max_txt_len: tokens of caption and end symbol together; the rest is cut.
         end_sym: the text that ends a caption.
+        lora: of LoRA weights in the LM, which ``add_lora`` adds once the LM is loaded.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -58,6 +60,7 @@ class MiniGPT4(TextRows, VisionEncoder):
         prompt_template: str = "",
         max_txt_len: int = 32,
         end_sym: str = "\n",
+        lora: LoraSettings | None = None,
         **vision: Any,
     ) -> None:
         super().__init__(visual_encoder, Qformer, **vision)
@@ -65,7 +68,7 @@ class MiniGPT4(TextRows, VisionEncoder):
         self.llama_model, self.llama_tokenizer = llama_model, llama_tokenizer
         self.llama_proj = nn.Linear(q_former_width, llama_model.config.hidden_size)
         self.prompt_list, self.prompt_template = list(prompts), prompt_template
-        self.max_txt_len, self.end_sym = max_txt_len, end_sym
+        self.max_txt_len, self.end_sym, self.lora = max_txt_len, end_sym, lora
         self.packs_rows = True  # False for architectures whose attention cannot compute packed rows
         self._prefix_kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
         self.frozen_parts.append(llama_model.requires_grad_(False))
@@ -114,13 +117,20 @@ class MiniGPT4(TextRows, VisionEncoder):
             recompute_layers(lm.decoder_layers(llm))
         vision = build_vision(cfg, has_vision)
         settings = {name: getattr(cfg, name) for name in ("prompt_template", "max_txt_len", "end_sym")}
+        settings["lora"] = lora_settings(cfg, llm)
         settings["prompts"] = loading.read_prompts(cfg.prompt_path, cfg.prompt_template)
         tokenizer = lm.load_tokenizer(llm, files.llama_model)
         return cls(*vision, llm, tokenizer, **settings, **vision_settings(cfg, device))
 
     def load_checkpoint(self, path: Path) -> None:
-        """Loads the trained part from a checkpoint, ours or the reference's; UserError where it does not match."""
-        loading.copy_trained_state(self, loading.trained_state(self, path), path)
+        """Loads all trained parts from a checkpoint, ours or the reference's; UserError where it does not match."""
+        loading.copy_trained_state(self, loading.trained_state(self, path, needs_lora=True), path)
+
+    def train(self, mode: bool = True) -> "MiniGPT4":
+        """Switches the trained parts only, LoRA's dropout among them; frozen parts stay in eval mode."""
+        super().train(mode)
+        train_dropout(self.llama_model, mode)
+        return self
 
     def compile_parts(self) -> None:
         """Compiles the decoder layers, for any number of tokens, and the vision side, whose shapes never change."""
@@ -132,8 +142,12 @@ class MiniGPT4(TextRows, VisionEncoder):
             block.compile()
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The parameters that training changes, by name: what a checkpoint holds."""
-        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+        """What a checkpoint holds, by its names: the parameters that training changes, and always the projection."""
+        return {
+            checkpoint_name(name): parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad or name.startswith("llama_proj.")
+        }
 
     @property
     def device(self) -> torch.device:
@@ -241,7 +255,10 @@ class MiniGPT4(TextRows, VisionEncoder):
         return prefix if is_shared and self.packs_rows else ()
 
     def compute_prefixes(self) -> None:
-        """Computes keys and values of everything that may precede the images of a batch."""
+        """Computes keys and values of everything that may precede the images of a batch, where they never change."""
+        if self.lora:  # they depend on trained weights: such rows are computed whole, with exact gradients
+            self._prefix_kv = {}
+            return
         # All at once, as a forward of a sharded LM involves all ranks, which draw different prompts.
         prompts = self.prompt_list or [IMAGE_PLACEHOLDER]
         prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}")] * ("{}" in self.prompt_template)

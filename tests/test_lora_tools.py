@@ -1,0 +1,72 @@
+"""LoRA in the doctor and the demo, on the small world."""
+# ruff: noqa: F811  (fixtures are imported by name)
+
+from argparse import Namespace
+
+import pytest
+import torch
+from doctor_world import ROOT, diagnose, errors_of, the_error, world  # noqa: F401
+
+from demo import build_chat
+from minigpt4.models import MiniGPT4
+from minigpt4.models.lora import lora_parameters
+
+LORA = ("model.lora_r=8", "model.lora_target_modules=[q_proj,v_proj,down_proj]")
+TRAINING = "memory, training"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of the small world with LoRA weights that are not zero, and a model that has loaded it."""
+    from minigpt4.common.config import Config
+
+    options = ["model.ckpt=null", *LORA]
+    cfg = Config(Namespace(cfg_path=ROOT / "eval_configs/quickstart_eval.yaml", options=options)).check()
+    model, generator = MiniGPT4.from_config(cfg.model_cfg, "cpu").eval(), torch.Generator().manual_seed(0)
+    for parameter in lora_parameters(model.llama_model).values():
+        parameter.data.normal_(std=0.05, generator=generator)
+    file = tmp_path_factory.mktemp("lora") / "checkpoint_0.pth"
+    content = {"model": model.trainable_state_dict(), "config": {"model": {"lora_alpha": 16}}}
+    torch.save(content, file)
+    return file, model
+
+
+@pytest.mark.parametrize("precision", ["half", "int8"])
+def test_the_doctor_predicts_what_lora_needs(diagnose, precision):
+    """Also beside 8-bit layers, whose files are compared before they are quantised."""
+    option = f"model.llm_precision={precision}"
+    plain, found = diagnose(option), diagnose(option, *LORA)
+    assert not errors_of(plain) and not errors_of(found)
+    before, after = plain[TRAINING].numbers, found[TRAINING].numbers
+    lora = 4 * 8 * 4 * (2 * (160 + 160) + 160 + 432)  # rank 8 in 4 layers, float32
+    assert after["LoRA"] == lora and after["language model"] == before["language model"]
+    assert after["gradients"] == before["gradients"] + lora and after["optimizer"] == before["optimizer"] + 2 * lora
+    assert after["activations"] > before["activations"]
+    assert ("LoRA" in found["memory, chat"].numbers) == (precision == "int8")  # otherwise it is merged
+
+
+def test_the_doctor_compares_checkpoints_with_lora(diagnose, checkpoint, monkeypatch):
+    file, _ = checkpoint
+    found = diagnose(*LORA, f"model.ckpt={file}")
+    assert not errors_of(found) and "LM with LoRA (model.ckpt)" in found["model.ckpt"].evidence
+    the_error(diagnose(f"model.ckpt={file}"), "model.ckpt", "holds LoRA weights, but model.lora_r is 0", "lora_r: 8")
+
+
+def answers(chat, image):
+    """The logits of a prompt's next token."""
+    embeds, _ = chat.model.encode_img(image)
+    inputs = chat.model.get_context_emb("###Human: <Img><ImageHere></Img> What? ###Assistant:", [embeds])
+    return chat.model.llama_model(inputs_embeds=inputs).logits[0, -1].float()
+
+
+@torch.no_grad()
+def test_the_demo_merges_lora_into_half_precision(checkpoint):
+    file, model = checkpoint
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected = answers(Namespace(model=model), image)
+    for precision in ("half", "int8"):
+        options = [f"model.ckpt={file}", f"model.llm_precision={precision}", "run.device=cpu", *LORA]
+        chat = build_chat(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, gpu_id=None, seed=1))
+        assert bool(lora_parameters(chat.model.llama_model)) == (precision == "int8")
+        error = (answers(chat, image) - expected).norm() / expected.norm()
+        assert error < 0.1, precision
