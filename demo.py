@@ -168,8 +168,8 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     from minigpt4.common.errors import UserError
     from minigpt4.common.registry import registry
     from minigpt4.common.schema import ModelConfig, RunConfig, read_section
+    from minigpt4.common.templates import choose_template
     from minigpt4.conversation.conversation import Chat
-    from minigpt4.conversation.templates import choose_template
     from minigpt4.models.lora import merge_lora
     from minigpt4.processors import eval_image_processor
 

@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from minigpt4.common import weights
+from minigpt4.common.templates import TEMPLATES
 from minigpt4.conversation.context import IMAGE_MESSAGE, build_context, drop_oldest_turn
 from minigpt4.conversation.conversation import Chat
-from minigpt4.conversation.templates import TEMPLATES
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.loading import read_prompts
 from minigpt4.models.mini_gpt4 import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MiniGPT4

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from argparse import Namespace
 
+import foreign_formats
 import pytest
 import torch
 from doctor_world import ROOT, WEIGHTS, diagnose, edit, edit_json, errors_of, llama, the_error, with_vocabulary, world  # noqa: F401
@@ -35,6 +36,20 @@ def test_sound_set_ups(diagnose, tmp_path, stage):
     assert losses["captions of this run"] < losses["ln vocabulary"] == pytest.approx(math.log(768))
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.width == 8 * 160 and len(set(sheet.convert("L").tobytes())) > 20
+
+
+def test_a_tokenised_sample_of_each_source_shows_its_targets(diagnose, tmp_path):
+    own = foreign_formats.llava(tmp_path / "own")
+    size = "vis_processor.train.image_size=64"
+    more = [f"datasets.image_text.build_info.storage={own}", f"datasets.image_text.{size}"]
+    found = diagnose(*more, "datasets.image_text.vis_processor.train.name=blip2_image_eval")
+    shown = found["datasets.image_text/train"].evidence
+    assert re.search(r"8 rows; 8 drawn.*a row of \d+ tokens, \d+ of them targets \(in ⟦⟧\)", shown), shown
+    assert re.search(r"<Img> ⟨12 image positions⟩ </Img>.*Assistant: ⟦.*circle.*###⟧ ?Human: Are", shown), shown
+    assert re.search(r"⟨12 image positions⟩ </Img>.*⟦The picture .*###⟧", found["datasets.cc_sbu_align/train"].evidence)
+    assert found["memory, training"].verdict == OK
+    short = diagnose(*more, "model.max_context_len=60")["datasets.image_text/train"]
+    assert short.verdict == WARNING and "60 tokens and lose their last turns" in short.evidence
 
 
 def test_an_evaluation_file_asks_for_no_training(monkeypatch, world, tmp_path):

@@ -107,7 +107,7 @@ LISTS = {
     "no bytes": (b"", "empty"),
     "blank lines": (b"\n \n\r\n", "empty"),
     "no JSON": (b"a.jpg,a dog", "line 1", "JSON"),
-    "one JSON of all rows": (f"[{ROW},\n{ROW}]".encode(), "line 1", "JSON"),
+    "one JSON of all rows, cut off": (f"[{ROW},\n{ROW}".encode(), "JSON"),
     "a list as a row": (b'["a.jpg", "a"]', "line 1", "image and caption"),
     "null as a row": (f"{ROW}\nnull".encode(), "line 2"),
     "a text as a row": (b'"image caption"', "line 1"),

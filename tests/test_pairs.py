@@ -169,15 +169,13 @@ def test_instructions_must_not_place_the_image(tmp_path, mark):
         read_pairs(tmp_path, KEY)
 
 
-TURNS = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a dog"}]
 FORMATS = {
-    "a.json": (json.dumps([{"id": "1", "image": "a.jpg", "conversations": TURNS}]), "is in the format of LLaVA"),
-    "b.json": (json.dumps([{"id": "1", "conversations": TURNS}]), "is in the format of ShareGPT"),
-    "c.json": (json.dumps({"info": {}, "images": [], "annotations": []}), "is in the format of COCO"),
-    "d.jsonl": (json.dumps({"image": "a.jpg", "conversations": TURNS}), "is in the format of LLaVA"),
-    "e.parquet": ("PAR1", "is a Parquet file"),
-    "filter_cap.json": ("{}", "belongs to the data set cc_sbu_align"),
-    "f.jsonl": ('{"image": "https://host/a.jpg", "caption": "a"}', "download it first"),
+    "a.jsonl": (b"PK\3\4abc", "is a ZIP archive"),
+    "b.jsonl": (b"\x89HDF\r\n", "is an HDF5 file"),
+    "c.jsonl": (json.dumps({"image": "https://host/a.jpg", "caption": "a"}).encode(), "download it first"),
+    "d.parquet": (b"PAR1", "cannot be read as a table"),
+    "filter_cap.json": (b"{}", "belongs to the data set cc_sbu_align"),
+    "f.json": (b'{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1}]}', "'caption' is missing"),
 }
 
 
@@ -185,7 +183,7 @@ FORMATS = {
 @pytest.mark.parametrize("form", ["file", "folder"])
 def test_other_formats_are_named(tmp_path, name, form):
     content, words = FORMATS[name]
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"^{KEY}: .*{name}.* {words}"):
         read_pairs(tmp_path if form == "folder" else tmp_path / name, KEY)
 

@@ -6,9 +6,9 @@ from golden_data import TINY, read_tensors
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.schema import ModelConfig
+from minigpt4.common.templates import TEMPLATES, choose_template
 from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import CONV_VISION, Chat
-from minigpt4.conversation.templates import TEMPLATES, choose_template
 from minigpt4.models.llama_tokenizer import load_tokenizer
 
 IMAGE = "<Img><ImageHere></Img>"

@@ -16,8 +16,13 @@ def setup_logger() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+TRUNCATED = "truncated conversation"  # among the kinds: trained, but without its end
+
+
 def log_skipped(skipped: Counter, name: str) -> None:
-    """Logs how many samples of a data set were skipped so far, by kind."""
-    if skipped:
+    """Logs how many samples of a data set were skipped so far, by kind, and how many were truncated."""
+    if num_truncated := skipped.get(TRUNCATED):
+        logging.warning("%s: %d conversations so far were longer than the context and truncated.", name, num_truncated)
+    if skipped := Counter({kind: count for kind, count in skipped.items() if kind != TRUNCATED}):
         kinds = ", ".join(f"{count} × {kind}" for kind, count in sorted(skipped.items()))
         logging.warning("%s: skipped %d samples so far (%s).", name, sum(skipped.values()), kinds)

@@ -94,7 +94,7 @@ class ModelConfig:
     lora_dropout: float = key(0.05, "Dropout on the input of the LoRA weights in training.", below=1)
     lora_target_modules: list[str] = key(["q_proj", "v_proj"], "Linear layers of the decoder that get LoRA weights.")
     chat_template: bool = key(False, _UNUSED)
-    max_context_len: int = key(3800, _UNUSED, least=1)
+    max_context_len: int = key(3800, "Conversations are cut to this number of tokens, images included.", least=1)
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,10 @@ class TextProcessors:
 class BuildInfo:
     """Where the data of each split are."""
 
-    storage: str | list[str] | None = key(None, "Training data: folder, JSONL file or shards; null: no such split.")
+    storage: str | list[str] | None = key(None, "Training data: folder, list, table or shards; null: no such split.")
     val_storage: str | list[str] | None = key(None, "Data of the split `val`; null: no such split.")
     test_storage: str | list[str] | None = key(None, "Data of the split `test`; null: no such split.")
+    image_root: str | None = key(None, "Folder to which the image paths of a list are relative; null: the list's.")
     shuffle_buffer: int = key(1000, "Samples of shards among which each worker draws.")
     timeout: float = key(30.0, "Seconds without data after which the fetching of a shard has failed.", least=1)
     retries: int = key(

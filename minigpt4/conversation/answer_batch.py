@@ -15,11 +15,11 @@ from transformers import DynamicCache
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
+from minigpt4.common.templates import Conversation
 from minigpt4.conversation.context import Context, build_context
 from minigpt4.conversation.generation import DecodingState, Logprobs, Token, stream
 from minigpt4.conversation.prefix_cache import Prefix
 from minigpt4.conversation.sampling import GenerationOptions
-from minigpt4.conversation.templates import Conversation
 from minigpt4.models.growing_cache import join_caches, new_cache
 from minigpt4.models.language_model import next_token_logits
 

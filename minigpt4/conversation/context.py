@@ -6,11 +6,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.templates import IMAGE_MESSAGE, Conversation
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
-from minigpt4.conversation.templates import Conversation
 from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX, MiniGPT4
-
-IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 
 
 class Context(NamedTuple):

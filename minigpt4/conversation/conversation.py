@@ -13,21 +13,22 @@ from transformers import StoppingCriteriaList
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
-from minigpt4.common.utils import IMAGE_PLACEHOLDER
-from minigpt4.conversation.answer_batch import Answer, AnswerBatch
-from minigpt4.conversation.context import IMAGE_MESSAGE, build_context
-from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.conversation.prefix_cache import PrefixCache
-from minigpt4.conversation.sampling import OWN_OPTIONS
-from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
-from minigpt4.conversation.templates import (
+from minigpt4.common.templates import (
     CONV_VISION,
+    IMAGE_MESSAGE,
     CONV_VISION_LLama2,
     CONV_VISION_minigptv2,
     CONV_VISION_Vicuna0,
     Conversation,
     SeparatorStyle,
 )  # fmt: skip
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
+from minigpt4.conversation.answer_batch import Answer, AnswerBatch
+from minigpt4.conversation.context import build_context
+from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.conversation.prefix_cache import PrefixCache
+from minigpt4.conversation.sampling import OWN_OPTIONS
+from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
 from minigpt4.models.mini_gpt4 import MiniGPT4
 
 __all__ = [
@@ -77,11 +78,7 @@ class Chat:
         """
         if IMAGE_PLACEHOLDER in text:
             raise UserError(f"A question cannot contain {IMAGE_PLACEHOLDER}; upload the image instead.")
-        last = conv.messages[-1] if conv.messages else None
-        if last is not None and last[0] == conv.roles[0] and last[1].endswith("</Img>"):
-            last[1] = f"{last[1]} {text}"
-        else:
-            conv.append_message(conv.roles[0], text)
+        conv.ask(text)
 
     def upload_img(self, image: ImageSource, conv: Conversation, img_list: list[Tensor]) -> str:
         """Encodes an image and adds it to a conversation.

@@ -75,8 +75,7 @@ def _memory(
         return collect("memory, vision", resources.vision_memory, card, rows, capacity)
     findings = []
     if is_training:
-        texts = max((part.captions for part in drawn), key=len, default=[])
-        findings += collect("memory, training", resources.training_memory, run_cfg, card, texts, rows, capacity)
+        findings += collect("memory, training", resources.training_memory, run_cfg, card, drawn, rows, capacity)
     return findings + collect("memory, chat", resources.chat_memory, card, is_training, capacity)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from minigpt4.common.errors import see
 from minigpt4.common.schema import ModelConfig
+from minigpt4.common.templates import choose_template
 from minigpt4.common.weights import VOCABULARIES
-from minigpt4.conversation.templates import choose_template
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding
 from minigpt4.models import language_model as lm
 from minigpt4.models.packed_attention import PackedBatch

@@ -78,9 +78,10 @@ def training(
         model: without weights, in the precisions of the run; afterwards its parameters are fake.
         device, amp: of the run; ``amp`` is the precision of autocast.
         image_size: S.
-        samples: ``text_input`` and perhaps ``instruction`` of a batch.
+        samples: ``text_input`` and perhaps ``instruction``, ``conversation`` and ``num_images`` of a batch.
     """
-    device, parts, rows = _computing(device), weight_bytes(model), len(samples["text_input"])
+    device, parts = _computing(device), weight_bytes(model)
+    num_images = sum(samples.get("num_images") or [1] * len(samples["text_input"]))
     if getattr(model, "prompt_list", None):  # of which a step draws one
         model.prompt_list = [max(model.prompt_list, key=len)]
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -88,9 +89,9 @@ def training(
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         model.to_empty(device=device)
         if hasattr(model, "visual_encoder"):
-            inputs = {"image": torch.empty(rows, 3, image_size, image_size, device=device)}
+            inputs = {"image": torch.empty(num_images, 3, image_size, image_size, device=device)}
         else:
-            shape = rows, model.num_query_token, model.llama_proj.in_features
+            shape = num_images, model.num_query_token, model.llama_proj.in_features
             inputs = {"features": torch.empty(shape, dtype=torch.bfloat16, device=device)}
         tracker.peak = before = tracker.current
         with devices.autocast(device, amp):

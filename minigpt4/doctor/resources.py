@@ -6,7 +6,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from torch import nn
 from minigpt4.common import device as devices
 from minigpt4.common.errors import see
 from minigpt4.common.schema import RunConfig
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.datasets.feature_cache import KEY, FeatureDataset, check_cache, num_samples
 from minigpt4.doctor import memory
 from minigpt4.doctor.files import ModelFiles
@@ -97,16 +98,29 @@ def _listed(parts: Mapping[str, int], capacity: Capacity) -> str:
     return f"{size(sum(parts.values()))} predicted of {capacity.text}: {listed}"
 
 
+def longest_batch(files: ModelFiles, drawn: Sequence[SampleStats], rows: int) -> dict[str, Any]:
+    """A batch of the longest texts: captions of ``max_txt_len``, or the longest conversation that was drawn."""
+    captions = max((part.captions for part in drawn if not part.conversations), key=len, default=[])
+    words = " ".join(captions) or "a picture of something"
+    pair = {"text_input": [(words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)] * rows}
+    length = {id(c): len(files.model.tokenize_conversation(**c).ids) for part in drawn for c in part.conversations}
+    conversations = [conversation for part in drawn for conversation in part.conversations]
+    longest = max(conversations, key=lambda conversation: length[id(conversation)], default=None)
+    if longest is None or (captions and length[id(longest)] <= len(files.model.training_rows(pair)[0].ids)):
+        return pair
+    num_images = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in longest["turns"])
+    return {"text_input": [""] * rows, "conversation": [longest] * rows, "num_images": [num_images] * rows}
+
+
 def training_memory(
-    run_cfg: RunConfig, files: ModelFiles, captions: list[str], rows: int, capacity: Capacity
+    run_cfg: RunConfig, files: ModelFiles, drawn: Sequence[SampleStats], rows: int, capacity: Capacity
 ) -> Finding:
     """Memory of a step of ``rows`` rows with the longest texts, compared with the device's."""
-    words = " ".join(captions) or "a picture of something"
-    longest = (words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)
+    batch = longest_batch(files, drawn, rows)
     model = files.build(has_vision=not run_cfg.feature_cache)
     layers = lm.decoder_layers(model.llama_model)
     sharded = sum(weight.numel() * weight.element_size() for weight in layers.parameters())
-    parts = predict(run_cfg, files, model, {"text_input": [longest] * rows})
+    parts = predict(run_cfg, files, model, batch)
     total, verdict, remedy = sum(parts.values()), OK, ""
     evidence = f"{_listed(parts, capacity)} ({rows} rows of the longest texts)"
     capacity = capacity.num_bytes
@@ -175,7 +189,8 @@ def timed_steps(run_cfg: RunConfig, cfg: Any, files: ModelFiles, num_steps: int)
             loss = runner.train_step(batch, is_update=True)
             devices.synchronize(files.device)
             seconds.append(time.perf_counter() - start)
-            batches.append({"text_input": batch["text_input"], "instruction": batch["instruction"]})
+            texts = ("text_input", "instruction", "conversation", "num_images")
+            batches.append({name: batch[name] for name in texts if name in batch})
     step, wait = statistics.median(seconds[1:] or seconds), statistics.median(waits[1:] or waits)
     left, loss = runner.max_epoch * runner.iters_per_epoch, loss.item()
     duration = timedelta(seconds=round(step * left))

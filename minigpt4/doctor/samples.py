@@ -18,6 +18,7 @@ from minigpt4.common.registry import registry
 from minigpt4.datasets.datasets.sample import SkipSample
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect, refused
+from minigpt4.models.text_rows import IGNORE_INDEX
 
 NUM_SHARDS = 3  # opened of a source
 COLUMNS, SIDE, TEXT_HEIGHT = 8, 160, 48  # of the contact sheet, in pixels but the first
@@ -32,8 +33,8 @@ class SampleStats:
     description: str  # size of the source
     num_samples: float = 0.0  # of the source, estimated where it is shards
     num_drawn: int = 0
-    captions: list[str] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)  # [3, S, S], as the model gets them
+    texts: list[dict[str, Any]] = field(default_factory=list)  # the samples without their images
+    images: list[tuple[Tensor, str]] = field(default_factory=list)  # [3, S, S], as the model gets them, with the text
     skipped: Counter = field(default_factory=Counter)
     dataset: Any = None
 
@@ -45,8 +46,19 @@ class SampleStats:
         except SkipSample as skip:
             self.skipped[str(skip)] += 1
             return
-        self.captions.append(sample["text_input"])
-        self.images.append(sample["image"])
+        image = sample["image"]
+        self.texts.append({name: value for name, value in sample.items() if name != "image"})
+        self.images += [(one, sample["text_input"]) for one in (image if image.ndim == 4 else image[None])]
+
+    @property
+    def captions(self) -> list[str]:
+        """The texts that are to be learned, one for each sample."""
+        return [text["text_input"] for text in self.texts]
+
+    @property
+    def conversations(self) -> list[dict[str, Any]]:
+        """The conversations among the samples."""
+        return [text["conversation"] for text in self.texts if text.get("conversation")]
 
 
 def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Finding]]:
@@ -58,7 +70,7 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Findi
         builder.name = name
         for split, dataset in builder.build_datasets().items():
             with local_seed(0):  # random crops, too, are the same each time
-                if hasattr(dataset, "pairs"):
+                if hasattr(dataset, "pairs") or hasattr(dataset, "rows"):
                     drawn.append(_draw_pairs(f"{name}/{split}", dataset, num_samples))
                 elif hasattr(dataset, "shards"):
                     drawn.append(_draw_shards(f"{name}/{split}", dataset, num_samples))
@@ -70,7 +82,9 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Findi
 
 
 def _draw_pairs(name: str, dataset: Any, num_samples: int) -> SampleStats:
-    drawn = SampleStats(name, f"{len(dataset):,} pairs", len(dataset), dataset=dataset)
+    drawn = SampleStats(
+        name, f"{len(dataset):,} {'pairs' if hasattr(dataset, 'pairs') else 'rows'}", len(dataset), dataset=dataset
+    )
     for index in random.Random(0).sample(range(len(dataset)), min(num_samples, len(dataset))):
         drawn.add(dataset.__getitem__, index)
     return drawn
@@ -103,7 +117,9 @@ def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
     numbers = {"drawn": drawn.num_drawn, "unreadable": bad, "kinds": dict(drawn.skipped)}
     evidence = f"{drawn.description}; {drawn.num_drawn} drawn, {bad:.0%} unusable" + (f" ({kinds})" if kinds else "")
     if num_good:
-        evidence += f"; images of {drawn.images[0].shape[-1]} pixels; captions such as '{_cut(drawn.captions[0])}'"
+        evidence += f"; {_describe_images(drawn)}; captions such as '{_cut(drawn.captions[0])}'"
+    if num_good and files.model is not None:
+        evidence += f"; {marked_row(max(drawn.texts, key=lambda text: len(text['text_input'])), files.model)}"
     verdict, remedy = OK, ""
     if not num_good and hasattr(drawn.dataset, "no_usable_sample"):  # the message of the run itself
         refusal = refused(check, drawn.dataset.no_usable_sample(drawn.skipped))
@@ -122,17 +138,42 @@ def _suspicion(drawn: SampleStats, files: ModelFiles) -> tuple[str, str] | None:
     if num >= 4 and num_different <= num / 2:
         message = f"{num_different} different captions among {num}: '{_cut(drawn.captions[0])}' is repeated"
         return message, "Check the captions: are they those of the images?"
-    if flat := sum(image.flatten(1).std(1).max().item() < 0.02 for image in drawn.images):
-        return f"{flat} of {num} images are of a single colour", "Look at the sheet; remove such images."
-    if num >= 4 and len({tuple(image.flatten()[::97].tolist()) for image in drawn.images}) <= num / 2:
+    if flat := sum(image.flatten(1).std(1).max().item() < 0.02 for image, _ in drawn.images):
+        return f"{flat} of {len(drawn.images)} images are of a single colour", "Look at the sheet; remove such images."
+    if (
+        len(drawn.images) >= 4
+        and len({tuple(image.flatten()[::97].tolist()) for image, _ in drawn.images}) <= len(drawn.images) / 2
+    ):
         return "many images are one and the same", "Look at the sheet: are they placeholders of a failed download?"
     if files.model is not None:
         limit, end_sym = files.cfg.max_txt_len, files.cfg.end_sym
-        lengths = [len(files.model.tokenize(text + end_sym)) for text in drawn.captions]
+        captions = [text["text_input"] for text in drawn.texts if not text.get("conversation")]
+        lengths = [len(files.model.tokenize(text + end_sym)) for text in captions]
         if (share := sum(length > limit for length in lengths) / num) > 0.1:
             message = f"{share:.0%} of the captions are longer than max_txt_len {limit} and lose their end symbol"
             return message, f"Set model.max_txt_len: {max(lengths)} if memory allows."
+        rows = [files.model.tokenize_conversation(**conversation) for conversation in drawn.conversations]
+        if (share := sum(row.is_truncated for row in rows) / num) > 0.1:
+            message = f"{share:.0%} of the conversations are longer than {files.model.max_context_len} tokens"
+            return f"{message} and lose their last turns", "Raise model.max_context_len if the LM and memory allow it."
     return None
+
+
+def marked_row(text: dict[str, Any], model: Any) -> str:
+    """The training row of a sample as text, with its targets between ⟦ and ⟧."""
+    row = model.training_rows({name: [value] for name, value in text.items()})[0]
+    parts: list[str] = []
+    pairs = zip(row.ids, row.labels, strict=True)
+    for (is_image, is_target), run in itertools.groupby(pairs, lambda pair: (pair[0] < 0, pair[1] != IGNORE_INDEX)):
+        ids = [token for token, _ in run]
+        content = f"⟨{len(ids)} image positions⟩" if is_image else _cut(model.llama_tokenizer.decode(ids), 200)
+        parts.append(f"⟦{content}⟧" if is_target else content)
+    num_targets = sum(label != IGNORE_INDEX for label in row.labels)
+    return f"a row of {len(row.ids)} tokens, {num_targets} of them targets (in ⟦⟧): {_cut(' '.join(parts), 800)}"
+
+
+def _describe_images(drawn: SampleStats) -> str:
+    return f"images of {drawn.images[0][0].shape[-1]} pixels" if drawn.images else "no images"
 
 
 def _cut(text: str, length: int = 60) -> str:
@@ -142,7 +183,7 @@ def _cut(text: str, length: int = 60) -> str:
 
 def sheet(drawn: Sequence[SampleStats], path: Path) -> list[Finding]:
     """Writes a contact sheet of images as the model receives them, with captions; nothing without images."""
-    cells = [(part.name, *pair) for part in drawn for pair in zip(part.images, part.captions, strict=True)]
+    cells = [(part.name, *pair) for part in drawn for pair in part.images]
     if not cells:
         return []
     page = Image.new("RGB", (COLUMNS * SIDE, -(-len(cells) // COLUMNS) * (SIDE + TEXT_HEIGHT)), "white")

@@ -25,7 +25,7 @@ from minigpt4.models.loading import ModelFiles
 from minigpt4.models.lora import LoraSettings, checkpoint_name, lora_settings, train_dropout
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer, QFormerConfig
-from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, TextRows, captions_of
+from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, TextRows
 from minigpt4.models.vision import VisionEncoder, build_vision, vision_settings
 
 Section = Mapping[str, Any] | ModelConfig
@@ -44,6 +44,8 @@ class MiniGPT4(TextRows, VisionEncoder):
         max_txt_len: tokens of caption and end symbol together; the rest is cut.
         end_sym: the text that ends a caption.
         lora: of LoRA weights in the LM, which ``add_lora`` adds once the LM is loaded.
+        max_context_len: tokens of a conversation, images included; turns that exceed it are left out.
+        conversation: the name of a chat template for conversations; None: the one that a chat would choose.
     """
 
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = dict.fromkeys(
@@ -61,6 +63,8 @@ class MiniGPT4(TextRows, VisionEncoder):
         max_txt_len: int = 32,
         end_sym: str = "\n",
         lora: LoraSettings | None = None,
+        max_context_len: int = 3800,
+        conversation: str | None = None,
         **vision: Any,
     ) -> None:
         super().__init__(visual_encoder, Qformer, **vision)
@@ -68,7 +72,9 @@ class MiniGPT4(TextRows, VisionEncoder):
         self.llama_model, self.llama_tokenizer = llama_model, llama_tokenizer
         self.llama_proj = nn.Linear(q_former_width, llama_model.config.hidden_size)
         self.prompt_list, self.prompt_template = list(prompts), prompt_template
-        self.max_txt_len, self.end_sym, self.lora = max_txt_len, end_sym, lora
+        self.max_txt_len, self.end_sym, self.conversation = max_txt_len, end_sym, conversation
+        self.max_context_len = min(max_context_len, getattr(llama_model.config, "max_position_embeddings", 2**31))
+        self.lora = lora
         self.packs_rows = True  # False for architectures whose attention cannot compute packed rows
         self._prefix_kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
         self.frozen_parts.append(llama_model.requires_grad_(False))
@@ -116,7 +122,8 @@ class MiniGPT4(TextRows, VisionEncoder):
         if cfg.llm_grad_checkpoint:
             recompute_layers(lm.decoder_layers(llm))
         vision = build_vision(cfg, has_vision)
-        settings = {name: getattr(cfg, name) for name in ("prompt_template", "max_txt_len", "end_sym")}
+        names = "prompt_template", "max_txt_len", "end_sym", "max_context_len", "conversation"
+        settings = {name: getattr(cfg, name) for name in names}
         settings["lora"] = lora_settings(cfg, llm)
         settings["prompts"] = loading.read_prompts(cfg.prompt_path, cfg.prompt_template)
         tokenizer = lm.load_tokenizer(llm, files.llama_model)
@@ -212,23 +219,26 @@ class MiniGPT4(TextRows, VisionEncoder):
         """The loss of a batch.
 
         Args:
-            samples: ``image`` [B, 3, S, S] or ``features`` [B, Q, H] from a cache, ``text_input`` or ``answer`` (B
-                captions), optionally ``instruction`` (B texts or None) or ``instruction_input`` (B whole prompts).
+            samples: ``image`` [n, 3, S, S], the images of all rows in order, or ``features`` [n, Q, H] from a cache,
+                with conversations also ``num_images`` (B numbers), ``text_input`` or ``answer`` (B captions), and
+                optionally ``instruction`` (B texts or None), ``instruction_input`` (B whole prompts) or
+                ``conversation`` (B times None or the arguments of ``tokenize_conversation``).
 
         Returns:
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without
-            padding), ``num_padded_tokens`` (with) and ``num_targets`` as plain numbers.
+            padding), ``num_padded_tokens`` (with), ``num_targets`` and ``num_truncated`` (conversations whose end was
+            left out) as plain numbers.
         """
-        features = samples["features"] if "features" in samples else self.encode_images(samples["image"])
-        image_embeds = self.project_features(features)  # [B, Q, L]
-        rows = self.tokenize_rows(captions_of(samples), self.choose_prompts(samples))
+        rows = self.training_rows(samples)
+        image_embeds = self.project_features(self._image_features(samples, rows))  # [n, Q, L]
         prefix = self._shared_prefix(rows)
         ids = [token for row in rows for token in row.ids[len(prefix) :]]  # N, the rows one after the other
         labels = [label for row in rows for label in (*row.labels[len(prefix) + 1 :], IGNORE_INDEX)]  # of the next
         image_positions = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         target_positions = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
         if len(image_positions) != image_embeds.shape[0] * image_embeds.shape[1]:
-            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} exactly once; the batch has {len(rows)} images.")
+            expected = f"{len(image_embeds)} images for {len(image_positions) / self.num_query_token:g} of them"
+            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; the batch has {expected}.")
 
         # One copy to the device; nothing in this step waits for the device.
         parts = [torch.tensor(part, dtype=torch.long) for part in (ids, image_positions, target_positions, labels)]
@@ -243,7 +253,22 @@ class MiniGPT4(TextRows, VisionEncoder):
         loss = next_token_loss(hidden, lm.lm_head(self.llama_model), targets)
         lengths = [len(row.ids) for row in rows]
         counts = {"num_tokens": sum(lengths), "num_padded_tokens": max(lengths) * len(lengths)}
+        counts["num_truncated"] = sum(row.is_truncated for row in rows)
         return {"loss": loss, **counts, "num_targets": len(target_positions)}
+
+    def _image_features(self, samples: Mapping[str, Any], rows: Sequence[TextRow]) -> Tensor:
+        """Features [n, Q, H] of the images that the rows show; those of turns that were left out are not among them."""
+        if "features" in samples:
+            features = samples["features"]
+        elif len(image := samples["image"]):
+            features = self.encode_images(image)
+        else:  # a blank image: the trained parts take part in each step
+            features = self.encode_images(image.new_zeros(1, *image.shape[1:]))[:0]
+        if not any(row.is_truncated for row in rows):
+            return features
+        parts = features.split(list(samples["num_images"]))
+        shown = [row.ids.count(IMAGE_TOKEN_INDEX) // self.num_query_token for row in rows]
+        return torch.cat([part[:number] for part, number in zip(parts, shown, strict=True)])
 
     def _shared_prefix(self, rows: Sequence[TextRow]) -> tuple[int, ...]:
         """The tokens before the image where all rows agree in them and their keys and values are known, else none."""

@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
-from minigpt4.common.logger import log_skipped
+from minigpt4.common.logger import TRUNCATED, log_skipped
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import LOADER_KEY
 from minigpt4.runners.run_folder import append_line
@@ -143,7 +143,8 @@ class EpochProgress:
     ) -> bool:
         """Adds iteration ``i`` of the epoch, ``step`` of the run, whose batch took ``data_time`` seconds to arrive.
 
-        ``loss`` is on the device; ``counts`` has ``num_tokens`` and, with padding, ``num_padded_tokens`` if known.
+        ``loss`` is on the device; ``counts`` has ``num_tokens``, ``num_padded_tokens`` (with padding) and
+        ``num_truncated`` (conversations without their end), as far as they are known.
 
         Returns:
             Whether a report was made, which synchronises with the device.
@@ -163,7 +164,8 @@ class EpochProgress:
             data_time=data_time,
         )
         info = batch.get(LOADER_KEY) or {"source": "data", "skipped": {}}
-        self.skipped.setdefault(info["source"], Counter()).update(info["skipped"])
+        truncated = {TRUNCATED: n} if (n := counts.get("num_truncated", 0)) else {}
+        self.skipped.setdefault(info["source"], Counter()).update(info["skipped"] | truncated)
         self._bar.update()
         is_reported = i % self.log_freq == 0 or i + 1 == self.num_iters
         if is_reported:

@@ -30,7 +30,7 @@ from minigpt4.runners.report import write_report
 from minigpt4.runners.signals import StopRequest, StopWaiting
 from minigpt4.runners.updater import Updater
 
-_COUNTS = ("num_tokens", "num_padded_tokens")
+_COUNTS = ("num_tokens", "num_padded_tokens", "num_truncated")
 
 
 @registry.register_runner("runner_base")

@@ -1,6 +1,7 @@
 """The data sets of MiniGPT-4's two stages, and the user's own images."""
 
 import logging
+from pathlib import Path
 from typing import Any, ClassVar
 
 from minigpt4.common.errors import UserError
@@ -8,7 +9,9 @@ from minigpt4.common.files import locate
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import SPLITS, BuildInfo, read_section
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from minigpt4.datasets.datasets import PairDataset, ShardDataset
+from minigpt4.datasets.datasets import ConversationDataset, PairDataset, ShardDataset
+from minigpt4.datasets.datasets.conversations import Dialogue, Pair
+from minigpt4.datasets.datasets.lists import shard_patterns
 from minigpt4.datasets.datasets.pairs import check_images, read_align_folder, read_pairs
 from minigpt4.datasets.datasets.shard_urls import expand_shards
 
@@ -63,15 +66,16 @@ class CCSBUBuilder(ShardBuilder):
 class PairBuilder(StorageBuilder):
     """Listed pairs from a folder or file, or a list of these."""
 
-    read = staticmethod(read_pairs)
+    read = staticmethod(read_align_folder)
 
-    def build_split(self, storage: Any, key: str, kind: str) -> PairDataset:
-        """Builds a data set of pairs; captions are used as they are."""
+    def build_split(self, storage: Any, key: str, kind: str) -> PairDataset | ConversationDataset:
+        """Builds a data set of pairs, or of conversations where there is one; texts are used as they are."""
         places = [storage] if isinstance(storage, str) else storage
-        pairs = [pair for place in places for pair in self.read(locate(place, key), key)]
-        check_images(pairs, key)
-        logging.info("%s: %d pairs.", key, len(pairs))
-        return PairDataset(self.name, pairs, self.vis_processors[kind])
+        rows = [row for place in places for row in self.read(locate(place, key), key)]
+        check_images(rows, key)
+        logging.info("%s: %d rows.", key, len(rows))
+        has_pairs_only = all(isinstance(row, Pair) for row in rows)
+        return (PairDataset if has_pairs_only else ConversationDataset)(self.name, rows, self.vis_processors[kind])
 
 
 @registry.register_builder("cc_sbu_align")
@@ -79,11 +83,26 @@ class CCSBUAlignBuilder(PairBuilder):
     """The curated pairs of stage 2: filter_cap.json and image/."""
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": "configs/datasets/cc_sbu/align.yaml"}
-    read = staticmethod(read_align_folder)
 
 
 @registry.register_builder("image_text")
 class ImageTextBuilder(PairBuilder):
-    """The user's own images: a JSONL file, or a folder of images with .txt files."""
+    """The user's own images and conversations, in one of the forms that dataset/README_OWN_DATA.md lists."""
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": "configs/datasets/image_text/defaults.yaml"}
+
+    def read(self, path: Path, key: str) -> list[Pair | Dialogue]:
+        """Reads a file or folder; image paths are relative to ``build_info.image_root``."""
+        root = self.build_info.image_root
+        return read_pairs(path, key, root and locate(root, f"datasets.{self.name}.build_info.image_root"))
+
+    def build_split(self, storage: Any, key: str, kind: str) -> PairDataset | ConversationDataset | ShardDataset:
+        """Builds a data set of shards where the storage names shards, else of what it lists."""
+        places = [storage] if isinstance(storage, str) else list(storage)
+        shards = [shard_patterns(place) for place in places]
+        if not any(shards):
+            return super().build_split(storage, key, kind)
+        if not all(shards):
+            other = places[shards.index([])]
+            raise UserError(f"{key} names shards and also '{other}'; use another data set for one of the two.")
+        return ShardBuilder.build_split(self, [pattern for patterns in shards for pattern in patterns], key, kind)

@@ -1,6 +1,7 @@
-"""The two kinds of data set: pairs that can be indexed, and shards that stream."""
+"""The kinds of data set: pairs and conversations that can be indexed, and shards that stream."""
 
+from minigpt4.datasets.datasets.conversations import ConversationDataset
 from minigpt4.datasets.datasets.pairs import PairDataset
 from minigpt4.datasets.datasets.shards import ShardDataset
 
-__all__ = ["PairDataset", "ShardDataset"]
+__all__ = ["ConversationDataset", "PairDataset", "ShardDataset"]

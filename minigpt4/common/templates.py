@@ -9,7 +9,9 @@ from itertools import groupby
 from typing import Any
 
 from minigpt4.common.errors import UserError, nearest, see
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
 
+IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
 Turn = tuple[bool, str | None]  # whether it is the user's, and its text; None is the answer to come
 
 
@@ -71,6 +73,22 @@ class Conversation:
     def append_message(self, role: str, message: str | None) -> None:
         """Adds a message at the end."""
         self.messages.append([role, message])
+
+    def ask(self, text: str) -> None:
+        """Adds a question; right after an image it joins the image's message."""
+        last = self.messages[-1] if self.messages else None
+        if last is not None and last[0] == self.roles[0] and last[1].endswith("</Img>"):
+            last[1] = f"{last[1]} {text}"
+        else:
+            self.append_message(self.roles[0], text)
+
+    def ask_with_images(self, question: str) -> None:
+        """Adds the texts and images of a question in their order, as a chat does; ``<ImageHere>`` marks an image."""
+        for i, text in enumerate(question.split(IMAGE_PLACEHOLDER)):
+            if i:
+                self.append_message(self.roles[0], IMAGE_MESSAGE)
+            if text.strip():
+                self.ask(text.strip())
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
         """The messages after ``offset`` as pairs [question, answer]."""

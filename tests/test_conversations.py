@@ -1,0 +1,285 @@
+"""Conversations about images: what rows of known projects mean, what is trained, and that a chat shows the same."""
+
+import json
+
+import pytest
+import torch
+from confined import told
+from data_samples import EVAL, KEY, make_loader, picture
+from golden_data import TINY, read_tensors
+
+from minigpt4.common.errors import UserError
+from minigpt4.common.templates import TEMPLATES
+from minigpt4.conversation.conversation import Chat
+from minigpt4.datasets.datasets import ConversationDataset
+from minigpt4.datasets.datasets.conversations import DataUrl, Dialogue, Pair
+from minigpt4.datasets.datasets.pairs import read_pairs
+from minigpt4.datasets.loader import eval_batches
+from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+IMAGES = read_tensors("vision")["image"]
+A, B, HERE = "a.jpg", "b.jpg", "<ImageHere>"
+TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": " A dog. "}]
+MORE = [{"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]
+ASKED = (f"{HERE}\nWhat?", "A dog.")
+URL = "data:image/jpeg;base64,AAAA"
+PARTS = [{"type": "image_url", "image_url": {"url": A}}, {"type": "text", "text": "What?"}]
+
+
+def said(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+FORMS = {  # a row, the names of its images, its turns, its system text
+    "LLaVA": ({"id": "1", "image": A, "conversations": TURNS + MORE}, [A], [ASKED, ("Sure?", "Yes.")], ""),
+    "LLaVA, text only": ({"conversations": MORE}, [], [("Sure?", "Yes.")], ""),
+    "LLaVA, image at the end": (
+        {"image": A, "conversations": [{"from": "human", "value": "What?\n<image>"}, TURNS[1]]},
+        [A], [(f"What?\n{HERE}", "A dog.")], "",
+    ),
+    "several images": (
+        {"image": [A, B], "conversations": [{"from": "human", "value": "<image> or <image>?"}, TURNS[1]]},
+        [A, B], [(f"{HERE} or {HERE}?", "A dog.")], "",
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "system", "value": "Be brief."}, *MORE]}, [], [("Sure?", "Yes.")], "Be brief.",
+    ),
+    "LLaMA-Factory, sharegpt": ({"images": [A], "system": "S", "conversations": TURNS}, [A], [ASKED], "S"),
+    "LLaMA-Factory, messages": (
+        {"images": [A], "messages": said("<image>\nWhat?", "A dog.")},
+        [A], [ASKED], "",
+    ),
+    "LLaMA-Factory, alpaca": (
+        {"instruction": "<image>\nWhat?", "input": "Look.", "output": "A dog.", "images": [A],
+         "history": [["Hi", "Ho"]]},
+        [A], [("Hi", "Ho"), (f"{HERE}\nWhat?\nLook.", "A dog.")], "",
+    ),
+    "OpenAI": (
+        {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A dog."}]},
+        [A], [(f"{HERE}What?", "A dog.")], "",
+    ),
+    "OpenAI, data URL": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}]},
+                      {"role": "assistant", "content": [{"type": "text", "text": "A dog."}]}]},
+        [URL], [(HERE, "A dog.")], "",
+    ),
+}  # fmt: skip
+
+
+def as_json(rows):
+    return json.dumps(rows, indent=1)
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("file", "write"), [("x.json", as_json), ("x.jsonl", as_jsonl), ("lines.json", as_jsonl)])
+def test_forms(tmp_path, name, file, write):
+    row, images, turns, system = FORMS[name]
+    (tmp_path / file).write_text(write([row, row]))
+    sources = tuple(DataUrl(image) if image.startswith("data:") else tmp_path / image for image in images)
+    expected = Dialogue(sources, tuple(turns), system)
+    assert read_pairs(tmp_path / file, KEY) == read_pairs(tmp_path, KEY) == [expected] * 2
+    elsewhere = read_pairs(tmp_path / file, KEY, tmp_path / "root")[0]
+    assert [str(image) for image in elsewhere.images if "data" not in str(image)] == [
+        str(tmp_path / "root" / image) for image in images if image != URL
+    ]
+
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+INVALID = {
+    "two questions in a row": ({"conversations": [TURNS[0], TURNS[0]]}, "text 2 by the user", "the assistant"),
+    "an answer first": ({"conversations": MORE[::-1]}, "text 1 by the assistant", "expected the user"),
+    "no last answer": ({"conversations": TURNS + MORE[:1], "image": A}, "ends with a question"),
+    "a placeholder without image": ({"conversations": TURNS}, "has 0 images and 1 times <image>"),
+    "an image without placeholder": ({"image": A, "conversations": MORE}, "has 1 images and 0 times <image>"),
+    "an image in an answer": ({"image": A, "conversations": turns("What?", "<image>")}, "in the answer '<image>'"),
+    "an empty answer": ({"conversations": turns("What?", " ")}, "answer ' ' as text 2"),
+    "an empty question": ({"conversations": turns("", "a")}, "question '' as text 1"),
+    "an answer that is none": ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+                               "turn 2 with None"),
+    "ten thousand turns": ({"conversations": turns(*["a"] * 10_000)}, "10,000 turns", "at most 2,000"),
+    "no turns": ({"conversations": []}, "no turns in conversations"),
+    "turns as a text": ({"messages": "What?"}, "type str", "a list of turns"),
+    "an unknown role": ({"conversations": [{"from": "tool", "value": "a"}]}, "role 'tool' in turn 1", "human, user"),
+    "an unknown turn": ({"conversations": [{"text": "a"}]}, "turn 1 {'text': 'a'}", "from and value"),
+    "a late system text": ({"conversations": [*MORE, {"from": "system", "value": "a"}]}, "system text in turn 3"),
+    "an unknown part": ({"messages": said([{"type": "input_audio"}])}, "input_audio", "turn 1"),
+    "an image elsewhere": ({"image": "https://host/a.jpg", "conversations": TURNS}, "https://host/a", "download it"),
+    "an image as a number": ({"image": 5, "conversations": TURNS}, "has the image 5"),
+    "alpaca without output": ({"instruction": "a", "output": None}, "answer None"),
+    "a history of one": ({"instruction": "a", "output": "b", "history": [["a"]]}, "['a'] in its history"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_invalid_rows_are_told_before_the_training(tmp_path, name):
+    row, *words = INVALID[name]
+    file = tmp_path / "x.jsonl"
+    file.write_text(as_jsonl([{"image": A, "conversations": TURNS}, row]))
+    told(lambda: read_pairs(file, KEY), KEY, f"line 2 of {file}", *words)
+    (tmp_path / "y.json").write_text(as_json([row]))
+    told(lambda: read_pairs(tmp_path / "y.json", KEY), KEY, f"row 1 of {tmp_path / 'y.json'}", *words)
+
+
+# what is trained
+
+
+@pytest.fixture(params=["vicuna_v0", "vicuna_v1", "llama_2", None])
+def talking(request, build):
+    """A model whose chats have a template: a named one, or that of the training prompts."""
+    name = request.param
+    form = {} if name else {"prompt_template": "Q {} A ", "end_sym": "</s>"}
+    return build(conversation=name, **form)
+
+
+CONVERSATION = [(f"{HERE}\nWhat is it?", "A red dog."), ("Sure?", "Yes."), (f"And {HERE} this?", "A cat & <b>.")]
+
+
+def chat_ids(model, turns, system=""):
+    """The ids of a chat's prompt after the same turns."""
+    chat, images = Chat(model, None, template=model.template), []
+    conv = chat.template.copy()
+    conv.system = system or conv.system
+    for question, answer in turns:
+        for i, text in enumerate(question.split(HERE)):
+            if i:
+                chat.upload_img(IMAGES[0], conv, images)
+            if text.strip():
+                chat.ask(text.strip(), conv)
+        conv.append_message(conv.roles[1], answer)
+    return model.bos_ids + model.tokenize_prompt(conv.get_prompt())
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_a_row_is_what_a_chat_shows(talking, system):
+    row = talking.tokenize_conversation(CONVERSATION, system)
+    assert row.ids == chat_ids(talking, CONVERSATION, system)[: len(row.ids)] and not row.is_truncated
+    targets = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
+    assert [row.labels[i] for i in targets] == [row.ids[i] for i in targets]
+    texts, last = [[]], targets[0]
+    for i in targets:
+        texts += [[]] if i > last + 1 else []
+        texts[-1].append(row.ids[i])
+        last = i
+    decoded = [talking.llama_tokenizer.decode(ids).strip() for ids in texts]
+    stop = talking.template.stop_string.strip()
+    assert [text.removesuffix(stop).strip() for text in decoded] == [answer for _, answer in CONVERSATION]
+    assert all(text.endswith(stop) for text in decoded) and last == len(row.ids) - 1
+
+
+@pytest.mark.parametrize("limit", range(10, 230, 7))
+def test_truncation_never_splits_an_image(model, monkeypatch, limit):
+    whole = model.tokenize_conversation(CONVERSATION)
+    monkeypatch.setattr(model, "max_context_len", limit)
+    row = model.tokenize_conversation(CONVERSATION)
+    assert len(row.ids) <= limit and row.is_truncated == (len(whole.ids) > limit)
+    assert row.ids.count(IMAGE_TOKEN_INDEX) in (0, 8, 16)
+    assert row.ids == whole.ids[: len(row.ids)] and len(row.labels) == len(row.ids)
+    num_turns = [len(model.tokenize_conversation(CONVERSATION[:n]).ids) for n in (1, 2, 3)]
+    if limit >= num_turns[0]:
+        assert len(row.ids) in num_turns
+
+
+def batch_of(turns_of_rows, model):
+    counts = [sum(question.count(HERE) for question, _ in turns) for turns in turns_of_rows]
+    return {
+        "image": IMAGES[torch.arange(sum(counts)) % len(IMAGES)],
+        "num_images": counts,
+        "text_input": [""] * len(counts),
+        "conversation": [{"turns": turns} for turns in turns_of_rows],
+    }
+
+
+def test_rows_with_any_number_of_images_train_together(model):
+    rows = [CONVERSATION, CONVERSATION[1:2], CONVERSATION[:1]]
+    model.zero_grad()
+    output = model(batch_of(rows, model))
+    output["loss"].backward()
+    assert model.llama_proj.weight.grad.norm() > 0 and output["num_truncated"] == 0
+    alone = [model(batch_of([row], model)) for row in rows]
+    # The images of the third row follow those of the first, so it is compared with that image.
+    third = batch_of(rows[2:], model) | {"image": IMAGES[2:3]}
+    alone[2] = model(third)
+    total = sum(part["loss"].item() * part["num_targets"] for part in alone)
+    assert output["loss"].item() == pytest.approx(total / output["num_targets"], rel=1e-5)
+    model.zero_grad()
+
+
+def test_rows_without_an_image_give_gradients_of_zero(build):
+    model = build(freeze_qformer=False)
+    model(batch_of([CONVERSATION[1:2]], model))["loss"].backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in trained if p is not None) and len(trained) > 10
+
+
+def test_images_of_turns_that_were_left_out_are_not_shown(model, monkeypatch):
+    monkeypatch.setattr(model, "max_context_len", len(model.tokenize_conversation(CONVERSATION).ids) - 1)
+    short = batch_of([CONVERSATION, CONVERSATION[:1]], model)
+    output = model(short)
+    expected = batch_of([CONVERSATION[:2], CONVERSATION[:1]], model) | {"image": IMAGES[[0, 2]]}
+    assert output["num_truncated"] == 1 and torch.equal(output["loss"], model(expected)["loss"])
+
+
+def test_the_mean_of_no_target_is_no_number(model, monkeypatch):
+    monkeypatch.setattr(model, "max_context_len", 20)
+    assert model(batch_of([CONVERSATION], model))["loss"].isnan()
+
+
+# data sets
+
+
+@pytest.fixture
+def rows(tmp_path):
+    for name in (A, B):
+        (tmp_path / name).write_bytes(picture(ord(name[0])))
+    one = Dialogue((tmp_path / A, tmp_path / B), ((f"{HERE} or {HERE}?", "The first."),))
+    return [one, Dialogue((), (("Hi", "Ho"),), "S"), Pair(tmp_path / A, "c", "What?"), Pair(tmp_path / B, "d")]
+
+
+def test_batches_of_conversations_and_pairs(rows, tmp_path):
+    dataset = ConversationDataset("x", rows, EVAL)
+    (batch,) = eval_batches("x", dataset, batch_size=4, num_workers=0, seed=0)
+    assert batch["image"].shape == (4, 3, 8, 8) and batch["num_images"] == [2, 0, 1, 1]
+    assert batch["instruction"] == [None, None, "What?", None]
+    assert [c and c["system"] for c in batch["conversation"]] == ["", "S", None, None]
+    (tmp_path / B).unlink()
+    batches = eval_batches("x", dataset, batch_size=4, num_workers=0, seed=0)
+    assert [batch["num_images"] for batch in batches] == [[0, 1]] and batches.skipped == {"missing image file": 2}
+    only_text = ConversationDataset("x", rows[1:2], EVAL)
+    assert next(iter(eval_batches("x", only_text, 1, 0, 0)))["image"].shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_exact_resume(rows, num_workers):
+    def loader():
+        data = {"x": ConversationDataset("x", rows, EVAL)}
+        return make_loader(data, batch_size=3, iters_per_epoch=6, num_workers=num_workers)
+
+    first = loader()
+    batches = list(first.iter_epoch(0))
+    partly, position = loader(), loader()
+    left = partly.iter_epoch(0)
+    for _ in range(2):
+        next(left)
+    position.load_state_dict([partly.state_dict()], 0, 2)
+    rest = list(position.iter_epoch(0, 2))
+    assert [batch["text_input"] for batch in rest] == [batch["text_input"] for batch in batches[2:]]
+    assert all(torch.equal(a["image"], b["image"]) for a, b in zip(rest, batches[2:], strict=True))
+
+
+def test_a_damaged_data_url_is_skipped():
+    dataset = ConversationDataset("x", [Dialogue((DataUrl("data:image/png;base64,###"),), ((HERE, "a"),))], EVAL)
+    batches = eval_batches("x", dataset, 1, 0, 0)
+    assert list(batches) == [] and batches.skipped == {"unreadable image": 1}
+
+
+def test_templates_are_known(model):
+    assert TINY.is_dir() and model.template is TEMPLATES["vicuna_v0"]
+    with pytest.raises(UserError, match="once for each image"):
+        model(batch_of([CONVERSATION], model) | {"image": IMAGES[:1]})
