@@ -9,7 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENGLISH_ONLY = {  # for developers, auditors and records; everything else that users read has a Chinese page
     "ACKNOWLEDGEMENTS.md",
-    "CHANGELOG.md",
     "SECURITY.md",
     "benchmarks/RESULTS.md",
     "docs/ARCHITECTURE.md",
@@ -25,7 +24,6 @@ def pages():
 PAGES = pages()
 CHINESE = [name for name in PAGES if name.endswith(".zh-CN.md")]
 PENDING = {
-    "README.md",
     "dataset/README_OWN_DATA.md",
     "docs/CONFIGURATION.md",
     "docs/WEB.md",
