@@ -43,6 +43,7 @@ class Config:
                 hint = f"{nearest(str(name), SECTIONS)} Known: {', '.join(SECTIONS)}."
                 raise UserError(f"{self._source}: there is no section '{name}'.{hint}")
         with _explained(self._source):
+            _leave_out(file, options, self._source)
             given = OmegaConf.merge(file, options)
             defaults = self._model_defaults(given.get("model", {})), self._dataset_defaults(given)
             self.config = OmegaConf.merge({"run": {}}, *defaults, file, options)
@@ -58,11 +59,15 @@ class Config:
         merged = OmegaConf.create({"datasets": {}})
         for kind in ("datasets", "evaluation_datasets"):
             for name, section in given.get(kind, {}).items():
-                builder = registry.get_builder_class(name) if kind == "datasets" else None
                 if not isinstance(section, DictConfig):
                     raise UserError(f"{self._source}: {kind}.{name} is {section!r}; expected keys and values under it.")
+                own = str(section.get("builder") or name)
+                builder = registry.get_builder_class(own) if kind == "datasets" else None
                 path = builder and builder.default_config_path(str(section.get("type", "default")))
-                merged = OmegaConf.merge(merged, _read_yaml(Path(path)) if path else {})
+                defaults = _read_yaml(Path(path)) if path else {}
+                if path and own != name:
+                    defaults = {"datasets": {name: next(iter(defaults.datasets.values()))}}
+                merged = OmegaConf.merge(merged, defaults)
         return merged
 
     run_cfg = property(attrgetter("config.run"), doc="The section ``run``.")
@@ -88,6 +93,17 @@ class Config:
     def save(self, path: Path) -> None:
         """Writes the merged configuration as a YAML file that gives the same run again."""
         OmegaConf.save(self.config, path)
+
+
+def _leave_out(file: DictConfig, options: DictConfig, source: str) -> None:
+    """Removes the data sets that ``--options datasets.NAME=null`` leaves out."""
+    sections = options.get("datasets", {})
+    for name in [name for name, section in sections.items() if section is None]:
+        if name not in file.get("datasets", {}):
+            known = list(file.get("datasets", {}))
+            hint = f"{nearest(name, known)} It has: {', '.join(known) or 'none'}."
+            raise UserError(f"--options: datasets.{name}=null leaves out a data set that {source} does not have.{hint}")
+        del sections[name], file.datasets[name]
 
 
 def _read_yaml(path: Path) -> DictConfig:

@@ -21,7 +21,7 @@ def check_sections(sections: Mapping[str, Any], source: str) -> None:
     if not _is_own(registry.get_model_class(sections["model"]["arch"])):
         model = read_section(ModelConfig, sections["model"], "model", source)
     for name, section in (sections.get("datasets") or {}).items():
-        is_own = _is_own(registry.get_builder_class(name))
+        is_own = _is_own(registry.get_builder_class((section or {}).get("builder") or name))
         datasets[name] = read_section(DatasetConfig, section, f"datasets.{name}", source, allow_unknown=is_own)
         has_own_splits |= is_own
         if not is_own or section.get("vis_processor"):  # own builders need not use the default processors

@@ -211,12 +211,15 @@ class BuildInfo:
 class DatasetConfig:
     """A data set. Unknown keys of builders that are not built in are not checked."""
 
+    builder: str | None = key(None, "Registered builder, such as `image_text`; null: the one of the section's name.")
     type: str = key("default", "Selects the builder's default YAML.")
     data_type: str = key("images", _UNUSED)
     build_info: BuildInfo = key(BuildInfo, "Where the data are.")
     vis_processor: ImageProcessors = key(ImageProcessors, "Image processors.")
     text_processor: TextProcessors = key(TextProcessors, "Caption processors.")
-    sample_ratio: float | None = key(None, "Share of the batches relative to other data sets; null: 1.")
+    sample_ratio: float | Literal["size"] | None = key(
+        None, "Share of the batches relative to other data sets; `size`: its number of samples; null: 1."
+    )
     batch_size: int | None = key(None, "Samples per iteration where `run.batch_size_train` is null; null: 1.", least=1)
 
 

@@ -124,7 +124,7 @@ class TrainLoader:
 
     Args:
         datasets: by name, each of a kind that ``batches`` lists.
-        ratios: their weights; 1 where a weight is None.
+        ratios: their weights; 1 where a weight is None, the number of samples where it is "size".
         batch_size: samples per rank and batch; a number for all data sets or one for each, by name.
         num_workers: loader processes per data set.
         seed: of order, draws and augmentation.
@@ -134,7 +134,7 @@ class TrainLoader:
     """
 
     datasets: Mapping[str, Any]
-    ratios: Mapping[str, float | None]
+    ratios: Mapping[str, float | str | None]
     batch_size: int | Mapping[str, int]
     iters_per_epoch: int
     num_workers: int
@@ -144,8 +144,7 @@ class TrainLoader:
     def __post_init__(self) -> None:
         if not self.datasets:
             raise UserError("No data set has a split to train on; see run.train_splits and the datasets section.")
-        ratios = [self.ratios.get(name) for name in self.datasets]
-        self.weights = [1.0 if ratio is None else float(ratio) for ratio in ratios]
+        self.weights = [self._weight(name) for name in self.datasets]
         if min(self.weights) < 0 or sum(self.weights) <= 0:
             raise UserError(f"sample_ratio of {', '.join(self.datasets)} are {self.weights}; expected numbers above 0.")
         for name, dataset in self.datasets.items():
@@ -154,6 +153,13 @@ class TrainLoader:
         self._positions: dict[str, dict[int, Any]] = {}  # of streams: by data set and worker
         self._shuffle_key: int | str = 0  # of streams: the epoch, or the step of a resume
         self._iterables: dict[str, Iterator[LoadedBatch]] = {}  # they keep running from epoch to epoch
+
+    def _weight(self, name: str) -> float:
+        ratio, dataset = self.ratios.get(name), self.datasets[name]
+        if ratio == "size" and not hasattr(dataset, "__len__"):
+            advice = "set sample_ratio to a number in proportion to the others"
+            raise UserError(f"datasets.{name}.sample_ratio is size, but shards have no known number; {advice}.")
+        return float(len(dataset)) if ratio == "size" else 1.0 if ratio is None else float(ratio)
 
     def _source_of(self, step: int) -> str:
         # A str seed gives the same draws on every platform and in every process.

@@ -66,7 +66,7 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Findi
     drawn, findings = [], []
 
     def source(name: str, section: Any) -> list[Finding]:
-        builder = registry.get_builder_class(name)(section)
+        builder = registry.get_builder_class(section.get("builder") or name)(section)
         builder.name = name
         for split, dataset in builder.build_datasets().items():
             with local_seed(0):  # random crops, too, are the same each time

@@ -13,7 +13,7 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.schema import RunConfig
-from minigpt4.datasets.loader import eval_batches
+from minigpt4.datasets.loader import LOADER_KEY, eval_batches
 
 
 def splits_of(run_cfg: RunConfig) -> list[str]:
@@ -31,6 +31,7 @@ class SplitLoader:
         self, datasets: Mapping[str, Any], run_cfg: RunConfig, device: torch.device, limit: int | None = None
     ) -> None:
         settings = run_cfg.batch_size_eval, run_cfg.num_workers, run_cfg.seed, devices.has_own_memory(device)
+        self.names = list(datasets)
         self.loaders = [eval_batches(name, dataset, *settings) for name, dataset in datasets.items()]
         self.is_sharded = run_cfg.parallel == "fsdp"
         self.device, self.limit = device, limit
@@ -39,11 +40,12 @@ class SplitLoader:
         return sum(len(range(len(loader))[: self.limit]) for loader in self.loaders)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for loader in self.loaders:
+        for name, loader in zip(self.names, self.loaders, strict=True):
+            source = {LOADER_KEY: {"source": name, "skipped": {}}}
             own = itertools.islice(loader, self.limit)
             # With a sharded model, every forward needs all ranks.
             for batch, is_own in dist_utils.lockstep(own) if self.is_sharded else ((batch, True) for batch in own):
-                yield devices.move_to(batch, self.device) | ({} if is_own else {"is_filler": True})
+                yield devices.move_to(batch, self.device) | source | ({} if is_own else {"is_filler": True})
 
 
 def evaluate_split(

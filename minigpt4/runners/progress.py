@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -89,6 +90,8 @@ class EpochProgress:
         self.skipped: dict[str, Counter] = {}  # samples by data set and kind
         # Sum and number of the finite losses, of the epoch and since the last report.
         self._losses, self._window_losses = torch.zeros(2, 2, device=self.device)
+        # By source: the same two numbers of the epoch, and the same since the last report.
+        self._source_losses: dict[str, torch.Tensor] = {}
         self._lr_sum = 0.0
         self._window: Counter = Counter()  # since the last report
 
@@ -100,6 +103,7 @@ class EpochProgress:
             "window_loss": self._window_losses[0].item(),
             "num_window_losses": self._window_losses[1].item(),
             "window_iters": self._window["iters"],
+            "source_losses": {name: sums.tolist() for name, sums in self._source_losses.items()},
             "lr_sum": self._lr_sum,
             "skipped": {name: dict(counts) for name, counts in self.skipped.items()},
         }
@@ -114,6 +118,8 @@ class EpochProgress:
             window = saved["window_loss"], saved.get("num_window_losses", saved["window_iters"])
             self._losses += torch.tensor(epoch, device=self.device) / len(mine)
             self._window_losses += torch.tensor(window, device=self.device) / len(mine)
+            for name, sums in saved.get("source_losses", {}).items():
+                self._sums_of(name).add_(torch.tensor(sums, device=self.device) / len(mine))
         self._window["iters"] = mine[0]["window_iters"]
         self._lr_sum = mine[0]["lr_sum"]
         if is_same or rank == 0:
@@ -164,6 +170,7 @@ class EpochProgress:
             data_time=data_time,
         )
         info = batch.get(LOADER_KEY) or {"source": "data", "skipped": {}}
+        self._sums_of(info["source"]).add_(finite)
         truncated = {TRUNCATED: n} if (n := counts.get("num_truncated", 0)) else {}
         self.skipped.setdefault(info["source"], Counter()).update(info["skipped"] | truncated)
         self._bar.update()
@@ -171,6 +178,16 @@ class EpochProgress:
         if is_reported:
             self._report(i, step, lr)
         return is_reported
+
+    def _sums_of(self, source: str) -> torch.Tensor:
+        return self._source_losses.setdefault(source, torch.zeros(2, 2, device=self.device))
+
+    def _means_by_source(self, prefix: str, window: int) -> dict[str, float]:
+        """The mean losses of the epoch (0) or since the last report (1), where there are several sources."""
+        # Each batch is of one source, the same on all ranks; so they have the same names here.
+        sums = {name: sums[window] for name, sums in sorted(self._source_losses.items())}
+        means = {f"{prefix}{name}": _mean(part) for name, part in sums.items()} if len(sums) > 1 else {}
+        return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     def _report(self, i: int, step: int, lr: float) -> None:
         loss = _mean(self._window_losses)
@@ -180,6 +197,7 @@ class EpochProgress:
             "epoch": self.epoch,
             "lr": lr,
             "loss": loss,
+            **self._means_by_source("loss/", 1),
             "time": seconds / window["timed"],
             "data": window["data_time"] / window["timed"],
             "images/s": window["images"] / seconds,
@@ -198,6 +216,8 @@ class EpochProgress:
         self._bar.set_postfix({"loss": f"{loss:.4f}", "lr": f"{lr:.3g}", "images/s": f"{values['images/s']:.1f}"})
         self.tracker.log(step, values)
         self._window_losses.zero_()
+        for sums in self._source_losses.values():
+            sums[1].zero_()
         self._window.clear()
         self._window_start = now
 
@@ -206,12 +226,12 @@ class EpochProgress:
         self.skipped = _add_counts(dist_utils.gather_objects(self.skipped))
         for name, counts in self.skipped.items():
             log_skipped(counts, name)
-        mean = _mean(self._losses)
+        mean, by_source = _mean(self._losses), self._means_by_source("train_loss_", 0)
         seconds = time.perf_counter() - self._start
         per_iteration = seconds / max(1, self.num_iters - self._first)
         total = timedelta(seconds=int(seconds))
         logging.info("Train: data epoch: [%d] Total time: %s (%.4f s / it)", self.epoch, total, per_iteration)
-        return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean}
+        return {"train_lr": self._lr_sum / self.num_iters, "train_loss": mean, **by_source}
 
 
 def _mean(losses: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
 from minigpt4.datasets.feature_cache import with_features
+from minigpt4.datasets.loader import LOADER_KEY
 
 
 class BatchLoss(NamedTuple):
@@ -19,6 +20,7 @@ class BatchLoss(NamedTuple):
 
     mean_loss: float
     num_targets: int
+    source: str = ""
 
 
 class BaseTask:
@@ -52,7 +54,7 @@ class BaseTask:
             model_class.from_config(cfg.model_cfg, device="meta", has_vision=False)
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
-            builder = registry.get_builder_class(name)(section)
+            builder = registry.get_builder_class(section.get("builder") or name)(section)
             builder.name = name
             datasets[name] = builder.build_datasets()
         if run_cfg.feature_cache:
@@ -89,7 +91,8 @@ class BaseTask:
         """Computes the results of a validation batch: a list of any length, of any type that can be pickled."""
         output = model(samples)
         num_targets = output.get("num_targets", 1)
-        return [BatchLoss(output["loss"].item(), num_targets)] if num_targets else []
+        source = (samples.get(LOADER_KEY) or {}).get("source", "")
+        return [BatchLoss(output["loss"].item(), num_targets, source)] if num_targets else []
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **kwargs: Any) -> None:
         """Called before a split is evaluated; ``dataset`` is the split's data set, or a list of several."""
@@ -130,16 +133,23 @@ class BaseTask:
 
         Returns:
             Numbers by name, logged as ``{split_name}_{name}``, with ``agg_metrics``: the checkpoint of the epoch with
-            the highest one is ``checkpoint_best.pth``. Here: ``loss``, the mean per target token, and its negative.
+            the highest one is ``checkpoint_best.pth``. Here: ``loss``, the mean per target token, and its negative; of
+            several data sets also ``loss_{data set}``.
 
         Raises:
             UserError: the split has no usable sample.
         """
-        losses = [row for row in val_result if isinstance(row, BatchLoss)]
-        num_targets = sum(row.num_targets for row in losses)
-        if num_targets:
-            loss = sum(row.mean_loss * row.num_targets for row in losses) / num_targets
-            return {"agg_metrics": -loss, "loss": loss}
+        losses = [row for row in val_result if isinstance(row, BatchLoss) and row.num_targets]
+        if losses:
+            loss, sources = _mean_loss(losses), sorted({row.source for row in losses})
+            parts = {name: _mean_loss([row for row in losses if row.source == name]) for name in sources}
+            by_source = {f"loss_{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
+            return {"agg_metrics": -loss, "loss": loss, **by_source}
         if type(self).valid_step is BaseTask.valid_step and type(self).evaluation is BaseTask.evaluation:
             raise UserError(f"The split '{split_name}' has no usable sample; see the warnings about skipped samples.")
         return None
+
+
+def _mean_loss(losses: Sequence[BatchLoss]) -> float:
+    """The mean per target token."""
+    return sum(row.mean_loss * row.num_targets for row in losses) / sum(row.num_targets for row in losses)
