@@ -169,7 +169,7 @@ def test_answers_are_shortened_where_the_server_wants_it(new_chat):
 
 
 def test_turns_are_left_out_for_a_usual_answer_only(new_chat, monkeypatch):
-    monkeypatch.setattr(answer_batch, "USUAL_ANSWER", 20)
+    monkeypatch.setattr(answer_batch, "NUM_USUAL_TOKENS", 20)
     chat = new_chat()
     conv, _ = asked(chat, "What is it?")
     conv.append_message("Assistant", "A dog.")

@@ -146,7 +146,7 @@ def test_a_request_joins_the_running_batch_and_others_end_meanwhile(chat, endles
     while len(log.latest) < 3 or any(answer.finish_reason is None for answer in log.latest.values()):
         time.sleep(0.01)
     assert lengths[1] <= 7 and lengths[3] <= 9  # tokens that the long answer had then
-    assert [len(log.latest[i].ids) for i in range(2)] == [100, 100] and engine.stats.num_tokens == 203
+    assert [len(log.latest[i].ids) for i in range(2)] == [100, 100]
     assert engine.stats.num_running == engine.stats.num_waiting == 0
     engine.close()
 

@@ -40,7 +40,7 @@ def test_each_way_to_end_is_reported(llm):
     end = full.ids[4]
     assert len(set(full.ids)) == 6
     events = {0: [], 1: [], 2: []}
-    for row, token, is_end, _ in stream(llm, embeds, mask, each, [], [end]):
+    for row, token, is_end, *_ in stream(llm, embeds, mask, each, [], [end]):
         events[row].append((token, is_end))
     expected = [full.ids[:2], full.ids[:4], full.ids[: full.ids.index(end) + 1]]
     assert [[token for token, _ in events[row]] for row in range(3)] == expected

@@ -4,7 +4,7 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,11 @@ from transformers import DynamicCache
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.common.templates import Conversation
+from minigpt4.conversation.beam_search import search_beams
 from minigpt4.conversation.context import Context, build_context
-from minigpt4.conversation.generation import DecodingState, Logprobs, Token, stream
+from minigpt4.conversation.generation import DecodingState, Logprobs, Token, tokens_of
 from minigpt4.conversation.prefix_cache import Prefix
-from minigpt4.conversation.sampling import GenerationOptions
+from minigpt4.conversation.sampling import Generated, GenerationOptions
 from minigpt4.models.growing_cache import join_caches, new_cache
 from minigpt4.models.language_model import next_token_logits
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from minigpt4.conversation.conversation import Chat
 
 PREFILL_TOKENS = 512  # of a step: longer contexts are prefilled in parts, so that answers continue in between
-USUAL_ANSWER = 256  # tokens; with ``shortens_answers``, turns are left out for so many and not for the longest answer
+NUM_USUAL_TOKENS = 256  # with ``shortens_answers``, turns are left out for so many and not for the longest answer
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[Logprobs] = field(default_factory=list)  # one per id, where ``options.top_logprobs`` asks for them
     finish_reason: str | None = None  # "stop", or "length" at max_new_tokens
+    error: Exception | None = None  # what one of the options' functions raised, which ended the answer
     seconds: float = 0.0  # from the start to the latest token
     seconds_to_first_token: float = 0.0
 
@@ -59,8 +61,8 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        """Positions of prompt and longest answer."""
-        return len(self.context.ids) + self.options.max_new_tokens
+        """Positions of prompt and longest answer, for each beam."""
+        return self.options.num_beams * (len(self.context.ids) + self.options.max_new_tokens)
 
 
 @dataclass(eq=False)
@@ -70,6 +72,7 @@ class _Row:
     plan: Plan
     answer: Answer
     prefix: Prefix | None = None  # from the first step on
+    number: int | None = None  # in the decoding state
     embeds: Tensor | None = None  # LM inputs [1, T, L] until they are prefilled
     start: float = field(default_factory=time.perf_counter)
 
@@ -80,6 +83,7 @@ class _Row:
         answer.logprobs += [token.logprobs] if token.logprobs else []
         answer.seconds = time.perf_counter() - self.start
         answer.seconds_to_first_token = answer.seconds_to_first_token or answer.seconds
+        answer.error = token.error
         if token.is_end:
             answer.finish_reason = "stop"
         elif len(answer.ids) >= self.plan.options.max_new_tokens:
@@ -118,17 +122,25 @@ class AnswerBatch:
     ) -> None:
         self.chat, self.max_length, self.max_tokens = chat, max_length, max_tokens
         self.shortens_answers = shortens_answers
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Forgets all conversations."""
         model = self.chat.model
         self._state = DecodingState(model.llama_model, model.bos_ids, model.eos_ids)
         self._waiting: deque[_Row] = deque()  # to be prefilled
+        self._searching: deque[tuple[_Row, Generator[None, None, Generated]]] = deque()  # with beams
         self._running: dict[int, _Row] = {}  # by their numbers in the state
-        self._prefills = False  # whether the last step did
+        self._turns = deque([
+            (self._waiting, self._prefill), (self._searching, self._search), (self._running, self._decode),
+        ])  # fmt: skip
+
+    @property
+    def _rows(self) -> list[_Row]:
+        return [*self._waiting, *(row for row, _ in self._searching), *self._running.values()]
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._running)
+        return len(self._rows)
 
     def plan(self, conv: Conversation, num_images: int, options: GenerationOptions) -> Plan:
         """Tokenizes a conversation that ends with a question; UserError where it cannot be answered."""
@@ -139,7 +151,7 @@ class AnswerBatch:
         if not self.shortens_answers:
             return Plan(build(options.max_new_tokens), options)
         try:
-            context = build(min(options.max_new_tokens, USUAL_ANSWER))
+            context = build(min(options.max_new_tokens, NUM_USUAL_TOKENS))
         except UserError:  # the last question alone is longer
             context = build(1)
         room = self.max_length - len(context.ids)
@@ -147,9 +159,7 @@ class AnswerBatch:
 
     def has_room(self, plans: Sequence[Plan]) -> bool:
         """Whether further rows would fit into ``max_tokens`` to the end of the longest answer; a single one always."""
-        needed = [
-            plan.num_tokens for plan in (*plans, *(row.plan for row in (*self._waiting, *self._running.values())))
-        ]
+        needed = [plan.num_tokens for plan in (*plans, *(row.plan for row in self._rows))]
         return len(needed) == 1 or len(needed) * max(needed) <= self.max_tokens
 
     def add(self, conv: Conversation, images: Sequence[Tensor], plan: Plan) -> Answer:
@@ -162,75 +172,89 @@ class AnswerBatch:
 
     @torch.inference_mode()
     def step(self) -> list[Answer]:
-        """Prefills a part of what is new or, in turns, decodes a token for each row; returns the answers that grew.
+        """Does one thing in turns, where there is something to do; returns the answers that grew.
 
-        A beam search gives all its tokens at once. An exception, such as out of memory, ends all answers.
+        It prefills a part of what is new, goes on with a beam search, or decodes a token for each row. A beam search
+        gives all its tokens at its end. An exception, such as out of memory, ends all answers.
         """
         if not len(self):
             return []
         devices.use(self.chat.device)  # the threads of a server start on the first device
-        self._prefills = bool(self._waiting) and not (self._prefills and self._running)
+        while not self._turns[0][0]:
+            self._turns.rotate(-1)
+        advance = self._turns[0][1]
+        self._turns.rotate(-1)
         try:
-            tokens = self._prefill() if self._prefills else self._state.step()
+            grown = advance()
         except BaseException:  # some layers of the cache may be ahead of others
-            for row in (*self._waiting, *self._running.values()):
+            for row in self._rows:
                 row.end()
-            self._clear()
+            self.clear()
             raise
-        rows = {token.row: self._running[token.row] for token in tokens}
-        for token in tokens:
-            rows[token.row].grow(token)
-        for number, row in rows.items():
+        for row, token in grown:
+            row.grow(token)
+        rows = list(dict.fromkeys(row for row, _ in grown))
+        for row in rows:
             if row.answer.finish_reason:
-                self._running.pop(number).end()
-        return [row.answer for row in rows.values()]
+                self._running.pop(row.number, None)
+                row.end()
+        return [row.answer for row in rows]
 
     def remove(self, answer: Answer) -> None:
         """Ends an answer; what has been generated is kept."""
-        for number in [number for number, row in self._running.items() if row.answer is answer]:
-            self._state.remove([number])
-            self._running.pop(number).end()
-        for row in [row for row in self._waiting if row.answer is answer]:
+        row = next(row for row in self._rows if row.answer is answer)
+        if row.number is not None:
+            self._state.remove([row.number])
+            del self._running[row.number]
+        elif row in self._waiting:
             self._waiting.remove(row)
             if row.prefix is not None:
                 self._store(row, row.prefix.cache)
-            row.end()
+        else:
+            self._searching.remove(next(search for search in self._searching if search[0] is row))
+        row.end()
 
     def close(self) -> None:
         """Ends all answers."""
-        for row in (*self._waiting, *self._running.values()):
+        for row in self._rows:
             self.remove(row.answer)
 
-    def _prefill(self) -> list[Token]:
+    def _prefill(self) -> list[tuple[_Row, Token]]:
         """Prefills the first waiting contexts, together if they are short; returns their first tokens."""
-        group: list[_Row] = []
-        while self._waiting:
-            row = self._waiting[0]
-            if row.prefix is None:
-                self._start(row)
-            longest = max(row.num_remaining, *(other.num_remaining for other in group), 0)
-            if group and ((1 + len(group)) * longest > PREFILL_TOKENS or row.plan.options.num_beams > 1):
+        first = self._waiting.popleft()
+        self._start(first)
+        if first.num_remaining > PREFILL_TOKENS:
+            done = first.prefix.cache.get_seq_length()
+            part = first.embeds[:, done : done + PREFILL_TOKENS]
+            mask = torch.ones(1, done + PREFILL_TOKENS, dtype=torch.long)
+            next_token_logits(self.chat.model.llama_model, part, mask, first.prefix.cache)
+            self._waiting.append(first)  # others come first
+            return []
+        if first.plan.options.num_beams > 1:
+            model, mask = self.chat.model, torch.ones(1, len(first.ids), dtype=torch.long)
+            embeds = first.embeds[:, -first.num_remaining :]
+            arguments = (embeds, mask, first.plan.options, model.bos_ids, model.eos_ids, first.prefix.cache)
+            self._searching.append((first, search_beams(model.llama_model, *arguments)))
+            return []
+        group, longest = [first], first.num_remaining
+        while self._waiting and self._waiting[0].plan.options.num_beams == 1:
+            self._start(row := self._waiting[0])
+            longest = max(longest, row.num_remaining)
+            if (1 + len(group)) * longest > PREFILL_TOKENS:
                 break
-            self._waiting.popleft()
-            if row.num_remaining > PREFILL_TOKENS:
-                done = row.prefix.cache.get_seq_length()
-                part = row.embeds[:, done : done + PREFILL_TOKENS]
-                mask = torch.ones(1, done + PREFILL_TOKENS, dtype=torch.long)
-                next_token_logits(self.chat.model.llama_model, part, mask, row.prefix.cache)
-                self._waiting.append(row)  # others come first
-                return []
-            if row.plan.options.num_beams > 1:
-                return self._search_beams(row)
-            group.append(row)
+            group.append(self._waiting.popleft())
         return self._join(group)
 
     def _start(self, row: _Row) -> None:
+        """Prepares what is needed to prefill a context, once."""
+        if row.prefix is not None:
+            return
         row.prefix = self.chat.prefixes.take(row.ids, row.images, row.conv.owner)
         row.answer.cached_tokens = len(row.prefix.ids)
         ids = torch.tensor([row.ids], device=self.chat.device)
         row.embeds = self.chat.model.embed_inputs(ids, torch.cat(row.images) if row.images else None)
 
-    def _join(self, group: list[_Row]) -> list[Token]:
+    def _join(self, group: list[_Row]) -> list[tuple[_Row, Token]]:
         """Prefills the last positions of several contexts, which then are decoded.
 
         All get as many positions, so that none has padding between its cached and its new ones, which would be too far
@@ -248,22 +272,34 @@ class AnswerBatch:
         options = [row.plan.options for row in group]
         on_leave = [functools.partial(self._store, row) for row in group] if self.chat.prefixes.num_chats else None
         tokens = self._state.add(torch.cat(embeds), mask, options, cache, on_leave)
-        self._running |= {token.row: row for token, row in zip(tokens, group, strict=True)}
-        return tokens
+        for row, token in zip(group, tokens, strict=True):
+            row.number = token.row
+            self._running[token.row] = row
+        return list(zip(group, tokens, strict=True))
 
     def _store(self, row: _Row, cache: DynamicCache) -> None:
         row.prefix.cache = cache
         self.chat.prefixes.put(row.prefix, row.ids + row.answer.ids, row.images)
 
-    def _search_beams(self, row: _Row) -> list[Token]:
-        """Answers one row by beam search, to its end."""
-        model, mask = self.chat.model, torch.ones(1, len(row.ids), dtype=torch.long)
-        embeds = row.embeds[:, -row.num_remaining :]
-        arguments = (embeds, mask, row.plan.options, model.bos_ids, model.eos_ids, row.prefix.cache)
-        tokens = [token._replace(row=-1) for token in stream(model.llama_model, *arguments)]
-        self._store(row, row.prefix.cache)
-        self._running[-1] = row  # until it ends, in this step
-        return tokens
+    def _search(self) -> list[tuple[_Row, Token]]:
+        """Goes on with the next beam search; returns its tokens where it ends."""
+        row, steps = self._searching[0]
+        self._searching.rotate(-1)
+        try:
+            next(steps)
+            return []
+        except StopIteration as end:
+            tokens = tokens_of(end.value, -1, row.plan.options, self.chat.model.eos_ids)
+        except Exception as error:  # concerns this row only
+            tokens = [Token(-1, 0, True, None, error)]
+        self._searching.pop()
+        if tokens[0].error is None:
+            self._store(row, row.prefix.cache)
+        return [(row, token) for token in tokens]
+
+    def _decode(self) -> list[tuple[_Row, Token]]:
+        """Decodes a token for each row."""
+        return [(self._running[token.row], token) for token in self._state.step()]
 
 
 def tokens_that_fit(chat: "Chat") -> int:

@@ -1,6 +1,7 @@
 """Beam search and beam sampling with the rules of transformers 4.28."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,18 @@ from minigpt4.models.growing_cache import copy_cache, new_cache
 from minigpt4.models.language_model import next_token_logits
 
 
-@torch.inference_mode()
-def beam_search(
+def beam_search(*arguments: Any) -> Generated:
+    """``search_beams`` to its end."""
+    steps = search_beams(*arguments)
+    with torch.inference_mode():
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+
+
+def search_beams(
     llm: PreTrainedModel,
     inputs_embeds: Tensor,
     attention_mask: Tensor,
@@ -21,9 +32,10 @@ def beam_search(
     bos_ids: Sequence[int],
     eos_ids: Sequence[int],
     cache: DynamicCache | None = None,
-) -> Generated:
+) -> Generator[None, None, Generated]:
     """Searches for the best continuation of one context [1, t, L]; arguments as for ``generation.stream``.
 
+    It yields after each token of the beams, so that others can be answered in between; call it in inference mode.
     Beams are scored by sum of log-probabilities / length ** length_penalty; the length counts the begin token and not
     the end token. A beam that ``options.stop`` ends keeps its last token, as an end token would be kept. ``cache`` is
     extended by the context only.
@@ -64,6 +76,7 @@ def beam_search(
         sources, beams = torch.tensor([source for _, source, _ in running]), [ids for _, _, ids in running]
         cache.batch_select_indices(sources.to(device))
         attention_mask = pad(attention_mask[sources], (0, 1), value=1)
+        yield
         embeds = llm.get_input_embeddings()(torch.tensor([ids[-1:] for ids in beams], device=device))
         logits = next_token_logits(llm, embeds, attention_mask, cache)
 

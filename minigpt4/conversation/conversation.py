@@ -230,6 +230,8 @@ class Chat:
         try:
             while len(batch):
                 for answer in batch.step():
+                    if answer.error is not None:
+                        raise answer.error
                     yield numbers[id(answer)], answer
         finally:
             batch.close()

@@ -3,6 +3,7 @@
 Shapes: B rows, t positions to prefill, S cached positions, L width of the LM, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,12 +25,16 @@ Logprobs = tuple[float, list[tuple[int, float]]]  # of a chosen token, and of th
 
 
 class Token(NamedTuple):
-    """A token that was chosen for a row; ``is_end``: the row ends with it other than by ``max_new_tokens``."""
+    """A token that was chosen for a row; ``is_end``: the row ends with it other than by ``max_new_tokens``.
+
+    ``error`` is what a function of the row's options raised: then the row ends, and the token means nothing.
+    """
 
     row: int
     id: int
     is_end: bool
     logprobs: Logprobs | None = None  # where ``options.top_logprobs`` asks for them
+    error: Exception | None = None
 
 
 OnLeave = Callable[[DynamicCache], None]  # gets the cache of a row that leaves, which is then nobody else's
@@ -42,13 +47,27 @@ class _Row:
     processors: LogitsProcessorList
     generator: torch.Generator | None
     on_leave: OnLeave | None = None
+    error: Exception | None = None
     ids: list[int] = field(default_factory=list)
 
     def process(self, logits: Tensor, bos_ids: Sequence[int]) -> Tensor:
-        """Logits [1, V] with penalties for the row's history."""
+        """Logits [1, V] with penalties for the row's history; an exception is kept as ``error``."""
         if not self.processors:
             return logits
-        return self.processors(torch.tensor([[*bos_ids, *self.ids]], dtype=torch.long, device=logits.device), logits)
+        history = torch.tensor([[*bos_ids, *self.ids]], dtype=torch.long, device=logits.device)
+        try:
+            return self.processors(history, logits)
+        except Exception as error:
+            self.error = error
+            return logits
+
+    def ends(self, eos_ids: Sequence[int]) -> bool:
+        """Whether its latest token ends the row; an exception is kept as ``error``, and ends it."""
+        try:
+            return self.error is not None or self.ids[-1] in eos_ids or self.options.stop(self.ids)
+        except Exception as error:
+            self.error = error
+            return True
 
     def logprobs(self, logits: Tensor, token_id: int) -> Logprobs | None:
         """Log probabilities under the LM's own logits [V], before penalties and temperature."""
@@ -140,8 +159,8 @@ class DecodingState:
         tokens, finished = [], []
         for row, token_id, own in zip(rows, chosen.tolist(), logits, strict=True):
             row.ids.append(token_id)
-            is_end = token_id in self.eos_ids or row.options.stop(row.ids)
-            tokens.append(Token(row.number, token_id, is_end, row.logprobs(own, token_id)))
+            is_end = row.ends(self.eos_ids)
+            tokens.append(Token(row.number, token_id, is_end, row.logprobs(own, token_id), row.error))
             if is_end or len(row.ids) >= row.options.max_new_tokens:
                 finished.append(row.number)
         self.remove(finished)
@@ -154,9 +173,7 @@ class DecodingState:
         for index in reversed([i for i, row in enumerate(self.rows) if row.number in numbers]):
             row, last = self.rows[index], len(self.rows) - 1
             if row.on_leave is not None:
-                length = int(self._attention_mask[order[index]].sum())
-                own = slice(index, index + 1), slice(self._cache.get_seq_length() - length, None)
-                row.on_leave(copy_cache(self._cache, *own) if self._is_shared else self._cache)
+                self._give_cache(index, int(self._attention_mask[order[index]].sum()))
             self.rows[index], order[index] = self.rows[last], order[last]
             del self.rows[last], order[last]
             for layer in self._cache.layers if self.rows else ():  # the last row leaves the whole cache
@@ -169,6 +186,16 @@ class DecodingState:
         self._attention_mask = mask[:, num_padded:]
         for layer in self._cache.layers if num_padded else ():
             layer.drop_first(num_padded)
+
+    def _give_cache(self, index: int, length: int) -> None:
+        """Passes the cache of a row, its last ``length`` positions, to the row's ``on_leave``."""
+        own = slice(index, index + 1), slice(self._cache.get_seq_length() - length, None)
+        try:
+            cache = copy_cache(self._cache, *own) if self._is_shared else self._cache
+        except RuntimeError as error:  # out of memory: the next turn of this chat is prefilled again
+            logging.warning("The keys and values of a chat are not kept (%s).", str(error).split("\n")[0][:200])
+        else:
+            self.rows[index].on_leave(cache)
 
 
 @torch.inference_mode()
@@ -216,14 +243,24 @@ def stream(
     each = _for_each(options, len(inputs_embeds))
     if any(row.num_beams > 1 for row in each):
         results = generate(llm, inputs_embeds, attention_mask, each, bos_ids, eos_ids, cache)
-        for row, (ids, stop) in enumerate((result.ids, o.stop) for result, o in zip(results, each, strict=True)):
-            for n, token_id in enumerate(ids, 1):
-                yield Token(row, token_id, n == len(ids) and (token_id in eos_ids or stop(ids)))
+        for row, (result, own) in enumerate(zip(results, each, strict=True)):
+            yield from tokens_of(result, row, own, eos_ids)
         return
     state = DecodingState(llm, bos_ids, eos_ids)
-    yield from state.add(inputs_embeds, attention_mask, each, cache)
-    while state.rows:
-        yield from state.step()
+    tokens = state.add(inputs_embeds, attention_mask, each, cache)
+    while tokens:
+        for token in tokens:
+            if token.error is not None:
+                raise token.error
+            yield token
+        tokens = state.step() if state.rows else []
+
+
+def tokens_of(result: Generated, row: int, options: GenerationOptions, eos_ids: Sequence[int]) -> list[Token]:
+    """What a beam search found, as the tokens of a row."""
+    ids = result.ids
+    is_end = bool(ids) and (ids[-1] in eos_ids or options.stop(ids))
+    return [Token(row, token_id, is_end and n == len(ids)) for n, token_id in enumerate(ids, 1)]
 
 
 def _for_each(options: GenerationOptions | Sequence[GenerationOptions], count: int) -> Sequence[GenerationOptions]:
