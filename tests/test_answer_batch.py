@@ -182,6 +182,33 @@ def test_turns_are_left_out_for_a_usual_answer_only(new_chat, monkeypatch):
         assert plan.options.max_new_tokens == (room or max_length - len(plan.context.ids))
 
 
+def test_no_part_of_the_last_question_is_left_out(new_chat):
+    """A text, an image and a text that follow the last answer are one question, which is too long as a whole."""
+    chat = new_chat()
+    conv, images = asked(chat, "word " * 100)
+    chat.upload_img(read_tensors("vision")["image"][1], conv, images)
+    chat.ask("What is it?", conv)
+    with pytest.raises(UserError, match="too long"):
+        AnswerBatch(chat, max_length=200, shortens_answers=True).plan(conv, 1, GREEDY)
+    conv.append_message("Assistant", "A dog.")
+    chat.ask("Why?", conv)
+    plan = AnswerBatch(chat, max_length=200, shortens_answers=True).plan(conv, 1, GREEDY)
+    assert plan.context.num_dropped_turns == 1 and plan.context.ids.count(-1) == images[0].shape[1]
+
+
+def test_what_cannot_fit_is_not_tokenized(new_chat, model, monkeypatch):
+    chat, lengths, plain = new_chat(), [], model.tokenize_prompt
+    monkeypatch.setattr(model, "tokenize_prompt", lambda text: (lengths.append(len(text)), plain(text))[1])
+    conv, _ = asked(chat, "book " * 100_000)
+    with pytest.raises(UserError, match="at least") as error:
+        AnswerBatch(chat, shortens_answers=True).plan(conv, 0, GREEDY)
+    assert "too long" in str(error.value) and lengths == []
+    conv.append_message("Assistant", "A book.")
+    chat.ask("Why?", conv)
+    assert AnswerBatch(chat, shortens_answers=True).plan(conv, 0, GREEDY).context.num_dropped_turns == 1
+    assert max(lengths) < 1000
+
+
 def test_removed_answers_keep_what_they_have_and_their_chat_is_cached(new_chat):
     chat = new_chat()
     batch = AnswerBatch(chat)

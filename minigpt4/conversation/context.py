@@ -1,14 +1,15 @@
 """Token ids of a conversation's prompt, shortened by its oldest turns where it is longer than the context."""
 
 import bisect
+import functools
 import logging
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.templates import IMAGE_MESSAGE, Conversation
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
-from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX, MiniGPT4
+from minigpt4.models.mini_gpt4 import MiniGPT4
 
 
 class Context(NamedTuple):
@@ -34,27 +35,42 @@ def build_context(model: MiniGPT4, conv: Conversation, num_images: int, capacity
     def tokenize(conv: Conversation) -> list[int]:
         return [*model.bos_ids, *model.tokenize_prompt(conv.get_prompt())]
 
-    if len(ids := tokenize(prompt_conv)) <= capacity:
-        return Context(ids, 0)
-    shorter: list[Conversation] = []  # without the oldest turn, without the two oldest ones, …
+    shorter = [replace(prompt_conv, messages=list(prompt_conv.messages))]  # and without 1, 2, … of the oldest turns
     while drop_oldest_turn(prompt_conv):
         shorter.append(replace(prompt_conv, messages=list(prompt_conv.messages)))
+    longest = _longest_token(model.llama_tokenizer)
+    ids = functools.cache(lambda i: tokenize(shorter[i]))
+
+    def fits(i: int) -> bool:  # what cannot fit with the longest tokens is not tokenized: a book would take seconds
+        return len(shorter[i].get_prompt()) <= capacity * longest and len(ids(i)) <= capacity
+
     # By bisection, a long chat is tokenized a few times and not once for each of its turns.
-    num_before = bisect.bisect_left(shorter, True, key=lambda conv: len(tokenize(conv)) <= capacity)
-    if num_before == len(shorter):
-        ids = tokenize(prompt_conv)
-        num_image_ids = sum(i == IMAGE_TOKEN_INDEX for i in ids)
-        raise UserError(
-            f"The question is too long: the prompt has {len(ids)} tokens ({num_image_ids} of them images), "
-            f"and {capacity} fit beside the answer; shorten it, or ask for a shorter answer (max_new_tokens)."
-        )
-    logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_before + 1)
-    return Context(tokenize(shorter[num_before]), num_before + 1)
+    last = len(shorter) - 1
+    num_dropped = 0 if fits(0) else bisect.bisect_left(range(len(shorter)), True, lo=1, key=fits)
+    if num_dropped <= last:
+        if num_dropped:
+            logging.warning("The chat is longer than the context: its %d oldest turns were left out.", num_dropped)
+        return Context(ids(num_dropped), num_dropped)
+    num_characters = len(shorter[last].get_prompt())
+    is_huge = num_characters > capacity * longest
+    num_tokens = num_characters // longest if is_huge else len(ids(last))
+    num_image_ids = num_images * model.num_query_token
+    raise UserError(
+        f"The question is too long: the prompt has {'at least ' * is_huge}{num_tokens} tokens ({num_image_ids} of them "
+        f"images), and {capacity} fit beside the answer; shorten it, or ask for a shorter answer (max_new_tokens)."
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _longest_token(tokenizer: Any) -> int:
+    """Characters of the longest token."""
+    return max(map(len, tokenizer.get_vocab()))
 
 
 def drop_oldest_turn(conv: Conversation) -> bool:
-    """Removes the oldest answered turn in place, keeping its images; False where only the last question is left."""
-    for i, (role, text) in enumerate(conv.messages[:-2]):
+    """Removes the oldest turn in place, keeping its images; False where only what follows the last answer is left."""
+    answers = [i for i, (role, text) in enumerate(conv.messages) if role == conv.roles[1] and text is not None]
+    for i, (role, text) in enumerate(conv.messages[: max(answers, default=-1) + 1]):
         if role == conv.roles[1]:
             question = conv.messages[i - 1] if i else None
             images = (question[1] or "").count(IMAGE_PLACEHOLDER) if question else 0

@@ -128,11 +128,8 @@ class Completions:
                 EngineRequest(messages, own, on_update, self.limits.timeout_seconds, client, arrival=arrival)
             )
         try:
-            for request in requests:
-                self.engine.submit(request)
+            self.engine.submit(*requests)
         except queue.Full:
-            for request in requests:
-                request.cancelled.set()
             raise ApiError(**_QUEUE_FULL) from None
         return self._receive(requests, updates, checks)
 

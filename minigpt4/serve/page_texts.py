@@ -106,8 +106,9 @@ ERRORS = {
     ),
     r"The server is ending\.": "服务器正在关闭。",
     r"A question cannot contain (?P<mark>\S+); upload the image instead\.": "问题中不能包含 {mark}：请直接添加图片。",
-    r"The question is too long: the prompt has (?P<length>\d+) tokens \((?P<images>\d+) of them images\), "
-    r"and (?P<fit>-?\d+) fit beside the answer; shorten it, or ask for a shorter answer \(max_new_tokens\)\.": (
+    r"The question is too long: the prompt has (?:at least )?(?P<length>\d+) tokens "
+    r"\((?P<images>\d+) of them images\), and (?P<fit>-?\d+) fit beside the answer; "
+    r"shorten it, or ask for a shorter answer \(max_new_tokens\)\.": (
         "问题过长：提示共 {length} 个词元（其中图片 {images} 个），除去回答只能容纳 {fit} 个。"
         "请缩短问题，或减小最大长度。"
     ),
