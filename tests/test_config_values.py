@@ -26,7 +26,7 @@ from minigpt4.common.schema import (
 )
 from minigpt4.datasets.builders import BaseDatasetBuilder
 from minigpt4.models import MiniGPT4
-from minigpt4.tools.config_reference import reference
+from minigpt4.tools import config_reference
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "minigpt4" / "configs"
@@ -291,9 +291,25 @@ def test_default_yamls_hold_the_defaults_of_the_dataclasses(path):
 
 def test_the_reference_is_up_to_date():
     text = (ROOT / "docs" / "CONFIGURATION.md").read_text(encoding="utf-8")
-    assert text == reference(), "run: python -m minigpt4.tools.config_reference"
+    assert text == config_reference.reference(), "run: python -m minigpt4.tools.config_reference"
     for entry, _ in keys(RunConfig):
         assert f"| `{entry.name}` |" in text and entry.metadata["meaning"] in text
+
+
+def test_the_chinese_reference_is_up_to_date_and_its_translations_are_complete():
+    used = set()
+
+    def translate(english):
+        used.add(english)
+        return config_reference.to_chinese(english)
+
+    text = config_reference.CHINESE.read_text(encoding="utf-8")
+    assert text == config_reference.reference(config_reference.CHINESE, translate), (
+        "run: python -m minigpt4.tools.config_reference"
+    )
+    assert set(config_reference.translations()) == used, "unused texts in docs/CONFIGURATION.zh-CN.yaml"
+    with pytest.raises(UserError, match=r"CONFIGURATION.zh-CN.yaml has no Chinese text for 'A new key.'. Add it"):
+        config_reference.to_chinese("A new key.")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ PAGES = pages()
 CHINESE = [name for name in PAGES if name.endswith(".zh-CN.md")]
 PENDING = {
     "dataset/README_OWN_DATA.md",
-    "docs/CONFIGURATION.md",
     "docs/WEB.md",
 }
 ENGLISH = [name for name in PAGES if name not in CHINESE and name not in ENGLISH_ONLY | PENDING]
