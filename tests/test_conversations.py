@@ -14,6 +14,7 @@ from minigpt4.conversation.conversation import Chat
 from minigpt4.datasets.datasets import ConversationDataset
 from minigpt4.datasets.datasets.conversations import DataUrl, Dialogue, Pair
 from minigpt4.datasets.datasets.pairs import read_pairs
+from minigpt4.datasets.datasets.rows import Location, read_row
 from minigpt4.datasets.loader import eval_batches
 from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
@@ -125,6 +126,31 @@ def test_invalid_rows_are_told_before_the_training(tmp_path, name):
     told(lambda: read_pairs(file, KEY), KEY, f"line 2 of {file}", *words)
     (tmp_path / "y.json").write_text(as_json([row]))
     told(lambda: read_pairs(tmp_path / "y.json", KEY), KEY, f"row 1 of {tmp_path / 'y.json'}", *words)
+
+
+def changed(value, replacement):
+    """Copies of a JSON value in each of which one part is replaced."""
+    yield replacement
+    if isinstance(value, list):
+        for i, part in enumerate(value):
+            yield from ([*value[:i], new, *value[i + 1 :]] for new in changed(part, replacement))
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from ({**value, key: new} for new in changed(part, replacement))
+
+
+@pytest.mark.parametrize(
+    "replacement", [None, 5, True, [], {}, "", [[]], [{}], "<image>", "file://[", "data:,", "a\0b"]
+)
+def test_damaged_rows_are_read_or_told(tmp_path, replacement):
+    where, read = Location("row 1 of x", tmp_path), 0
+    for row, *_ in FORMS.values():
+        for damaged in changed(row, replacement):
+            try:
+                read += isinstance(read_row(damaged, where), Pair | Dialogue)
+            except UserError as error:
+                assert str(error).startswith("row 1 of x ")
+    assert read > 0 or replacement in ([], {})
 
 
 # what is trained

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -150,32 +149,29 @@ def _delimiter(line: str) -> str:
 
 def _read_csv(file: Path, key: str, folder: Path) -> Iterator[Row]:
     """Flickr30k's CSV files and those like them: a header, a row a caption; or IMAGE#NUMBER, a tab, the caption."""
-    text = decode_text(file.read_bytes(), f"{key}: {file}")
-    delimiter, num_short = _delimiter(text.lstrip().partition("\n")[0]), 0
+    text = decode_text(file.read_bytes(), f"{key}: {file}").lstrip()
+    delimiter, num_short = _delimiter(text.partition("\n")[0]), 0
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     try:
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=True)
         header = next(lines)
         image, caption = _columns(header)
-        if image is None:  # no header: IMAGE#NUMBER
+        if is_token_file := image is None:  # no header: IMAGE#NUMBER
             header, image, caption = ["image", "caption"], "image", "caption"
-            lines = (
-                [name.partition("#")[0], *rest]
-                for name, *rest in csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-            )
+            lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+            lines = ([values[0].partition("#")[0], *values[1:]] for values in lines if values)
         elif "split" in header:
             logging.warning("%s: %s has a column split, which is ignored: all rows are used.", key, file)
-        for number, values in enumerate(lines, 2):
+        for number, values in enumerate(lines, 2 - is_token_file):
             row = dict(zip(header, values, strict=False))
             if not values or len(values) < len(header):
                 num_short += bool(values)
                 continue
-            texts = [row[caption].strip()]
+            where, texts = Location(f"{key}: row {number} of {file}", folder), [row[caption].strip()]
             if texts[0].startswith('["'):  # all captions of an image
-                texts = json.loads(texts[0])
-            where = Location(f"{key}: row {number} of {file}", folder)
+                texts = parse_json(texts[0], f"{where.text}: its {caption}")
             yield from (read_row({"image": row[image].strip(), "caption": text}, where) for text in texts)
-    except (csv.Error, json.JSONDecodeError) as error:
+    except csv.Error as error:
         raise UserError(f"{key}: {file} is no valid CSV file ({error}).") from error
     if num_short:
         logging.warning("%s: %d rows of %s have too few columns and are ignored.", key, num_short, file)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
@@ -43,7 +43,7 @@ class Location:
                 raise self.error(f"has the image '{_cut(value)}'; expected data:image/…;base64,… or a path")
             return DataUrl(value)
         if value.startswith("file://"):
-            value = unquote(urlsplit(value).path)
+            value = unquote(value.removeprefix("file://"))
         if "://" in value:
             raise self.error(f"has the image '{_cut(value)}'; expected a file: download it first")
         if "\\" in value and not os.path.isfile(self.folder / value):  # as Windows writes paths
@@ -53,7 +53,7 @@ class Location:
 
 def read_row(row: Any, where: Location) -> Pair | Dialogue:
     """A row by its keys; raises UserError where it has no known form or is not consistent."""
-    keys = row.keys() if isinstance(row, Mapping) else set()
+    keys = row.keys() if isinstance(row, dict) else set()
     for name in ("conversations", "messages"):
         if row_messages := name in keys and row[name]:
             return _read_messages(row, row_messages, where)
@@ -78,16 +78,16 @@ def read_row(row: Any, where: Location) -> Pair | Dialogue:
 
 def _read_messages(row: Mapping[str, Any], messages: Any, where: Location) -> Dialogue:
     """LLaVA's and ShareGPT's from and value, OpenAI's role and content, and LLaMA-Factory's forms of both."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    if not isinstance(messages, list):
         raise where.error(f"has conversations of type {type(messages).__name__}; expected a list of turns")
     system, texts, images = row.get("system") or "", [], _row_images(row, where)
     has_images = bool(images)
     for number, message in enumerate(messages, 1):
-        tags = ("from", "value") if isinstance(message, Mapping) and "from" in message else ("role", "content")
-        if not isinstance(message, Mapping) or not message.keys() >= set(tags):
+        tags = ("from", "value") if isinstance(message, dict) and "from" in message else ("role", "content")
+        if not isinstance(message, dict) or not message.keys() >= set(tags):
             raise where.error(f"has turn {number} {_cut(message)}; expected from and value, or role and content")
         role, content = (message[tag] for tag in tags)
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise where.error(f"has the role '{_cut(role)}' in turn {number}; expected one of {', '.join(_ROLES)}")
         text, parts = _read_content(content, number, where)
         if has_images and parts:
@@ -106,16 +106,16 @@ def _read_content(content: Any, number: int, where: Location) -> tuple[str, list
     """The text of a turn, with a mark for each image in its parts, and those images that the parts name."""
     if isinstance(content, str):
         return content, []
-    if not isinstance(content, Sequence):
+    if not isinstance(content, list):
         raise where.error(f"has turn {number} with {_cut(content)}; expected a text or a list of parts")
     text, images = "", []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             text += part["text"]
         elif kind in ("image_url", "image"):
             value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
-            value = value.get("url") if isinstance(value, Mapping) else value
+            value = value.get("url") if isinstance(value, dict) else value
             images += [] if value is None else [where.image(value)]
             text += IMAGE_PLACEHOLDER
         else:
@@ -126,8 +126,11 @@ def _read_content(content: Any, number: int, where: Location) -> tuple[str, list
 def _read_alpaca(row: Mapping[str, Any], where: Location) -> Dialogue:
     """LLaMA-Factory's instruction, input, output, history, system and images."""
     texts: list[tuple[str, Any]] = []
-    for pair in row.get("history") or []:
-        if not isinstance(pair, Sequence) or len(pair) != 2:
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise where.error(f"has the history {_cut(history)}; expected a list of questions and answers")
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
             raise where.error(f"has {_cut(pair)} in its history; expected lists of a question and an answer")
         texts += [("user", pair[0]), ("assistant", pair[1])]
     question = [text for text in (row["instruction"], row.get("input")) if text]
