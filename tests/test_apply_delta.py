@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from minigpt4.models.language_model import load_language_model
 from minigpt4.tools import apply_delta as tool
+from minigpt4.tools import model_folder
 
 transformers = pytest.importorskip("transformers")
 NAMES = tool.VOCABULARY_TENSORS
@@ -37,7 +38,7 @@ def save_folder(model: transformers.LlamaForCausalLM, folder: Path, *, as_bin: b
         if as_bin:
             torch.save(part, folder / file)
         else:
-            tool.save_file(part, folder / file, metadata={"format": "pt"})
+            model_folder.save_file(part, folder / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
 
@@ -65,7 +66,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_sum_is_exact(folders, dtype, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 5000)
     assert run(folders, "--dtype", dtype) == 0
     state, base, delta = read_weights(folders["target"]), make_model(32, 0).state_dict(), make_model(33, 1).state_dict()
     delta[tool.FINAL_NORM] = delta[tool.FINAL_NORM] * 0.01
@@ -140,7 +141,7 @@ def spoil_other_shape(folders):
     file = folders["delta"] / "model-00001-of-00003.safetensors"
     state = load_file(file)
     name = next(name for name in state if name not in NAMES)
-    tool.save_file(state | {name: state[name][:-1].contiguous()}, file)
+    model_folder.save_file(state | {name: state[name][:-1].contiguous()}, file)
 
 
 def spoil_other_layers(folders):
@@ -189,7 +190,7 @@ def spoil_nan(folders):
     file = folders["delta"] / "model-00001-of-00003.safetensors"
     state = load_file(file)
     state[next(iter(state))][0] = float("nan")
-    tool.save_file(state, file)
+    model_folder.save_file(state, file)
 
 
 def spoil_vicuna_v0(folders):
@@ -275,16 +276,16 @@ def test_interrupted_run_leaves_nothing(folders, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "_write_json", interrupt)
+    monkeypatch.setattr(tool, "write_json", interrupt)
     assert run(folders) == 130
     assert not folders["target"].exists() and not list(folders["target"].parent.glob("*.partial-*"))
 
 
 def test_a_failure_to_write_is_reported_and_leaves_nothing(folders, monkeypatch, capsys):
     def refuse(*_: object, **__: object) -> None:
-        raise tool.SafetensorError("I/O error: No space left on device")
+        raise model_folder.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(tool, "save_file", refuse)
+    monkeypatch.setattr(model_folder, "save_file", refuse)
     assert run(folders) == 1
     assert "cannot be written" in capsys.readouterr().err
     assert not folders["target"].exists() and not list(folders["target"].parent.glob("*.partial-*"))
@@ -292,6 +293,6 @@ def test_a_failure_to_write_is_reported_and_leaves_nothing(folders, monkeypatch,
 
 def test_a_full_disk_is_reported_beforehand(folders, monkeypatch, capsys):
     usage = tool.shutil.disk_usage(folders["base"])
-    monkeypatch.setattr(tool.shutil, "disk_usage", lambda _: usage._replace(free=100))
+    monkeypatch.setattr(model_folder.shutil, "disk_usage", lambda _: usage._replace(free=100))
     assert run(folders) == 1
     assert "are needed" in capsys.readouterr().err

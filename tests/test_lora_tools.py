@@ -1,4 +1,4 @@
-"""LoRA in the doctor and the demo, on the small world."""
+"""LoRA in the doctor, the demo and the merge tool, on the small world."""
 # ruff: noqa: F811  (fixtures are imported by name)
 
 from argparse import Namespace
@@ -8,8 +8,10 @@ import torch
 from doctor_world import ROOT, diagnose, errors_of, the_error, world  # noqa: F401
 
 from demo import build_chat
+from minigpt4.common.config import Config
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import lora_parameters
+from minigpt4.tools import merge, model_folder
 
 LORA = ("model.lora_r=8", "model.lora_target_modules=[q_proj,v_proj,down_proj]")
 TRAINING = "memory, training"
@@ -18,8 +20,6 @@ TRAINING = "memory, training"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of the small world with LoRA weights that are not zero, and a model that has loaded it."""
-    from minigpt4.common.config import Config
-
     options = ["model.ckpt=null", *LORA]
     cfg = Config(Namespace(cfg_path=ROOT / "eval_configs/quickstart_eval.yaml", options=options)).check()
     model, generator = MiniGPT4.from_config(cfg.model_cfg, "cpu").eval(), torch.Generator().manual_seed(0)
@@ -70,3 +70,42 @@ def test_the_demo_merges_lora_into_half_precision(checkpoint):
         assert bool(lora_parameters(chat.model.llama_model)) == (precision == "int8")
         error = (answers(chat, image) - expected).norm() / expected.norm()
         assert error < 0.1, precision
+
+
+@torch.no_grad()
+def test_a_merged_folder_is_a_plain_language_model(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(model_folder, "SHARD_BYTES", 1_000_000)
+    file, model = checkpoint
+    target = tmp_path / "merged"
+    arguments = ["--cfg-path", "eval_configs/quickstart_eval.yaml", "--ckpt", str(file), "--out", str(target)]
+    assert merge.main([*arguments, "--options", *LORA]) == 0, capsys.readouterr().err
+    assert f"model.ckpt to {target / 'checkpoint.pth'}" in capsys.readouterr().out
+    assert len(list(target.glob("*.safetensors"))) > 1 and (target / "tokenizer.model").is_file()
+    options = [f"model.llama_model={target}", f"model.ckpt={target / 'checkpoint.pth'}"]
+    cfg = Config(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options)).check()
+    merged = MiniGPT4.from_config(cfg.model_cfg, "cpu").eval()
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    expected, actual = (answers(Namespace(model=m), image) for m in (model, merged))
+    assert not lora_parameters(merged.llama_model) and (actual - expected).norm() / expected.norm() < 0.02
+    assert merge.main([*arguments, "--options", *LORA]) == 1
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ["model.lora_r is 0: there is nothing to merge"]),
+        (("model.lora_r=4",), ["model.ckpt", "rank 8, model.lora_r is 4"]),
+        ((*LORA, "model.llama_model=quickstart"), ["model.llama_model"]),
+    ],
+    ids=["no LoRA", "another rank", "no language model"],
+)
+def test_what_cannot_be_merged_leaves_nothing(checkpoint, tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(ROOT)
+    arguments = ["--cfg-path", "eval_configs/quickstart_eval.yaml", "--ckpt", str(checkpoint[0]), "--out"]
+    options = ["--options", *options] if options else []
+    assert merge.main([*arguments, str(tmp_path / "merged"), *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and not [word for word in words if word not in error], error
+    assert list(tmp_path.iterdir()) == []

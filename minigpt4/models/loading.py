@@ -94,14 +94,19 @@ def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> lm
     return None
 
 
-@torch.no_grad()
-def copy_trained_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Copies the tensors of ``trained_state`` into the model; UserError where one is not finite."""
-    own = model.state_dict() | (lora_parameters(model.llama_model) if model.lora else {})
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError if a tensor of a checkpoint is not finite."""
     for name, value in state.items():
         if value.is_floating_point() and not weights.is_finite(value):
             cause = "holds NaN or infinity; the run that wrote it had diverged." + see("nan")
             raise UserError(f"{CKPT}: '{name}' in {path} {cause}")
+
+
+@torch.no_grad()
+def copy_trained_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Copies the tensors of ``trained_state`` into the model; UserError where one is not finite."""
+    own = model.state_dict() | (lora_parameters(model.llama_model) if model.lora else {})
+    check_finite(state, path)
     for name, value in state.items():
         own[name].copy_(value)
     parts = dict.fromkeys("LoRA" if is_lora(name) else name.split(".")[0] for name in state)

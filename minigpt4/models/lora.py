@@ -35,11 +35,10 @@ class LoraSettings(NamedTuple):
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The shape of each tensor by its name in a checkpoint."""
-        return {
-            f"{_PREFIX}{name}.lora_{part}.weight": shape
-            for name, (rows, columns) in self.layers.items()
-            for part, shape in (("A", (self.r, columns)), ("B", (rows, self.r)))
-        }
+        shapes = {}
+        for name, (rows, columns) in self.layers.items():
+            shapes |= zip(tensor_names(name), ((self.r, columns), (rows, self.r)), strict=True)
+        return shapes
 
 
 def lora_settings(cfg: ModelConfig, llm: nn.Module) -> LoraSettings | None:
@@ -81,6 +80,11 @@ def add_lora(llm: nn.Module, settings: LoraSettings) -> None:
 def lora_parameters(llm: nn.Module) -> dict[str, nn.Parameter]:
     """The LoRA weights of an LM by their names in a checkpoint."""
     return {checkpoint_name(f"llama_model.{n}"): p for n, p in llm.named_parameters() if is_lora(n)}
+
+
+def tensor_names(layer: str) -> tuple[str, str]:
+    """The names of A and B in a checkpoint, for a layer by its name in the LM."""
+    return f"{_PREFIX}{layer}.lora_A.weight", f"{_PREFIX}{layer}.lora_B.weight"
 
 
 def is_lora(name: str) -> bool:
@@ -180,7 +184,7 @@ def merge_lora(llm: nn.Module, settings: LoraSettings) -> None:
         layer = llm.get_submodule(name).base_layer
         if isinstance(layer, Int8Linear):  # rounding the sum to 8 bits would lose much of what was trained
             continue
-        a, b = (parameters[f"{_PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        a, b = (parameters[part] for part in tensor_names(name))
         total = (layer.weight.float() + lora_delta(a, b, settings.scaling)).to(layer.weight.dtype)
         layer.weight = nn.Parameter(total, requires_grad=False)  # a mapped file is not written to
         setattr(llm.get_submodule(parent), leaf, layer)

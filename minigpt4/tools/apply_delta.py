@@ -5,27 +5,21 @@ The files are memory-mapped and written one shard at a time, so the whole model 
 
 import argparse
 import json
-import os
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate
 from minigpt4.models.language_model import HUB_FILES, MIN_NORM, check_folder, weight_files
+from minigpt4.tools.model_folder import check_new, new_folder, write_json, write_shards
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SHARD_BYTES = 2 * 10**9  # of one written file, which is assembled in memory
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
 FINAL_NORM = "model.norm.weight"
 VICUNA_V0_ROWS, NUM_ROWS = 32001, 64  # LLaMA has 32000; rows of each matrix in which base and delta are compared
@@ -67,30 +61,21 @@ def apply_delta(base_folder: Path, delta_folder: Path, target: Path, dtype: torc
     """
     if base_folder.resolve() == delta_folder.resolve():
         raise UserError(f"--base and --delta are the same folder, {base_folder}; expected two.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--target: {target} exists and is not an empty folder; name another.")
+    check_new(target, "--target")
     base, delta = read_folder(base_folder, "--base"), read_folder(delta_folder, "--delta")
     _check_match(base, delta)
     tokenizer = next((folder for folder in (delta_folder, base_folder) if (folder / "tokenizer.model").is_file()), None)
     if tokenizer is None:
         raise UserError(f"Neither {delta_folder} nor {base_folder} has a tokenizer.model; copy it into the delta.")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        _write_weights(base, delta, partial, dtype)
+    shapes = {name: (value.shape, dtype) for name, value in delta.tensors.items()}
+    with new_folder(target, "--target") as partial:
+        write_shards(partial, shapes, lambda name: _sum(base, delta, name, dtype), "--target")
         patterns = [(tokenizer, pattern) for pattern in TOKENIZER_FILES]
         for folder, pattern in [*patterns, (base_folder, GENERATION_FILE), (delta_folder, GENERATION_FILE)]:
             for file in folder.glob(pattern):
                 shutil.copyfile(file, partial / file.name)
         config = {name: value for name, value in delta.config.items() if name != "_name_or_path"}
-        _write_json(partial / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--target: {target} cannot be written ({error}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "config.json", config | {"torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 def _check_match(base: ModelFolder, delta: ModelFolder) -> None:
@@ -146,30 +131,12 @@ def _share_of_inexact_sums(base: ModelFolder, delta: ModelFolder) -> float:
     return num_inexact / num_sums
 
 
-def _write_weights(base: ModelFolder, delta: ModelFolder, folder: Path, dtype: torch.dtype) -> None:
-    model = {name: torch.empty_like(value, dtype=dtype, device="meta") for name, value in delta.tensors.items()}
-    total = sum(value.nbytes for value in model.values())
-    if (free := shutil.disk_usage(folder).free) < total:
-        raise UserError(f"--target: {total:,} bytes are needed in {folder.parent}, but only {free:,} are free.")
-    shards = split_torch_state_dict_into_shards(model, max_shard_size=SHARD_BYTES)
-    for file, names in tqdm(shards.filename_to_tensors.items(), unit="file", desc="base + delta"):
-        tensors = {name: _sum(base.tensors[name], delta.tensors[name], name, dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _sum(base: Tensor, delta: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    total = delta.to(torch.float32, copy=True)
-    total[: len(base)] += base
+def _sum(base: ModelFolder, delta: ModelFolder, name: str, dtype: torch.dtype) -> Tensor:
+    total = delta.tensors[name].to(torch.float32, copy=True)
+    total[: len(base.tensors[name])] += base.tensors[name]
     if not (total := total.to(dtype)).isfinite().all():
         raise UserError(f"'{name}' of the sum is not finite in {dtype}; one of the two folders is damaged.")
     return total
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,69 @@
+"""Writes the folder of a language model: complete or not at all, one shard in memory at a time."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from minigpt4.common.errors import UserError
+
+SHARD_BYTES = 2 * 10**9  # of one written file, which is assembled in memory
+
+
+def check_new(target: Path, key: str) -> None:
+    """Raises UserError if something exists at ``target`` that is not an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{key}: {target} exists and is not an empty folder; name another.")
+
+
+@contextmanager
+def new_folder(target: Path, key: str) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` at the end; after an error nothing remains of it.
+
+    Raises UserError if it cannot be written.
+    """
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {target} cannot be written ({error}).") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_shards(
+    folder: Path, dtypes: Mapping[str, tuple[torch.Size, torch.dtype]], make: Callable[[str], Tensor], key: str
+) -> None:
+    """Writes the tensors that ``make`` returns for the names of ``dtypes``, their shapes and dtypes, with an index.
+
+    Raises UserError if the disk has too little space.
+    """
+    model = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in dtypes.items()}
+    total = sum(value.nbytes for value in model.values())
+    if (free := shutil.disk_usage(folder).free) < total:
+        raise UserError(f"{key}: {total:,} bytes are needed in {folder.parent}, but only {free:,} are free.")
+    shards = split_torch_state_dict_into_shards(model, max_shard_size=SHARD_BYTES)
+    for file, names in tqdm(shards.filename_to_tensors.items(), unit="file"):
+        save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes readable JSON."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
