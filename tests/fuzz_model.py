@@ -182,7 +182,7 @@ def packing(case: tuple[list[tuple[str, str]], int, str]) -> None:
     packer = Packer(longest, end)
     tokenizer = packer.llama_tokenizer
     found = packer.tokenize_rows([caption for caption, _ in rows], [prompt for _, prompt in rows])
-    for (caption, prompt), (ids, labels) in zip(rows, found, strict=True):
+    for (caption, prompt), (ids, labels, _) in zip(rows, found, strict=True):
         prefix = [tokenizer.bos_token_id, *packer.tokenize_prompt(prompt)]
         target_ids = packer.tokenize(caption + end)[:longest]
         targets = [IGNORE_INDEX if t == tokenizer.pad_token_id else t for t in target_ids]
