@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,20 @@ def train(stage: int) -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, ckpt: Path | None, held_out: list[scenes.Scene]) -> dict[str, Any]:
+def measure(
+    name: str,
+    ckpt: Path | None,
+    held_out: list[scenes.Scene],
+    folder: Path = OUTPUT / "held_out",
+    more_options: Sequence[str] = (),
+) -> dict[str, Any]:
     """The loss on the held-out scenes, and the share of their objects that the model's answers name fully right."""
-    options = [f"model.ckpt={ckpt if ckpt else 'null'}"]
+    options = [f"model.ckpt={ckpt if ckpt else 'null'}", *more_options]
     cfg = Config(argparse.Namespace(cfg_path=ROOT / "eval_configs" / "quickstart_eval.yaml", options=options)).check()
     torch.manual_seed(0)  # for the untrained projection
     model = MiniGPT4.from_config(cfg.model_cfg)
     model.prompt_list = model.prompt_list[:1]
-    processor, pairs = eval_image_processor(cfg), read_align_folder(OUTPUT / "held_out", "held_out")
+    processor, pairs = eval_image_processor(cfg), read_align_folder(folder, "held_out")
     chat, answers, loss = Chat(model, processor, model.device), [], 0.0
     for start in range(0, len(pairs), 50):
         batch = pairs[start : start + 50]

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -175,14 +176,16 @@ def write_shards(folder: Path, num_shards: int, scenes_per_shard: int, seed: int
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats), encoding="utf-8")
 
 
-def write_alignment(folder: Path, num_scenes: int, seed: int, held_out: bool = False) -> list[Scene]:
+def write_alignment(
+    folder: Path, num_scenes: int, seed: int, held_out: bool = False, describe: Callable[[Scene], str] = description
+) -> list[Scene]:
     """Writes filter_cap.json and image/N.jpg as cc_sbu_align has them; also serves for the held-out scenes."""
     rng = Random(seed)
     (folder / "image").mkdir(parents=True, exist_ok=True)
     scenes = [draw_scene(rng, held_out) for _ in range(num_scenes)]
     for index, scene in enumerate(scenes):
         (folder / "image" / f"{index}.jpg").write_bytes(jpeg(render(scene, rng)))
-    annotations = [{"image_id": str(i), "caption": description(scene)} for i, scene in enumerate(scenes)]
+    annotations = [{"image_id": str(i), "caption": describe(scene)} for i, scene in enumerate(scenes)]
     (folder / "filter_cap.json").write_text(json.dumps({"annotations": annotations}), encoding="utf-8")
     return scenes
 

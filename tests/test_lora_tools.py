@@ -12,6 +12,7 @@ from minigpt4.common.config import Config
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import lora_parameters
 from minigpt4.tools import merge, model_folder
+from quickstart import lora, scenes
 
 LORA = ("model.lora_r=8", "model.lora_target_modules=[q_proj,v_proj,down_proj]")
 TRAINING = "memory, training"
@@ -109,3 +110,10 @@ def test_what_cannot_be_merged_leaves_nothing(checkpoint, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and not [word for word in words if word not in error], error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_new_wording_of_the_small_world_can_be_parsed():
+    from random import Random
+
+    scene = scenes.draw_scene(Random(0))
+    assert lora.parse(lora.new_wording(scene)) == set(scene.things) and not scenes.parse(lora.new_wording(scene))
