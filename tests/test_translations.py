@@ -67,6 +67,11 @@ def targets(text):
     return {link if "://" in link else link.split("#")[0].replace(".zh-CN.md", ".md") for link in links(text)}
 
 
+def figures(text):
+    """Numbers with decimals, such as measurements; others may be words, and Chinese counts in 10,000."""
+    return set(re.findall(r"\d+\.\d+(?! million)", re.sub(r"`[^`]*`|\]\([^)]*\)", "", text)))
+
+
 def table_rows(text):
     return len(re.findall(r"^\s*\|", text, re.MULTILINE))
 
@@ -84,7 +89,7 @@ def differences(english, chinese):
             found.append(f"{heading}: {len(fences)} {len(translated_fences)} fenced blocks")
         if table_rows(text) != table_rows(translation):
             found.append(f"{heading}: {table_rows(text)} {table_rows(translation)} table rows")
-        for what in (code_spans, targets):
+        for what in (code_spans, figures, targets):
             missing, added = what(text) - what(translation), what(translation) - what(text)
             if missing or added:
                 found.append(f"{heading}: only in English {sorted(missing)}, only in Chinese {sorted(added)}")
@@ -135,7 +140,7 @@ python a.py --x 1  # why
 
 ## Next
 
-| `a` |
+| `a` | 0.25 s |
 """
 TRANSLATION = """# 标题
 
@@ -147,7 +152,7 @@ python a.py --x 1  # 原因
 
 ## 其次
 
-| `a` |
+| `a` | 0.25 秒 |
 """
 
 
@@ -161,7 +166,8 @@ python a.py --x 1  # 原因
         ("## 其次", "### 其次"),
         ("## 其次\n\n", ""),
         ("more.zh-CN", "other.zh-CN"),
-        ("| `a` |\n", "| `a` |\n| |\n"),
+        ("0.25", "0.26"),
+        ("| `a` |", "| |\n| `a` |"),
         ("```bash\npython a.py --x 1  # 原因\n```\n", ""),
     ],
 )
