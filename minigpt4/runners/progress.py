@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import shutil
 import sys
 import time
 from collections import Counter
@@ -22,6 +23,9 @@ from minigpt4.common.logger import TRUNCATED, log_skipped
 from minigpt4.common.schema import RunConfig
 from minigpt4.datasets.loader import LOADER_KEY
 from minigpt4.runners.run_folder import append_line
+
+# Without a percentage and iterations per second, so that 80 columns suffice.
+_BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class Tracker:
@@ -133,7 +137,8 @@ class EpochProgress:
         self.epoch, self.num_iters, self._first = epoch, num_iters, first
         self._start = self._window_start = time.perf_counter()
         is_hidden = not (dist_utils.is_main_process() and sys.stderr.isatty())
-        settings = {"desc": f"epoch {epoch}", "disable": is_hidden, "leave": False, "dynamic_ncols": True}
+        settings = {"desc": f"epoch {epoch}", "disable": is_hidden, "leave": False, "bar_format": _BAR}
+        settings["ncols"], settings["nrows"] = shutil.get_terminal_size()  # 80, 24 without a size, as in containers
         with logging_redirect_tqdm(), tqdm(total=num_iters, initial=first, **settings) as self._bar:
             yield
 
