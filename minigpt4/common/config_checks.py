@@ -1,12 +1,21 @@
 """Checks of a merged configuration that need no file: keys by schema.py, then what keys mean together."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import chain, product
 from typing import Any
 
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.registry import registry
-from minigpt4.common.schema import BUILT_IN_PROCESSORS, SPLITS, DatasetConfig, ModelConfig, RunConfig, read_section
+from minigpt4.common.schema import (
+    BUILT_IN_PROCESSORS,
+    SPLITS,
+    DatasetConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    read_section,
+)
 
 LORA_KEYS = ("lora_alpha", "lora_dropout", "lora_target_modules")
 
@@ -66,6 +75,9 @@ def _run_problems(run: RunConfig) -> Iterator[str]:
         yield "run.evaluate is True, but no split is named; set run.valid_splits or run.test_splits, as in [val]."
     if not run.evaluate and run.max_epoch == 0:
         yield "run.max_epoch is 0, so nothing would be trained; set at least 1, or run.evaluate: True."
+    given = [f"run.optim.{part.name}.lr" for part in fields(run.optim) if getattr(run.optim, part.name).lr is not None]
+    if given and not run.init_lr:
+        yield f"{given[0]} is set, but run.init_lr, whose schedule it follows, is 0; set run.init_lr."
     if run.warmup_steps > (total := run.max_epoch * (run.iters_per_epoch or 0)) > 0:
         total = f"{total} steps (max_epoch {run.max_epoch} × iters_per_epoch {run.iters_per_epoch})"
         yield f"run.warmup_steps is {run.warmup_steps}, but the run has only {total}; lower warmup_steps."
@@ -83,6 +95,12 @@ def _model_problems(run: RunConfig, model: ModelConfig) -> Iterator[str]:
     if run.feature_cache and not (model.freeze_vit and model.freeze_qformer):
         key = "freeze_qformer" if model.freeze_vit else "freeze_vit"
         yield f"run.feature_cache requires a frozen vision side, but model.{key} is False; set it to True."
+    frozen = dict.fromkeys(("Qformer", "query_tokens"), model.freeze_qformer and "model.freeze_qformer is True")
+    frozen |= {"visual_encoder": model.freeze_vit and "model.freeze_vit is True"}
+    frozen |= {"lora": not model.lora_r and "model.lora_r is 0"}
+    for part, cause in frozen.items():
+        if cause and getattr(run.optim, part) != getattr(OptimConfig(), part):
+            yield f"run.optim.{part} is set, but {cause}, so this part is not trained; change one of the two."
     if run.parallel == "fsdp" and (problem := sharding_problem(model)):
         yield problem
 

@@ -98,6 +98,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class PartOptim:
+    """How a trained part of the model is optimised."""
+
+    lr: float | None = key(None, "Learning rate in place of `run.init_lr`, on the same schedule; null: `run.init_lr`.")
+    weight_decay: float | None = key(None, "Weight decay of this part; null: `run.weight_decay`.")
+    freeze: bool = key(False, "Keep this part frozen.")
+
+
+@dataclass(frozen=True)
+class VitOptim(PartOptim):
+    """The same for the vision tower, whose blocks may have different rates."""
+
+    layer_decay: float = key(1.0, "Factor of the learning rate from each block to the one before it.")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Settings for parts of the model."""
+
+    llama_proj: PartOptim = key(PartOptim, "The projection.")
+    lora: PartOptim = key(PartOptim, "LoRA weights, with `model.lora_r`.")
+    Qformer: PartOptim = key(PartOptim, "The Q-Former, with `model.freeze_qformer: False`.")
+    query_tokens: PartOptim = key(PartOptim, "Its queries, with `model.freeze_qformer: False`.")
+    visual_encoder: VitOptim = key(VitOptim, "Vision tower and `ln_vision`, with `model.freeze_vit: False`.")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The run: task, optimizer and schedule, batches, device, output."""
 
@@ -110,6 +137,7 @@ class RunConfig:
     warmup_steps: int = key(0, "Steps of linear warm-up, counted over epochs.")
     lr_decay_rate: float | None = key(None, "Factor per epoch of `linear_warmup_step_lr`; null: 1.")
     weight_decay: float = key(0.05, "AdamW's weight decay; biases and norms have none.")
+    optim: OptimConfig = key(OptimConfig, "Other rates, weight decays and freezing for parts of the model.")
     beta2: float = key(0.999, "AdamW's second beta.", below=1)
     max_epoch: int = key(1, "Number of epochs.")
     iters_per_epoch: int | None = key(None, "Iterations per epoch; null: one pass; shards need a number.", least=1)

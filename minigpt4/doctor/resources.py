@@ -17,6 +17,7 @@ from torch import nn
 
 from minigpt4.common import device as devices
 from minigpt4.common.errors import see
+from minigpt4.common.optims import freeze_parts
 from minigpt4.common.schema import RunConfig
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.datasets.feature_cache import KEY, FeatureDataset, check_cache, num_samples
@@ -143,6 +144,7 @@ def training_memory(
 
 def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, int]:
     """Bytes by part at the peak of a training step with such a batch."""
+    freeze_parts(model, run_cfg)
     amp = devices.amp_dtype(run_cfg, files.device)
     return memory.training(model, files.device, amp, files.cfg.image_size, samples)
 

@@ -100,7 +100,8 @@ def checkpoint_name(name: str) -> str:
 
 
 def train_dropout(llm: nn.Module, mode: bool) -> None:
-    """Switches LoRA's dropout on or off; the frozen rest stays in eval mode."""
+    """Switches LoRA's dropout on, where its weights are trained, or off; the frozen rest stays in eval mode."""
+    mode = mode and any(parameter.requires_grad for parameter in lora_parameters(llm).values())
     for name, module in llm.named_modules():
         if name.endswith("lora_dropout"):
             module.train(mode)

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minigpt4.common import device as devices
 from minigpt4.common import dist_utils, weights
 from minigpt4.common.errors import UserError
+from minigpt4.common.optims import freeze_parts, log_trained
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
 from minigpt4.datasets.loader import TrainLoader
@@ -62,6 +63,8 @@ class RunnerBase:
         self._sources = self._training_sources()
         self.device = task.device or devices.from_config(self.run_cfg)
         self.model = model.to(self.device)
+        freeze_parts(model, self.run_cfg)
+        log_trained(model, self.run_cfg)
         self.wrapped_model = replicate(model, self.device)
         self.amp_dtype = devices.amp_dtype(self.run_cfg, self.device)
         self.updater = Updater(model, self.run_cfg, self.device, self.amp_dtype)

@@ -25,7 +25,7 @@ class Updater:
         self.run_cfg = run_cfg
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, run_cfg.weight_decay),
+            parameter_groups(model, run_cfg),
             lr=run_cfg.init_lr,
             betas=(0.9, run_cfg.beta2),
             fused=devices.has_fused_optimizer(device),
@@ -100,8 +100,9 @@ class Updater:
         Raises:
             ValueError: the optimizer's state is of another model.
         """
-        for group in content["optimizer"]["param_groups"]:  # the kernel is chosen by this run
-            group |= {"fused": self.optimizer.defaults["fused"], "foreach": None}
+        groups = content["optimizer"]["param_groups"]
+        for group, own in zip(groups, self.optimizer.param_groups, strict=False):  # this run chooses kernel and rate
+            group |= {"fused": self.optimizer.defaults["fused"], "foreach": None, "lr_scale": own["lr_scale"]}
         self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
