@@ -75,12 +75,16 @@ class Client:
         start = time.perf_counter()
         reader, writer = await asyncio.open_connection(self.host, self.port, limit=2**20)
         writer.write(head.encode() + b"Connection: close\r\n\r\n" + body)
-        first, usage = 0.0, {}
+        first, usage, status = 0.0, {}, (await reader.readline()).split()[1:2]
+        if status != [b"200"]:
+            body = (await reader.read()).partition(b"\r\n\r\n")[2]
+            reason = json.loads(body)["error"]["message"] if body else "It closed the connection."
+            raise UserError(f"The server refused a request; give fewer --clients. {reason}")
         async for line in reader:
             if line.startswith(b"data: {"):
                 event = json.loads(line[6:])
                 if "error" in event:
-                    raise RuntimeError(event["error"]["message"])
+                    raise UserError(event["error"]["message"])
                 usage = event.get("usage") or usage
                 if not first and any(choice["delta"].get("content") for choice in event["choices"]):
                     first = time.perf_counter() - start
@@ -154,6 +158,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the line of JSON to this file")
     args = parser.parse_args()
+    if args.clients < 2 or args.repeats < 1:
+        parser.error("--clients must be 2 or more, as they are compared with one, and --repeats 1 or more.")
     context = multiprocessing.get_context("spawn")
     from_child, to_parent = context.Pipe()
     server = context.Process(target=run_server, args=(args, to_parent), daemon=True)
@@ -163,6 +169,8 @@ def main() -> None:
             sys.exit(f"error: {answer}")
         url, description = answer
         result = asyncio.run(measure(url, args.clients, args.repeats))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
     finally:
         server.terminate()
     rows = [{"measurement": name, "value": value} for name, value in result.items()]

@@ -40,7 +40,7 @@ def main() -> int:
     clients = start_clients(server.port, expected, until, args.seed, folder / "report.json", args.clients)
     while time.monotonic() < until:
         watched.sample()
-        time.sleep(min(5.0, args.minutes))
+        time.sleep(max(0.0, min(5.0, until - time.monotonic())))
     status = forked.wait(clients)
     counts, wrong = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     afterwards = server.answers()
@@ -60,8 +60,8 @@ def main() -> int:
     for verdict in verdicts:
         print(f"| {verdict.what} | {verdict.actual} | {verdict.expected} | {'good' if verdict.is_good else 'BAD'} |")
     print(json.dumps(counts, indent=1, sort_keys=True))
-    quarters = [watched.rows[i * len(watched.rows) // 8] for i in range(8)]
-    print("MiB of the server over time:", ", ".join(f"{usage.mib:.0f}" for usage in (*quarters, watched.rows[-1])))
+    eighths = [watched.rows[i * len(watched.rows) // 8] for i in range(8)]
+    print("MiB of the server over time:", ", ".join(f"{usage.mib:.0f}" for usage in (*eighths, watched.rows[-1])))
     is_good = all(verdict.is_good for verdict in verdicts)
     if is_good:
         shutil.rmtree(folder)

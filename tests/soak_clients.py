@@ -19,18 +19,19 @@ MODEL = "quickstart_eval"
 QUESTIONS = ("Describe this image in detail.", "What is at the top?", "How many objects are there?")
 
 
-def image_url(seed: int) -> str:
+def image_url(seed: int, num_more: int = 0) -> str:
+    """A scene as JPEG; behind its end the file has so many bytes more, which do not change the image."""
     from quickstart import scenes
 
     rng = Random(seed)
     data = scenes.jpeg(scenes.render(scenes.draw_scene(rng), rng))
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(data + rng.randbytes(num_more)).decode()
 
 
-def body(number: int, is_stream: bool = False) -> bytes:
-    """The request number ``number``: an image and a question."""
+def body(number: int, is_stream: bool = False, num_more: int = 0) -> bytes:
+    """The request number ``number``: an image, as of ``image_url``, and a question."""
     content = [
-        {"type": "image_url", "image_url": {"url": image_url(number)}},
+        {"type": "image_url", "image_url": {"url": image_url(number, num_more)}},
         {"type": "text", "text": QUESTIONS[number % len(QUESTIONS)]},
     ]
     options = {"model": MODEL, "max_tokens": 16, "temperature": 0, "stream": is_stream}
@@ -106,8 +107,8 @@ class Clients:
             time.sleep(rng.uniform(0, 0.3))
 
     def good(self, rng: Random) -> str:
-        number = rng.randrange(len(self.expected))
-        return judge(self.expected[number], *post(self.port, body(number)))
+        number, num_more = rng.randrange(len(self.expected)), rng.choice([0, 0, 1_500_000])
+        return judge(self.expected[number], *post(self.port, body(number, num_more=num_more)))
 
     def streaming(self, rng: Random) -> str:
         number = rng.randrange(len(self.expected))

@@ -1,7 +1,7 @@
 """Who may use the API, and how often: keys of a file, requests per minute, and when to try again."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import httpx
 import openai
@@ -165,6 +165,36 @@ def test_counts_of_many_clients_are_forgotten(monkeypatch):
         now[0] += 2
         limit.count(f"client {i}")
     assert len(limit._free_at) <= 50
+
+
+def test_counts_of_active_clients_are_limited_too(monkeypatch):
+    monkeypatch.setattr(clients.time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(clients, "_MAX_CLIENTS", 50)
+    limit = RateLimit(1)
+    limit.count("active")
+    for i in range(200):
+        limit.count(f"client {i}")
+        with pytest.raises(ApiError):  # what was counted latest is never forgotten
+            limit.count("active")
+    assert len(limit._free_at) == 50
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_one"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:0:0:2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("::ffff:192.0.2.1", "::ffff:192.0.2.2", False),
+        ("::ffff:192.0.2.1", "192.0.2.1", True),
+        ("fe80::1%eth0", "fe80::2", True),
+    ],
+)
+def test_a_network_of_ipv6_is_one_client(first, second, are_one):
+    limit = RateLimit(1)
+    limit.count(first)
+    with pytest.raises(ApiError) if are_one else nullcontext():
+        limit.count(second)
 
 
 def test_the_limit_is_that_of_a_key_or_an_address(engine, tmp_path):

@@ -2,9 +2,12 @@
 
 import base64
 import json
+import re
+import threading
 
+import httpx
 import pytest
-from serving import QUESTION, Server, answered, content, data_url, post, text_of
+from serving import PATH, QUESTION, Server, answered, content, data_url, post, post_text, text_of
 
 from minigpt4.serve import api_requests
 
@@ -136,6 +139,10 @@ WRONG = [
     ({"logit_bias": {"5": 101}}, "logit_bias.5"),
     ({"stop": ["a", 5]}, "stop.1"),
     ({"stream_options": 5}, "stream_options"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream_options": {"include_usages": True}, "stream": True}, "stream_options.include_usages"),
+    ({"stream_options": {"include_usage": "?"}, "stream": True}, "stream_options.include_usage"),
+    ({"logit_bias": {"a": 1}}, "logit_bias.a"),
     ({"messages": None}, "messages"),
     ({"model": None}, "model"),
     (messages("Why?", role="root"), "messages.0.role"),
@@ -167,7 +174,48 @@ def test_an_error_names_the_field(server, fields, param):
     assert error["param"] == param and len(error["message"].splitlines()) == 1
 
 
+SENTENCES = [
+    ({"messages": None}, r"messages: a value is needed, and null is none\."),
+    ({"model": None}, r"model: a value is needed, and null is none\."),
+    ({"messages": [5]}, r"messages\.0: it must be a JSON object\."),
+    ({"stream_options": 5}, r"stream_options: it must be a JSON object\."),
+    (messages([{"type": "image_url", "image": {"url": "x"}}]), 'has its image as "image_url": .*this one has none'),
+    (messages([image_part("data:,")], role="system"), "Images are sent in the user's messages, not in others"),
+    ({"reasoning_effort": "low"}, "'reasoning_effort' is not supported; leave it out\\."),
+    ({"stream_options": {"include_usages": True}, "stream": True}, "Did you mean 'include_usage'?"),
+    ({"stream_options": {"include_usage": True}}, "stream_options needs stream to be true"),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), SENTENCES)
+def test_an_error_says_what_is_wrong(server, fields, sentence):
+    assert re.fullmatch(f"(.* )?{sentence}.*", refused(server, **fields)["message"])
+
+
+def test_a_body_that_is_no_object(server):
+    found = httpx.post(server.url + PATH, content=b"[1]").json()["error"]
+    assert found["message"] == "The body: it must be a JSON object."
+
+
+def test_a_large_body_is_parsed_beside_the_event_loop(server, monkeypatch):
+    threads, parse = [], api_requests.parse_body
+    monkeypatch.setattr(
+        api_requests, "parse_body", lambda data: (threads.append(threading.current_thread()), parse(data))[1]
+    )
+    for num_bytes in (2**20 + 1, 0):
+        assert httpx.post(server.url + PATH, content=post_text().ljust(num_bytes), timeout=60).status_code == 200
+    assert threads[0] is not threads[1]
+
+
 # Messages
+
+
+def test_an_empty_result_of_a_tool_is_answered(server, engine_requests):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = [{"role": "user", "content": "Is it warm?"}, {"role": "assistant", "tool_calls": [call]}]
+    for result in ("", None, " ", []):
+        answered(server, messages=[*asked, {"role": "tool", "tool_call_id": "1", "content": result}])
+    assert [request.messages[-1] for request in engine_requests] == [("user", ["(no result)"])] * 4
 
 
 def test_the_order_of_texts_and_images_reaches_the_engine(server, image, engine_requests):

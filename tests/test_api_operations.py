@@ -2,18 +2,22 @@
 
 import re
 import sys
+import time
 from contextlib import contextmanager
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from serving import NAME, PATH, content, data_url, post_text
+from serving import NAME, PATH, Server, content, data_url, post_text
 
 import demo
+from minigpt4.conversation.answer_batch import AnswerBatch
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api, completions
 from minigpt4.serve.api_requests import Limits
-from minigpt4.serve.engine import Engine
+from minigpt4.serve.constrained import GrammarProcessor
+from minigpt4.serve.engine import Engine, Stats
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,7 @@ def test_metrics(engine):
     assert now["minigpt4_prompt_tokens_total",] == 2 * found["usage"]["prompt_tokens"]
     assert now["minigpt4_time_to_first_token_seconds_count",] == 2
     assert now["minigpt4_inter_token_seconds_count",] == count - 2
+    assert now["minigpt4_rejections_total", "not_found"] == 1
     for status, number in {"200": 1, "400": 1, "403": 1, "404": 1}.items():
         assert now["minigpt4_requests_total", status] == number
     assert now["minigpt4_rejections_total", "bad_request"] == now["minigpt4_rejections_total", "bad_host"] == 1
@@ -72,6 +77,7 @@ def test_the_log_has_a_line_for_each_request(engine, tmp_path, caplog):
         ask(server, "second-key", stream=True, max_tokens=2)
         ask(server, "second-key", n=20)
         ask(server, "wrong")
+        server.get(PATH)
         server.get("/a%0Ab%1b[31m" + "c" * 500)
     lines = [record.getMessage() for record in caplog.records if record.name == "root"]
     patterns = [
@@ -79,7 +85,8 @@ def test_the_log_has_a_line_for_each_request(engine, tmp_path, caplog):
         rf"Bert's laptop POST {PATH}: 200 ok, \d+\.\d\d\d s, [12] tokens",
         rf"Bert's laptop POST {PATH}: 400 bad_request, \d+\.\d\d\d s, 0 tokens",
         rf"192\.0\.2\.1 POST {PATH}: 401 invalid_api_key, .*",
-        r"192\.0\.2\.1 GET /a b\\x1b\[31mc{1,200}: 404 .*",
+        rf"192\.0\.2\.1 GET {PATH}: 405 method_not_allowed, .*",
+        r"192\.0\.2\.1 GET /a b\\x1b\[31mc{1,200}: 404 not_found, .*",
     ]
     assert len(lines) == len(patterns)
     for line, pattern in zip(lines, patterns, strict=True):
@@ -164,3 +171,50 @@ def test_an_unexpected_error_has_openais_form(engine, monkeypatch, caplog):
     with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as server:
         found = ask(server)
     assert found.status_code == 500 and found.json()["error"]["type"] == "server_error"
+
+
+def test_a_stream_whose_client_leaves_is_no_success(chat, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    step = AnswerBatch.step
+    monkeypatch.setattr(AnswerBatch, "step", lambda batch: (time.sleep(0.05), step(batch))[1])
+    server = Server(chat)
+    try:
+        body = post_text(stream=True, max_tokens=200, logit_bias={"2": -100})
+        with httpx.stream("POST", server.url + PATH, content=body, timeout=60) as stream:
+            next(stream.iter_bytes())
+        deadline = time.monotonic() + 20
+        while (
+            not (lines := [line for line in caplog.messages if f"POST {PATH}" in line]) and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        assert len(lines) == 1 and "200 disconnected" in lines[0]
+        assert 'minigpt4_rejections_total{reason="disconnected"} 1.0' in httpx.get(f"{server.url}/metrics").text
+    finally:
+        server.close()
+
+
+def test_a_failure_behind_the_engine_is_logged(engine, monkeypatch, caplog):
+    app = api.build_app(engine, NAME, Limits())
+    monkeypatch.setattr(GrammarProcessor, "check", lambda self: 1 / 0)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as server:
+        found = ask(server, response_format={"type": "json_object"})
+    assert found.status_code == 500 and "ZeroDivisionError" in caplog.text
+
+
+def test_each_grammar_is_checked_when_its_own_answer_has_ended(engine, monkeypatch):
+    checked = []
+    monkeypatch.setattr(GrammarProcessor, "check", lambda self: checked.append(self))
+    with client(engine) as server:
+        assert ask(server, n=3, response_format={"type": "json_object"}).status_code == 200
+    assert len(checked) == len(set(map(id, checked))) == 3
+
+
+def test_health_is_that_of_the_engine(chat, monkeypatch):
+    engine = Engine(chat, max_length=400)
+    with client(engine) as server:
+        monkeypatch.setattr(Engine, "stats", Stats(num_waiting=3))
+        found = server.get("/health")
+        assert (found.status_code, found.json()) == (200, {"status": "ok", "model": NAME, "waiting": 3})
+        engine.close()
+        found = server.get("/health")
+        assert (found.status_code, found.json()["status"]) == (503, "failed")

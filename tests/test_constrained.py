@@ -170,6 +170,7 @@ def test_beam_search_has_no_grammar(server, monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_be_read_is_reported():
-    with pytest.raises(ApiError, match="not supported with the tokenizer of this model") as error:
-        read_vocabulary(object(), [2])
-    assert error.value.status == 400
+    for param in ("logprobs", "response_format"):
+        with pytest.raises(ApiError, match="not supported with the tokenizer of this model") as error:
+            read_vocabulary(object(), [2], "###", param)
+        assert error.value.status == 400 and error.value.body["error"]["param"] == param

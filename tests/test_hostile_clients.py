@@ -81,6 +81,11 @@ REFUSED = {
     "5000 digits": (b'{"seed": ' + b"9" * 5000 + b"}", 400, "JSON"),
     "zeros": (b"\0" * 1000, 400, "JSON"),
     "a megabyte and more": (b" " * (2**20 + 1), 413, "larger"),
+    "a quarter of a million lists": (
+        b'{"a": [' + b"[]," * 250_000 + b"[]]}",
+        413,
+        "500003 commas and opening brackets",
+    ),
     "nothing": ({}, 400, "model"),
     "another model": (body(model="gpt"), 404, "'gpt'"),
     "half a surrogate pair as a model": (json.dumps(body(model="\ud800")).encode(), 404, "\\ud800"),
@@ -279,12 +284,21 @@ def test_nobody_learns_what_others_asked(client, chat, monkeypatch, confined):
 
 def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):
     now, most, vis_processor = [], [], chat.vis_processor
+    decoded, most_decoded, frombytes = [], [], Image.frombytes
+
+    def decode(*args):
+        decoded.append(args)
+        most_decoded.append(len(decoded))
+        return frombytes(*args)
+
+    monkeypatch.setattr(Image, "frombytes", decode)
 
     def count(image):
         now.append(image)
         most.append(len(now))
         time.sleep(0.1)
         now.pop()
+        decoded.pop()
         return vis_processor(image)
 
     monkeypatch.setattr(chat, "vis_processor", count)
@@ -294,7 +308,7 @@ def test_few_images_are_decoded_at_a_time(client, chat, monkeypatch, confined):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(most) == 6 and max(most) == 2
+    assert len(most) == 6 and max(most) == 2 == max(most_decoded)
 
 
 def test_a_full_queue_is_reported_to_the_client(client, monkeypatch):

@@ -122,6 +122,15 @@ def test_slow_images_do_not_delay_others(monkeypatch, new_decoder, scene_folder)
         future.cancel()
 
 
+def test_an_image_is_processed_before_its_future_ends():
+    decoder, data = ImageDecoder(), picture_kinds.saved(Image.new("RGB", (8, 9)), "PNG")
+    assert decoder.submit(data, process=lambda image: image.size).result(20) == (8, 9)
+    with pytest.raises(ZeroDivisionError):
+        decoder.submit(data, process=lambda image: 1 / 0).result(20)
+    assert decoder.decode(data).size == (8, 9)
+    decoder.close()
+
+
 def test_clients_take_turns(monkeypatch):
     order, is_free = [], threading.Event()
 

@@ -1,11 +1,13 @@
 """Images that the API fetches from allowed hosts: which ports, how many bytes and seconds, and no decompression."""
 
 import asyncio
+import base64
 import contextlib
 import gzip
 import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -124,3 +126,51 @@ def test_the_size_of_files_is_limited(tmp_path, size, is_read, confined):
     else:
         with pytest.raises(UserError, match="larger than 1048576 bytes"):
             asyncio.run(loading)
+
+
+DATA = bytes(range(256)) * 9
+ENCODED = base64.b64encode(DATA).decode()
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png;base64,", " \n DATA:;base64,", "http://a.example/", "file:///", "x:", ""]
+)
+def test_long_urls_are_not_kept_in_memory(url, tmp_path):
+    """``urlsplit`` keeps the last 128 URLs that it gets."""
+    before = urlsplit.cache_info().misses
+    loading = load_image(url + ENCODED * 8, Limits(allowed_hosts=["a.example"], allowed_folder=tmp_path))
+    if "data" in url.lower():
+        assert asyncio.run(loading) == DATA * 8
+    else:
+        with pytest.raises(UserError, match=r"^A URL of 2\d{4} characters is not accepted"):
+            asyncio.run(loading)
+    assert urlsplit.cache_info().misses == before
+
+
+def test_data_urls_are_decoded_beside_the_event_loop(monkeypatch):
+    threads, decode = [], base64.b64decode
+    monkeypatch.setattr(
+        base64, "b64decode", lambda *a, **k: (threads.append(threading.current_thread()), decode(*a, **k))[1]
+    )
+    assert asyncio.run(load_image("data:;base64," + ENCODED, Limits())) == DATA
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower])
+def test_percent_signs_of_data_urls(case):
+    def load(text):
+        return asyncio.run(load_image("data:;base64," + text, Limits()))
+
+    lines = base64.encodebytes(DATA + b"x").decode()
+    for character in "+/=\n":
+        lines = lines.replace(character, case(f"%{ord(character):02x}"))
+    assert load(lines) == DATA + b"x"
+    many = case("%2b") * 2**20
+    assert load(many) == load("+" * 2**20)
+    for wrong in (
+        "%41" * 2**20,
+        "%" * 2**20,
+        "%25" + "2B" * 100,
+    ):  # which no encoder writes, and takes seconds to decode
+        with pytest.raises(UserError, match="is not base64"):
+            load(wrong)

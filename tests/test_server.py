@@ -157,6 +157,43 @@ def test_too_many_connections_are_refused(ending_server):
     assert found.text == "read"
 
 
+LOGGED = """
+from minigpt4.serve.engine import Stats
+from minigpt4.serve.metrics import AccessLog, Metrics
+
+metrics = Metrics(type("Engine", (), {"stats": Stats()}))
+app = AccessLog(Starlette(routes=[Route("/stream", stream), Route("/read", read)]), metrics)
+server.serve(app, listener, 60, max_connections=3)
+print(metrics.text().decode())
+"""
+
+
+def test_requests_that_the_server_refuses_are_in_the_log_and_the_metrics_of_an_api():
+    script, pipes = ENDING.partition("server.serve(")[0] + LOGGED, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.STDOUT, **pipes) as process:
+        url = process.stdout.readline().strip()
+        others = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(3)]
+        assert httpx.get(f"{url}/read").status_code == 503
+        for other in others:
+            other.close()
+        deadline = time.monotonic() + 20
+        while httpx.get(f"{url}/read").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        with httpx.stream("GET", f"{url}/stream", timeout=20) as stream:
+            assert next(stream.iter_lines()) == "begun"
+            process.send_signal(signal.SIGTERM)
+            while httpx.get(f"{url}/read").status_code == 200 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)  # which cuts the stream off
+            output, _ = process.communicate(timeout=20)
+    lines = output.splitlines()
+    num_refused = sum("GET /read: 503 unavailable, " in line for line in lines)
+    assert num_refused >= 2 and sum("GET /stream: 200 disconnected, " in line for line in lines) == 1
+    assert f'minigpt4_rejections_total{{reason="unavailable"}} {num_refused}.0' in lines
+    assert f'minigpt4_requests_total{{status="503"}} {num_refused}.0' in lines
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="an option of Linux")
 def test_clients_that_do_not_read_lose_their_connections(monkeypatch):
     monkeypatch.setattr(server, "UNREAD_SECONDS", 1)

@@ -13,6 +13,10 @@ class UserError(ValueError):
         super().__init__(_shortened("".join(map(_printable, _shortened(message)))))
 
 
+class ContextTooLong(UserError):
+    """A question that does not fit into the language model's context beside the answer."""
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= _MAX_LENGTH else f"{text[: _MAX_LENGTH - 500]} […] {text[-490:]}"
 
@@ -29,4 +33,6 @@ def see(anchor: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns `` Did you mean 'x'?`` for the known name closest to ``name``, or an empty string."""
-    return "".join(f" Did you mean '{match}'?" for match in difflib.get_close_matches(name, list(known), n=1))
+    return "".join(
+        f" Did you mean '{match}'?" for match in difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    )

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import ContextTooLong, UserError
 from minigpt4.common.templates import IMAGE_MESSAGE, Conversation
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models.mini_gpt4 import MiniGPT4
@@ -23,7 +23,7 @@ def build_context(model: MiniGPT4, conv: Conversation, num_images: int, capacity
     """The prompt that asks for an answer in at most ``capacity`` ids; the oldest turns are left out, their images stay.
 
     Raises:
-        UserError: there are more or fewer placeholders than images, or the last question alone is too long.
+        UserError: there are more or fewer placeholders than images, or the last question is too long (ContextTooLong).
     """
     prompt_conv = conv.copy()
     prompt_conv.append_message(conv.roles[1], None)
@@ -55,7 +55,7 @@ def build_context(model: MiniGPT4, conv: Conversation, num_images: int, capacity
     is_huge = num_characters > capacity * longest
     num_tokens = num_characters // longest if is_huge else len(ids(last))
     num_image_ids = num_images * model.num_query_token
-    raise UserError(
+    raise ContextTooLong(
         f"The question is too long: the prompt has {'at least ' * is_huge}{num_tokens} tokens ({num_image_ids} of them "
         f"images), and {capacity} fit beside the answer; shorten it, or ask for a shorter answer (max_new_tokens)."
     )

@@ -64,9 +64,10 @@ def _add_routes(app: FastAPI, completions: Completions, keys: ApiKeys, rate: Rat
         return client
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Says that the server runs, and how many requests wait; needs no key."""
-        return {"status": "ok", "model": name, "waiting": engine.waiting.qsize()}
+    async def health() -> JSONResponse:
+        """Says whether questions are answered, and how many wait; needs no key. Otherwise the status is 503."""
+        is_alive, status = engine.is_alive, {"model": name, "waiting": engine.stats.num_waiting}
+        return JSONResponse({"status": "ok" if is_alive else "failed"} | status, 200 if is_alive else 503)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         text = f"{request.method} {request.url.path}: {error.detail}; see /docs."
-        code = "method_not_allowed" if error.status_code == 405 else "not_found"
+        code = request.state.reason = "method_not_allowed" if error.status_code == 405 else "not_found"
         return JSONResponse(ApiError(text, code=code).body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)

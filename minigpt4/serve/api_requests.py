@@ -1,5 +1,7 @@
 """What clients of the API may send: the schema of a request, its limits, and what the engine is asked for."""
 
+import asyncio
+import functools
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +25,16 @@ _HARMLESS = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "request_id", "priority", "cache_prompt", "keep_alive",
 }  # fmt: skip
+_LARGE_BYTES = 2**20  # of a body, which is then parsed beside the event loop
+_MAX_VALUES = (
+    300_000  # of a body; json would take 15 s and gigabytes for 10 million lists, and end the event loop's turns
+)
+_PROBLEMS = {  # of pydantic, by type, instead of its own messages
+    "missing": "a value is needed, and null is none",
+    "model_type": "it must be a JSON object",
+    "dict_type": "it must be a JSON object",
+}
+_NO_RESULT = "(no result)"  # what the model reads where a tool returned nothing
 _NEUTRAL = {"tool_choice": "none", "function_call": "none", "modalities": ["text"], "best_of": 1}
 _SAMPLING = {"temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty"}
 
@@ -83,6 +95,15 @@ class Message(_Fields):
         return [part.text for part in self.content if part.type == "text"] + calls
 
 
+class StreamOptions(_Fields):
+    """What a stream has beside the answer."""
+
+    include_usage: bool = False
+    """Whether the last chunk has the usage."""
+    include_obfuscation: bool = False
+    """Has no effect."""
+
+
 class JsonSchema(_Fields):
     """A JSON Schema, with a name that has no effect."""
 
@@ -109,8 +130,8 @@ class Body(_Fields):
     """The conversation; the last message is the user's and has a text or an image."""
     stream: bool = False
     """Whether the answer is sent in pieces, as server-sent events."""
-    stream_options: dict[str, Any] = {}
-    """With include_usage, the last chunk of a stream has the usage."""
+    stream_options: StreamOptions = StreamOptions()
+    """Of a stream: whether it has the usage."""
     max_completion_tokens: int | None = Field(None, ge=1)
     """At most so many tokens, and as many as fit beside the prompt."""
     max_tokens: int | None = Field(None, ge=1)
@@ -179,28 +200,42 @@ async def read_body(request: Request, max_bytes: int) -> Body:
                 raise ApiError(f"The request is larger than {max_bytes} bytes.", status=413, code="too_large")
     except ClientDisconnect as error:
         raise ApiError("The client disconnected during the request.", status=499, code="disconnected") from error
-    return parse_body(bytes(data))
+    if len(data) < _LARGE_BYTES:
+        return parse_body(bytes(data))
+    return await asyncio.to_thread(parse_body, bytes(data))
 
 
 def parse_body(data: bytes) -> Body:
-    """Validates a request; ApiError 400 with the name of the wrong field."""
+    """Validates a request; ApiError 400 with the name of the wrong field, or 413 for too many values."""
+    if (num_values := sum(map(data.count, (b",", b"[", b"{")))) > _MAX_VALUES:
+        text = f"The body has {num_values} commas and opening brackets; at most {_MAX_VALUES} are accepted."
+        raise ApiError(text, status=413, code="too_large")
     try:
         body = Body.model_validate(json.loads(data))
     except (ValueError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
         details = getattr(error, "errors", lambda: [])()
         if not details:
             raise ApiError(f"The body is not JSON ({error}).") from error
-        param = ".".join(map(str, details[0]["loc"])) or None
-        raise ApiError(f"{param or 'The body'}: {details[0]['msg']}.", param) from error
-    for name, value in (body.model_extra or {}).items():
-        if name not in _HARMLESS and value and value != _NEUTRAL.get(name):
-            similar = nearest(name, Body.model_fields)
-            raise ApiError(f"'{name}' is not supported; leave it out.{similar}", name, code="unsupported_parameter")
+        param = ".".join(str(part) for part in details[0]["loc"] if part != "[key]") or None  # of a dict's key
+        text = _PROBLEMS.get(details[0]["type"], details[0]["msg"])
+        raise ApiError(f"{param or 'The body'}: {text}.", param) from error
+    _check_extra(body, "")
+    _check_extra(body.stream_options, "stream_options.")
+    if body.stream_options.include_usage and not body.stream:
+        raise ApiError("stream_options needs stream to be true.", "stream_options")
     if body.top_logprobs and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true.", "top_logprobs")
     if body.response_format.type == "json_schema" and body.response_format.json_schema is None:
         raise ApiError("The schema of response_format is missing.", "response_format.json_schema")
     return body
+
+
+def _check_extra(fields: _Fields, prefix: str) -> None:
+    """Raises ApiError 400 for a field that is unknown and asks for something."""
+    for name, value in (fields.model_extra or {}).items():
+        if name not in _HARMLESS and value and value != _NEUTRAL.get(name):
+            text = f"'{prefix}{name}' is not supported; leave it out.{nearest(name, type(fields).model_fields)}"
+            raise ApiError(text, prefix + name, code="unsupported_parameter")
 
 
 def check_messages(messages: Sequence[Message], limits: Limits) -> None:
@@ -209,7 +244,11 @@ def check_messages(messages: Sequence[Message], limits: Limits) -> None:
     for i, message in enumerate(messages):
         for j, part in enumerate(message.content):
             if part.type == "image_url" and (part.image_url is None or message.role not in ("user", "tool")):
-                text = "Images are sent as image_url in the user's messages."
+                text = "Images are sent in the user's messages, not in others."
+                if part.image_url is None:
+                    text = (
+                        'A part of type image_url has its image as "image_url": {"url": "data:…"}; this one has none.'
+                    )
                 raise ApiError(text, f"messages.{i}.content.{j}.image_url")
             num_images += part.type == "image_url"
         num_characters += sum(map(len, message.texts))
@@ -224,7 +263,8 @@ def check_messages(messages: Sequence[Message], limits: Limits) -> None:
         raise ApiError(text, "messages", code="context_length_exceeded")
     if messages[last].role not in ("user", "tool"):
         raise ApiError("The last message must be the user's.", f"messages.{last}.role")
-    if not any(part.type == "image_url" or part.text.strip() for part in messages[last].content):
+    is_empty = not any(part.type == "image_url" or part.text.strip() for part in messages[last].content)
+    if is_empty and messages[last].role == "user":
         raise ApiError("The question is empty; write what you want to know.", f"messages.{last}.content")
 
 
@@ -243,6 +283,8 @@ async def load_messages(
                 parts.append(part.text if part.type == "text" else await load(part.image_url.url))
             except UserError as error:
                 raise ApiError(str(error), f"messages.{i}.content.{j}.image_url.url", code="bad_image") from error
+        if message.role == "tool" and not any(isinstance(part, Tensor) or part.strip() for part in parts):
+            parts = [_NO_RESULT]
         if message.tool_calls:
             parts.append(" ".join(message.texts[-len(message.tool_calls) :]))
         loaded.append(("user" if message.role == "tool" else message.role, parts))
@@ -261,17 +303,34 @@ def read_options(
     if defaults.num_beams > 1 and (body.logprobs or is_limited):
         param = "logprobs" if body.logprobs else "response_format"
         raise ApiError(f"{param} is not supported by this server, which was started with --num-beams.", param)
-    # A character may take up to four byte tokens, so the tail holds the whole string and the token that completes it.
-    tail = 4 * max(map(len, body.stop), default=0) + 1
-
-    def stop(ids: Sequence[int]) -> bool:
-        return any(text in decode(ids[-tail:]) for text in body.stop)
-
     return replace(
         defaults,
         max_new_tokens=min(max_tokens, limits.max_tokens),
         do_sample=defaults.do_sample or body.temperature is not None,
         top_logprobs=body.top_logprobs if body.logprobs else None,
-        stop=stop,
+        stop=stop_function(body.stop, decode),
         **body.model_dump(include=_SAMPLING, exclude_none=True),
     )
+
+
+def stop_function(texts: Sequence[str], decode: Callable[[Sequence[int]], str]) -> Callable[[Sequence[int]], bool]:
+    """Whether the latest of a row's new ids completes one of ``texts``; only as many ids as necessary are decoded."""
+    longest = max(map(len, texts), default=0)
+
+    @functools.cache
+    def num_characters(token_id: int) -> float:
+        """At least so many; a character may take up to four byte tokens, which are no text alone."""
+        return max(len(decode([token_id]).replace("\ufffd", "")), 0.25)
+
+    def stop(ids: Sequence[int]) -> bool:
+        if not texts:
+            return False
+        # The last id may complete a character of four, and decoding drops a blank at the beginning.
+        count, missing = min(4, len(ids)), longest + 1.0
+        while count < len(ids) and missing > 0:
+            count += 1
+            missing -= num_characters(ids[-count])
+        tail = decode(ids[-count:])
+        return any(text in tail for text in texts)
+
+    return stop

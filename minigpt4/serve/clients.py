@@ -2,10 +2,13 @@
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import math
 import re
 import time
+from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 from fastapi import Request
@@ -15,7 +18,7 @@ from minigpt4.serve.api_requests import ApiError
 
 _KEY = re.compile("[!-~]+")  # what a header can transport
 _SECONDS = 60.0
-_MAX_CLIENTS = 10_000  # whose requests are counted; beyond them, those that may send all their requests are forgotten
+_MAX_CLIENTS = 10_000  # whose requests are counted; beyond them, those that have been silent for longest are forgotten
 
 
 def check_api_key(api_key: str | None) -> None:
@@ -105,21 +108,36 @@ def _digest(key: str) -> str:
 
 
 class RateLimit:
-    """At most ``per_minute`` requests at once, and on average, of each client (a token bucket); None: no limit."""
+    """At most ``per_minute`` requests at once, and on average, of each client (a token bucket); None: no limit.
+
+    The addresses of an IPv6 network of /64, which is what one machine usually gets, are one client.
+    """
 
     def __init__(self, per_minute: int | None) -> None:
         self.per_minute = per_minute
-        self._free_at: dict[str, float] = {}  # by client: when it may send all its requests at once again
+        # By client, the latest one last: when it may send all its requests at once again.
+        self._free_at: OrderedDict[str, float] = OrderedDict()
 
     def count(self, client: str) -> None:
         """Counts a request; ApiError 429, with the time to wait, if it is one too many."""
         if self.per_minute is None:
             return
+        client = _network(client)
         now, interval = time.monotonic(), _SECONDS / self.per_minute
         free_at = max(self._free_at.get(client, now), now) + interval
+        if client in self._free_at:
+            self._free_at.move_to_end(client)
         if (seconds := free_at - now - _SECONDS) > 1e-6:
             text = f"A client may send {self.per_minute} requests per minute; wait {math.ceil(seconds)} s."
             raise ApiError(text, status=429, code="rate_limit_exceeded", retry_seconds=math.ceil(seconds))
-        if len(self._free_at) >= _MAX_CLIENTS:
-            self._free_at = {name: when for name, when in self._free_at.items() if when > now}
         self._free_at[client] = free_at
+        if len(self._free_at) > _MAX_CLIENTS:
+            self._free_at.popitem(last=False)
+
+
+def _network(client: str) -> str:
+    """The network of /64 of an IPv6 address; any other client as it is."""
+    with suppress(ValueError):
+        address = ipaddress.IPv6Address(client)
+        return str(address.ipv4_mapped or ipaddress.IPv6Address(int(address) >> 64 << 64))
+    return client

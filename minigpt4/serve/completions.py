@@ -15,7 +15,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from torch import Tensor
 
-from minigpt4.common.errors import UserError
+from minigpt4.common.errors import ContextTooLong, UserError
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.serve import api_requests, constrained
@@ -71,8 +71,6 @@ class Completions:
     metrics: Metrics
     defaults: GenerationOptions = field(default_factory=GenerationOptions)
     decoder: ImageDecoder = field(default_factory=ImageDecoder)
-    # An own processor may get images of 400 MB.
-    processing: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(2))
     _vocabulary: constrained.Vocabulary | None = None
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -111,7 +109,7 @@ class Completions:
             bias = constrained.add_bias(body.logit_bias, num_tokens)
             options = replace(options, logits_processors=[*options.logits_processors, bias])
         if body.logprobs or body.response_format.type != "text":
-            vocabulary = await self._read_vocabulary()
+            vocabulary = await self._read_vocabulary("logprobs" if body.logprobs else "response_format")
         grammar = None
         if body.response_format.type != "text":
             grammar = await asyncio.to_thread(constrained.compile_format, body.response_format, vocabulary)
@@ -133,11 +131,12 @@ class Completions:
             raise ApiError(**_QUEUE_FULL) from None
         return self._receive(requests, updates, checks)
 
-    async def _read_vocabulary(self) -> constrained.Vocabulary:
+    async def _read_vocabulary(self, param: str) -> constrained.Vocabulary:
+        """The vocabulary, which is read once; an error names the field ``param`` that needs it."""
         async with self._reading:
             if self._vocabulary is None:
                 chat = self.engine.chat
-                arguments = (chat.model.llama_tokenizer, chat.model.eos_ids, chat.template.stop_string)
+                arguments = (chat.model.llama_tokenizer, chat.model.eos_ids, chat.template.stop_string, param)
                 self._vocabulary = await asyncio.to_thread(constrained.read_vocabulary, *arguments)
         return self._vocabulary
 
@@ -169,9 +168,8 @@ class Completions:
             raise ApiError(**_QUEUE_FULL)
         size = getattr(self.engine.chat.vis_processor, "first_size", None)
         try:
-            image = await asyncio.wrap_future(self.decoder.submit(data, size=size, client=client))
-            async with self.processing:
-                return await asyncio.to_thread(self.engine.chat.preprocess_image, image)
+            process = self.engine.chat.preprocess_image
+            return await asyncio.wrap_future(self.decoder.submit(data, size=size, client=client, process=process))
         except UserError:
             raise
         except Exception as error:
@@ -193,17 +191,18 @@ class Completions:
                         raise TimeoutError
                     if update.finish_reason is not None:
                         num_running -= 1
-                        for check in checks:
-                            check()
+                        if checks:  # those of answers that go on are used by the engine's thread
+                            checks[index]()
                     yield index, update
         except TimeoutError as error:
             raise self._timeout() from error
         except UserError as error:
-            code = "context_length_exceeded" if "too long" in str(error) else "bad_request"
+            code = "context_length_exceeded" if isinstance(error, ContextTooLong) else "bad_request"
             raise ApiError(str(error), "messages", code=code) from error
         except ApiError:
             raise
         except Exception as error:
+            logging.exception("A request failed.")
             raise ApiError("The model failed; the server's log has the reason.", **_INTERNAL) from error
         finally:
             for request in requests:

@@ -59,10 +59,12 @@ class Vocabulary:
     completing: list[list[int]]
 
 
-def read_vocabulary(tokenizer: Any, eos_ids: Sequence[int], stop_string: str = "") -> Vocabulary:
+def read_vocabulary(
+    tokenizer: Any, eos_ids: Sequence[int], stop_string: str = "", param: str = "logprobs"
+) -> Vocabulary:
     """Reads the bytes of all tokens, which takes about a second; ``stop_string`` is the one of the chat template.
 
-    ApiError 400 for a tokenizer that llguidance cannot read.
+    ApiError 400, which names the field ``param``, for a tokenizer that llguidance cannot read.
     """
     try:
         if hasattr(tokenizer, "sp_model"):
@@ -71,7 +73,7 @@ def read_vocabulary(tokenizer: Any, eos_ids: Sequence[int], stop_string: str = "
             tokens = from_tokenizer(tokenizer, eos_token=list(eos_ids))
     except ValueError as error:
         text = f"logprobs and JSON are not supported with the tokenizer of this model ({error})."
-        raise ApiError(text, code="unsupported_parameter") from error
+        raise ApiError(text, param, code="unsupported_parameter") from error
     texts = {i: tokens.decode_bytes([i]) for i in range(tokens.vocab_size) if not tokens.is_special_token(i)}
     stop, completing = stop_string.encode(), []
     for k in range(len(stop)):

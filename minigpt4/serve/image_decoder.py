@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -31,7 +32,8 @@ class _Job:
     name: str
     size: tuple[int, int] | int | None
     client: str
-    image: Future[Image.Image] = field(default_factory=Future)
+    process: Callable[[Image.Image], Any] | None = None
+    image: Future[Any] = field(default_factory=Future)
 
 
 class ImageDecoder:
@@ -67,10 +69,18 @@ class ImageDecoder:
         return self.submit(data, name, size, client).result()
 
     def submit(
-        self, data: bytes, name: str = "the image", size: tuple[int, int] | int | None = None, client: str = ""
-    ) -> Future[Image.Image]:
-        """``decode`` without waiting; cancelling the future ends the work."""
-        job = _Job(data, name, size, client)
+        self,
+        data: bytes,
+        name: str = "the image",
+        size: tuple[int, int] | int | None = None,
+        client: str = "",
+        process: Callable[[Image.Image], Any] | None = None,
+    ) -> Future[Any]:
+        """``decode`` without waiting; cancelling the future ends the work.
+
+        ``process`` maps the image to the future's result before the next one is decoded: images may have 400 MB.
+        """
+        job = _Job(data, name, size, client, process)
         self._quick.put(job)
         return job.image
 
@@ -175,6 +185,10 @@ class _Lane:
         if is_late.is_set():
             self.give_up(job)
             return False
+        try:
+            outcome = job.process(outcome) if job.process and isinstance(outcome, Image.Image) else outcome
+        except Exception as error:
+            outcome = error
         return _finish(job, outcome) and is_alive
 
 
@@ -192,8 +206,8 @@ def _ask(process: subprocess.Popen, job: _Job, seconds: float) -> Image.Image:
     return Image.frombytes("RGB", (width, height), process.stdout.read(3 * width * height))
 
 
-def _finish(job: _Job, outcome: Image.Image | Exception) -> bool:
-    """Hands over an image or an error; False if the job is cancelled, as when its process is killed for that."""
+def _finish(job: _Job, outcome: Any) -> bool:
+    """Hands over a result or an error; False if the job is cancelled, as when its process is killed for that."""
     if not job.image.set_running_or_notify_cancel():
         return False
     if isinstance(outcome, Exception):

@@ -12,18 +12,26 @@ from minigpt4.common.errors import UserError
 from minigpt4.serve.api_requests import PORTS, Limits
 
 MAX_DOWNLOAD_SECONDS = 60  # for one image, however slowly it arrives
-_URL_SAFE = str.maketrans("-_", "+/")
+_MAX_URL = 8192  # characters, except of data URLs: urllib keeps the last 128 URLs in memory
+_URL_SAFE, _BLANKS = bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v"
+# The percent signs of a data URL that encoders write. To decode any others would take seconds.
+_ESCAPES = {"%2b": "+", "%2f": "/", "%3d": "=", "%0a": "", "%0d": "", "%20": ""}
+_ESCAPES |= {code.upper(): character for code, character in _ESCAPES.items()}
 
 
 async def load_image(url: str, limits: Limits) -> bytes:
     """The bytes of an image from a data URL, an allowed host or the allowed folder; UserError for any other text."""
+    if url[:100].lstrip()[:5].lower() == "data:":
+        return await asyncio.to_thread(_decode, url)
+    if len(url) > _MAX_URL:
+        raise UserError(
+            f"A URL of {len(url)} characters is not accepted, as it has more than {_MAX_URL}; send a data URL."
+        )
     try:
         parts = urlsplit(url)
         _ = parts.port  # validated on access
     except ValueError as error:
         raise UserError(f"'{url[:80]}' is no URL ({error}); send a data URL.") from error
-    if parts.scheme == "data":
-        return _decode(url)
     if parts.scheme in ("http", "https"):
         return await _download(_parse_address(url, limits.allowed_hosts), limits.max_body_bytes)
     if parts.scheme == "file" and limits.allowed_folder is not None:
@@ -36,9 +44,11 @@ def _decode(url: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma or not head.rstrip().lower().endswith(";base64"):
         raise UserError("A data URL looks like data:image/jpeg;base64,DATA; this one does not.")
-    data = "".join(unquote(data).split()).rstrip("=").translate(_URL_SAFE)
+    for code, character in _ESCAPES.items() if "%" in data else ():
+        data = data.replace(code, character)
     try:
-        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+        content = data.encode("ascii").translate(_URL_SAFE, _BLANKS).rstrip(b"=")
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
     except ValueError as error:
         raise UserError(f"The data URL is not base64 ({error}).") from error
 

@@ -90,20 +90,23 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begin, status, state = time.monotonic(), 499, scope.setdefault("state", {})  # 499: the client left first
+        # 499: the client left first
+        begin, status, is_whole, state = time.monotonic(), 499, False, scope.setdefault("state", {})
         state["client"] = (scope.get("client") or ("",))[0]
 
         async def record(message: Message) -> None:
-            nonlocal status
+            nonlocal status, is_whole
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             is_head = scope["method"] == "HEAD"
             await self.app(scope | {"method": "GET"} if is_head else scope, receive, record)
         finally:
-            seconds, num_tokens, reason = time.monotonic() - begin, state.get("num_tokens", 0), state.get("reason")
+            seconds, num_tokens = time.monotonic() - begin, state.get("num_tokens", 0)
+            reason = state.get("reason") or (None if is_whole else "disconnected")
             self.metrics.requests.labels(status).inc()
             if reason:
                 self.metrics.rejections.labels(reason).inc()

@@ -56,7 +56,7 @@ class ResponseWriter:
                 if len(finals) == self.body.n:
                     break
                 i, answer = await anext(updates)
-            if self.body.stream_options.get("include_usage"):
+            if self.body.stream_options.include_usage:
                 yield self._data({"choices": [], "usage": _usage([finals[i] for i in range(self.body.n)])})
             yield "data: [DONE]\n\n"
         except ApiError as error:
@@ -75,7 +75,7 @@ class ResponseWriter:
         finish_reason: str | None = None,
     ) -> str:
         choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": logprobs}
-        usage = {"usage": None} if self.body.stream_options.get("include_usage") else {}
+        usage = {"usage": None} if self.body.stream_options.include_usage else {}
         return self._data({"choices": [choice]} | usage)
 
     def _data(self, fields: dict[str, Any]) -> str:

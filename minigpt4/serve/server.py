@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minigpt4.common.errors import UserError
 from minigpt4.serve.api_requests import ApiError
+from minigpt4.serve.metrics import AccessLog
 
 MAX_CONNECTIONS = 128  # each may hold a request's whole body in memory
 UNREAD_SECONDS = 60  # then a client that does not read what is sent loses its connection
@@ -68,9 +69,9 @@ class _Server(uvicorn.Server):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application, or answers that the server cannot."""
         if scope["type"] == "http" and self.end < math.inf:
-            await _refuse("The server is ending.", scope, receive, send)
+            await self._refuse("The server is ending.", scope, receive, send)
         elif scope["type"] == "http" and len(self.server_state.connections) > self.max_connections:
-            await _refuse("The server has too many connections; try again later.", scope, receive, send)
+            await self._refuse("The server has too many connections; try again later.", scope, receive, send)
         else:
             self.num_running += scope["type"] == "http"
             try:
@@ -79,12 +80,17 @@ class _Server(uvicorn.Server):
             finally:
                 self.num_running -= scope["type"] == "http"
 
-
-async def _refuse(message: str, scope: Scope, receive: Receive, send: Send) -> None:
-    error, path = ApiError(message, status=503, code="unavailable"), str(UserError(scope["path"][:200]))
-    logging.info("%s %s %s: 503 %s", (scope.get("client") or "-")[0], scope["method"], path, error)
-    response = JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})
-    await response(scope, receive, send)
+    async def _refuse(self, message: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers with status 503, which the application's access log and metrics have, if it has them."""
+        error = ApiError(message, status=503, code="unavailable")
+        response = JSONResponse(error.body, error.status, error.headers | {"Connection": "close"})
+        scope.setdefault("state", {})["reason"] = error.code
+        if isinstance(self.app, AccessLog):
+            await AccessLog(response, self.app.metrics)(scope, receive, send)
+        else:
+            path = str(UserError(scope["path"][:200]))
+            logging.info("%s %s %s: 503 %s", (scope.get("client") or "-")[0], scope["method"], path, error)
+            await response(scope, receive, send)
 
 
 def serve(
