@@ -99,7 +99,7 @@ def test_the_log_has_a_line_for_each_request(engine, tmp_path, caplog):
 
 def test_defaults_of_requests(engine, monkeypatch):
     seen, submit = [], engine.submit
-    monkeypatch.setattr(engine, "submit", lambda request: (seen.append(request.options), submit(request)))
+    monkeypatch.setattr(engine, "submit", lambda *own: (seen.extend(request.options for request in own), submit(*own)))
     defaults = GenerationOptions(do_sample=False, temperature=0.5, top_p=0.4, seed=7, max_new_tokens=3)
     with client(engine, defaults=defaults) as server:
         ask(server, temperature=None, max_tokens=None)
