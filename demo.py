@@ -221,9 +221,9 @@ def run_batch(args: argparse.Namespace) -> None:
     settings = describe_settings(Config(args).check().to_dict()["model"], flags)
     # An error of the output is reported before the model is loaded.
     with closing(BatchOutput(Path(args.out), [question.row for question in questions], settings)) as output:
-        num_errors = answer_questions(
-            build_chat(args), questions, output, generation_options(args), args.batch_size or 16
-        )
+        if len(output) < len(questions):
+            answer_questions(build_chat(args), questions, output, generation_options(args), args.batch_size or 16)
+        num_errors = output.num_errors
     print(f"{len(questions)} rows in {args.out}, {num_errors} of them with an error.")
     if num_errors == len(questions) > 0:
         sys.exit(1)

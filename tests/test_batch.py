@@ -76,7 +76,8 @@ def test_resume_after_odd_line_ends_and_a_bad_target(chat, scene_folder, tmp_pat
         assert answer(chat, find_questions(str(rows), "What?"), out) == 0
         assert out.read_text(encoding="utf-8").count("\n") == 1
     with pytest.raises(UserError, match=r"--out.*cannot be written"):
-        answer(chat, find_questions(str(rows), "What?"), tmp_path)
+        (tmp_path / "folder.jsonl").mkdir()
+        answer(chat, find_questions(str(rows), "What?"), tmp_path / "folder.jsonl")
 
 
 @pytest.fixture
@@ -147,12 +148,24 @@ def test_a_full_disk_keeps_the_finished_rows(chat, questions, tmp_path):
     assert answer(chat, questions, out, batch_size=2) == 0 and len(rows_of(out)) == 5
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "pipe", "device", "file/rows.jsonl"])
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "a\0b.jsonl", "pipe.jsonl", "device.jsonl", "file/rows.jsonl"])
 def test_a_target_that_cannot_be_written_is_reported_at_once(tmp_path, name):
-    os.mkfifo(tmp_path / "pipe")
-    os.symlink("/dev/full", tmp_path / "device")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.symlink("/dev/full", tmp_path / "device.jsonl")
     (tmp_path / "file").write_text("")
     told(lambda: BatchOutput(tmp_path / name, [], {}), "--out", "cannot be written", "give another file")
+
+
+@pytest.mark.parametrize("name", ["rows.tsv", "rows.json", "rows"])
+def test_a_target_with_another_extension_is_refused(tmp_path, name):
+    told(lambda: BatchOutput(tmp_path / name, [], {}), "--out", name, "neither .jsonl nor .csv nor .parquet")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "text"), [("rows.jsonl", ""), ("rows.jsonl", "\n"), ("rows.csv", "image\n")])
+def test_a_source_without_rows_is_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    told(lambda: find_questions(str(tmp_path / name), "Why?"), "--batch", name, "has no rows")
 
 
 def test_sources(scene_folder, tmp_path):

@@ -280,8 +280,8 @@ def test_the_exit_status_is_1_if_all_rows_have_an_error(chat, folder, monkeypatc
     options = ["--greedy", "--max-new-tokens", "2", "--options", "model.ckpt=null"]
     command = ["demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", *out, *options]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(demo, "build_chat", lambda args: chat)
-    for _ in range(2):
+    for build_chat in (lambda args: chat, None):  # where nothing is left to answer, no model is loaded
+        monkeypatch.setattr(demo, "build_chat", build_chat)
         try:
             demo.main()
             ended = 0
@@ -289,6 +289,5 @@ def test_the_exit_status_is_1_if_all_rows_have_an_error(chat, folder, monkeypatc
             ended = error.code
         assert ended == status and f"{count} rows in {folder}/out.jsonl, 1 of them with" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*command, "--seed", "7"])
-    monkeypatch.setattr(demo, "build_chat", None)  # refused before the model is loaded
     with pytest.raises(SystemExit, match="--seed was 42 and is 7"):
         demo.main()

@@ -67,11 +67,11 @@ def test_what_the_model_cannot_answer_can_be_asked_again(connect, picture, folde
     client, before = connect(), set(stored(folder))
     monkeypatch.setattr(chat, "encode_img", lambda *_: 1 / 0)
     _, messages, status = ask(client, picture)
-    assert "The model failed" in status and messages[-1]["content"][0]["text"] == "–"
+    assert "The model failed" in status and messages[-1]["content"][0]["text"] == "(no answer)"
     assert len(set(stored(folder)) - before) == 1
     monkeypatch.undo()
     _, messages, status = answered(client, client.predict(*SETTINGS, api_name="/regenerate"))
-    assert "tokens/s" in status and messages[-1]["content"][0]["text"] != "–" and len(messages) == 3
+    assert "tokens/s" in status and messages[-1]["content"][0]["text"] != "(no answer)" and len(messages) == 3
 
 
 def test_images_are_deleted_when_their_session_ends(connect, picture, folder, monkeypatch):
@@ -253,9 +253,35 @@ def test_kept_chats_are_restored_in_any_session_and_checked(connect, picture, fo
         | {"turns": [question | {"images": question["images"] * 10}, question | {"images": question["images"] * 10}]},
     ):
         status = str(connect().predict(wrong, api_name="/restore"))
-        assert "This file is no saved chat" in status or "Only uploaded files" in status, wrong
-    broken = kept | {"turns": [question | {"images": [question["images"][0][:63]]}]}
-    assert "cannot be read as an image" in re.sub(r"\\(.)", r"\1", connect().predict(broken, api_name="/restore")[2])
+        assert re.search("is not a saved chat|has 20 images|Image 1 of the file|Only uploaded files", status), wrong
+    images = [question["images"][0], question["images"][0][:63]]
+    for wrong, text in ((kept | {"turns": [question | {"images": images}]}, "无法读取文件中的第 2 张图片。"), (
+        kept | {"turns": [question | {"question": "<ImageHere>"}]}, "问题中不能包含 <ImageHere>：请直接添加图片。"
+    ), ({}, "")):  # fmt: skip
+        status = connect("zh").predict(wrong, api_name="/restore")[2]
+        assert text in re.sub(r"\\(.)", r"\1", status) and bool(text) == ("⚠" in status)
+
+
+def test_a_chat_that_no_browser_could_store_is_missed(connect, monkeypatch):
+    monkeypatch.setattr(page_answers, "MAX_KEPT_BYTES", 50)
+    client = connect()
+    client.predict({"text": "Why?"}, {}, *SETTINGS, api_name="/submit")
+    _, _, status, kept, *_ = client.predict(api_name="/answer")
+    assert kept == {"too_large": True} and status.count("too large") == 1
+    restarted = connect()
+    assert "no longer has the earlier messages" in restarted.predict(kept, api_name="/restore")[2]
+    box, messages, status, *_ = restarted.predict({"text": "And?"}, kept, *SETTINGS, api_name="/submit")
+    assert "no longer has the earlier messages" in status and not messages and "value" not in box
+    box, _, _, kept, *_ = restarted.predict(api_name="/clear")
+    assert kept == {} and "value" not in box  # the question is still there
+    assert "⚠" not in restarted.predict({"text": "And?"}, kept, *SETTINGS, api_name="/submit")[2]
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, 2**32])
+def test_seeds_are_whole_numbers(connect, seed):
+    settings = [seed if number == 3 else value for number, value in enumerate(SETTINGS)]
+    outputs = connect().predict({"text": "Why?"}, {}, *settings, api_name="/submit")
+    assert "has to be a whole number from 0 to 4294967295" in readable(outputs)[2]
 
 
 def test_a_file_of_ratings_that_cannot_be_written_is_refused_at_the_start(tmp_path):

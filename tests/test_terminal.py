@@ -26,19 +26,22 @@ def talk(chat, capsys, *lines):
 
 def test_commands_and_answers(chat, capsys, scene_folder):
     shown = talk(chat, capsys, "/help", f"/image {scene_folder}/0.png", "What is at the top?", "/reset", "Yes?")
-    assert "/reset" in shown.out and "Received." in shown.out and len(shown.out.splitlines()) == 5 and not shown.err
+    assert "/reset" in shown.out and "Received." in shown.out and len(shown.out.splitlines()) == 6 and not shown.err
+    assert "New chat." in shown.out
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("/image {}/2a.jpg", "2a.jpg' cannot be read as an image"),
-        ("/image {}/absent.jpg", "absent.jpg"),
+        ("/image {}/absent.jpg", "absent.jpg' cannot be read as an image (there is no such file)."),
         ("x" * 100_000, "too long"),
         ("<ImageHere>", "cannot contain"),
         ("/imge {}/0.png", "There is no command /imge. Did you mean '/image'?"),
         ("/what?", "There is no command /what?. To ask a question with this beginning, write //what?"),
         ("{}/0.png", "To add this file, write /image /"),
+        ("/reset now", "write /reset without 'now'"),
+        ("/quit it", "write /quit without 'it'"),
         ("/image", "/image needs a file"),
         ("/image  ", "/image needs a file"),
     ],
@@ -113,7 +116,7 @@ def test_an_interrupted_answer_ends_and_the_chat_continues(chat, capsys, scene_f
     plain = talk(chat, capsys, image, QUESTION).out.splitlines()
     interrupting(chat, monkeypatch, after)
     shown = talk(chat, capsys, image, QUESTION, "/reset", image, QUESTION).out.splitlines()
-    assert shown[0] == shown[2] == "Received." and shown[3] == plain[1] and plain[1].startswith(shown[1])
+    assert shown[0] == shown[3] == "Received." and shown[4] == plain[1] and plain[1].startswith(shown[1])
 
 
 def test_images_of_every_kind(chat, capsys, image_kinds):

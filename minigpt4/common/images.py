@@ -28,7 +28,7 @@ class ImageTooLarge(UserError):
 def read_plain_file(path: Path) -> bytes:
     """Returns the bytes of an image file; an OSError for pipes and devices, which may have no end, and large files."""
     if not os.path.isfile(path):  # False, too, for names that no file can have
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError("there is no such file")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise OSError(f"it has {size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
     return path.read_bytes()

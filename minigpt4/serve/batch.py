@@ -44,7 +44,10 @@ def find_questions(source: str, question: str) -> list[Question]:
     """
     path = Path(source)
     if path.suffix.lower() in (".jsonl", *TABLES) and path.is_file():
-        return [_read_question(where, row, path.parent, question) for where, row in read_rows(path, "--batch")]
+        rows = read_rows(path, "--batch")
+        if not (questions := [_read_question(where, row, path.parent, question) for where, row in rows]):
+            raise UserError(f"--batch: '{source}' has no rows; give a file with at least one.")
+        return questions
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
     else:

@@ -24,19 +24,21 @@ class BatchOutput:
     process was killed, is truncated.
 
     Args:
-        out: a table, ``.csv`` or ``.parquet``; JSONL with any other extension.
+        out: a ``.jsonl``, ``.csv`` or ``.parquet`` file.
         questions: the rows without their results.
         settings: what answers depend on. In a value that is a dict, ``file`` is only a name and not compared.
 
     Raises:
-        UserError: ``out`` has rows of other questions or settings, is being written by another process, or cannot be
-            written; or a package is missing.
+        UserError: ``out`` has another extension, or rows of other questions or settings, is being written by another
+            process, or cannot be written; or a package is missing.
     """
 
     def __init__(self, out: Path, questions: Sequence[Row], settings: dict[str, Any]) -> None:
         self._out, self._questions, self._settings = out, questions, settings
         self._lines: list[bytes] = []
         self._is_table = out.suffix.lower() in TABLES
+        if not self._is_table and out.suffix.lower() != ".jsonl":
+            raise UserError(f"--out: '{out}' is neither .jsonl nor .csv nor .parquet; give a file with such a name.")
         self._file = out.with_name(f"{out.name}.rows.jsonl") if self._is_table else out
         self._meta = out.with_name(f"{out.name}.meta.json")
         if self._is_table:

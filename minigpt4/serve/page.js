@@ -20,10 +20,36 @@
     "Exit fullscreen mode": ["Leave the full size", "退出全屏"],
     "Reset to default value": ["Reset to the default", "恢复默认值"],
     "Close": ["Close", "关闭"],
+    "Copy message": ["Copy", "复制"],
+    "Copied message": ["Copied", "已复制"],
     "Liked": ["Liked", "已赞"],
     "Disliked": ["Disliked", "已踩"],
     "chatbot conversation": ["Chat", "对话"],
   };
+
+  const TOASTS = {
+    "Error": "出错了",
+    "Warning": "请注意",
+    "Connection to the server was lost. Attempting reconnection...": "与服务器的连接已断开，正在重新连接……",
+  };
+
+  let isTypedRestored = false;
+  function keepTyped(textarea) {  // a reload of the page, which a restart of the server causes, empties the box
+    const kept = sessionStorage.getItem("minigpt4-box");
+    if (!isTypedRestored && kept && !textarea.value) {
+      textarea.value = kept;
+      textarea.dispatchEvent(new Event("input", { bubbles: true }));
+    }
+    isTypedRestored = true;
+    if (textarea.value !== kept) sessionStorage.setItem("minigpt4-box", textarea.value);
+  }
+
+  function note(text) {
+    const part = Object.assign(document.createElement("div"), { id: "note", role: "alert", textContent: text });
+    $("#note")?.remove();
+    document.body.append(part);
+    setTimeout(() => part.remove(), 6000);
+  }
 
   function improve() {
     for (const part of document.querySelectorAll("[aria-label]")) {
@@ -45,9 +71,11 @@
       if (matchMedia("(pointer: fine)").matches) textarea.focus();
     }
     if (input) input.accept = "image/*";
-    document.querySelectorAll(".toast-title").forEach(({ firstChild }) => {
-      if (firstChild?.data?.trim() === "Warning") firstChild.data = say("Please note ", "请注意 ");
-    });
+    if (textarea) keepTyped(textarea);
+    for (const toasts of zh ? document.querySelectorAll(".toast-wrap") : []) {
+      const texts = document.createTreeWalker(toasts, NodeFilter.SHOW_TEXT);
+      while (texts.nextNode()) texts.currentNode.data = TOASTS[texts.currentNode.data.trim()] ?? texts.currentNode.data;
+    }
     if (focused && !focused.checkVisibility() && document.activeElement === document.body) textarea?.focus();
     const link = $("#export a");
     if (link && !link.download) {  // the file of a chat is ready
@@ -58,15 +86,19 @@
 
   let focused = null, isDue = false;
   document.addEventListener("focusin", (event) => { focused = event.target; });
+  document.addEventListener("input", (event) => { if (event.target.matches("#box textarea")) keepTyped(event.target); });
   new MutationObserver(() => {
     if (isDue) return;
     isDue = true;
     requestAnimationFrame(() => { isDue = false; improve(); });
   }).observe(document, { childList: true, subtree: true });
 
+  const isImage = (file) => !file.type || file.type.startsWith("image/");  // some browsers do not know HEIC
   function addFiles(files) {
     const input = $("#box input[type=file]"), data = new DataTransfer();
-    [...files].forEach((file) => data.items.add(file));
+    [...files].filter(isImage).forEach((file) => data.items.add(file));
+    const other = [...files].find((file) => !isImage(file));
+    if (other) note(say(`${other.name} is not an image.`, `${other.name} 不是图片。`));
     if (!input || !data.files.length) return;
     input.files = data.files;
     input.dispatchEvent(new Event("change", { bubbles: true }));
@@ -79,10 +111,12 @@
   document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) mark(false); });
   document.addEventListener("drop", (event) => {
     mark(false);
-    if (!hasFiles(event) || event.target.closest("#box, #open")) return;
+    if (!hasFiles(event) || event.target.closest("#open")) return;
+    if (event.target.closest("#box") && [...event.dataTransfer.files].every(isImage)) return;
     event.preventDefault();
+    event.stopPropagation();
     addFiles(event.dataTransfer.files);
-  });
+  }, true);
   document.addEventListener("paste", (event) => {
     if (event.target.closest("#box textarea")) return;
     addFiles(event.clipboardData.files);

@@ -1,11 +1,11 @@
 """How the web page answers: images are read, questions go to the engines, and the growing answers to the page."""
 
 import asyncio
-import html
 import json
 import logging
 import queue
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -34,6 +34,7 @@ POSITION_SECONDS = 0.5
 TIMEOUT_SECONDS = 300.0
 MAX_KEPT_BYTES = MAX_BODY_BYTES - 200_000  # it is sent together with a question
 MAX_READERS = 16  # images that are read at the same time
+MAX_SEED = 2**32 - 1
 Changes = dict[Any, Any]  # new values by component
 
 
@@ -100,25 +101,23 @@ class Answers:
 
     def say(self, *notes: str) -> Changes:
         """The status line, which shows names and messages as they are."""
-        return {self.status: re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(notes))}
+        return {self.status: escape(" ".join(notes))}
 
     def nothing(self) -> Changes:
         """No change; gradio takes an empty one for an error."""
         return {self.status: gr.skip()}
 
     def warn(self, error: Exception, request: gr.Request) -> Changes:
-        """Shows what is wrong, and returns the status line that says so."""
+        """The status line, which says what is wrong."""
         if not isinstance(error, UserError | Refusal):
             logging.error("A request of the page failed.", exc_info=error)
-        text = describe_error(request, error)
-        gr.Warning(html.escape(text))
-        return self.say(f"⚠ {text}")
+        return {self.status: f"**{escape(f'⚠ {describe_error(request, error)}')}**"}
 
-    def show(self, turns: Sequence[Turn]) -> Changes:
+    def show(self, turns: Sequence[Turn], request: gr.Request) -> Changes:
         """All chats."""
-        changes = {}
+        changes, empty = {}, localized(request, "no_answer")
         for i, chatbot in enumerate(self.chatbots):
-            value = page_chat.shown_messages(turns, i)
+            value = page_chat.shown_messages(turns, i, empty)
             marks = [{True: "Like", False: "Dislike"}.get(turn.ratings.get(i)) for turn in turns if turn.answers]
             changes[chatbot] = gr.Chatbot(value=value, feedback_value=marks) if self.feedback else value
         return changes
@@ -132,7 +131,7 @@ class Answers:
         """What the browser stores, and a note if that is too much."""
         kept = await asyncio.to_thread(page_chat.to_json, session.turns, self.names, True)
         if len(json.dumps(kept)) > MAX_KEPT_BYTES:
-            return {self.kept: {}}, [localized(request, "not_kept")]
+            return {self.kept: {"too_large": True}}, [localized(request, "not_kept")]
         return {self.kept: kept}, []
 
     def begin(self, session: Session, message: dict[str, Any], request: gr.Request) -> Changes:
@@ -164,14 +163,14 @@ class Answers:
                 raise Refusal("stopped")
         except Exception as error:
             if session.job is not job:  # cleared
-                return self.show(session.turns)
+                return self.show(session.turns, request)
             session.job = None
-            return self.show(session.turns) | self.buttons(False, refused) | self.warn(error, request)
+            return self.show(session.turns, request) | self.buttons(False, refused) | self.warn(error, request)
         session.turns = turns
         session.delete_files()  # of refused messages
         kept, job.notes = await self.keep(session, request)
-        shown = self.show(self.with_answers(turns, job, request)) | self.say()
-        return {self.session: session} | shown | self.buttons(True, accepted) | kept
+        shown = self.show(self.with_answers(turns, job, request), request) | self.say()
+        return {self.session: session, self.export: ""} | shown | self.buttons(True, accepted) | kept
 
     async def answer(self, session: Session, request: gr.Request) -> AsyncIterator[Changes]:
         """Shows the answers to an accepted question while they grow; at their end the session has them."""
@@ -190,6 +189,10 @@ class Answers:
 
     async def start(self, job: Job, turns: list[Turn], values: dict[str, Any], request: gr.Request) -> None:
         """Checks a question and hands it to the engines; raises what the page says about it."""
+        if (seed := values["seed"]) is not None:
+            if not 0 <= seed <= MAX_SEED or seed % 1:
+                raise Refusal("bad_seed", limit=MAX_SEED)
+            values["seed"] = int(seed)
         options, loop = GenerationOptions(**values), asyncio.get_running_loop()
         for i, model in enumerate(self.models):
             await asyncio.to_thread(_check_length, model.engine, turns)
@@ -217,18 +220,19 @@ class Answers:
             job.changed.clear()
             if not job.is_stopped and any(engine_request.is_over for engine_request in job.requests):
                 job.latest = [update or Refusal("timeout", seconds=TIMEOUT_SECONDS) for update in job.latest]
-            yield self.show(self.with_answers(session.turns, job, request)) | self.say(
+            yield self.show(self.with_answers(session.turns, job, request), request) | self.say(
                 *self.progress(job, request), *notes
             )
             await asyncio.sleep(UPDATE_SECONDS)
         if session.job is not job:  # cleared; what was shown last may have arrived later than that
-            yield self.show(session.turns)
+            yield self.show(session.turns, request)
             return
         session.turns = self.with_answers(session.turns, job, request, is_final=True)
         kept, more = await self.keep(session, request)
         failures = [update for update in job.latest if isinstance(update, Exception)]
-        status = self.warn(failures[0], request) if failures else self.say(*self.summary(job, request), *more, *notes)
-        yield self.show(session.turns) | self.buttons(False) | kept | status
+        notes = dict.fromkeys([*more, *notes])  # without repetitions
+        status = self.warn(failures[0], request) if failures else self.say(*self.summary(job, request), *notes)
+        yield self.show(session.turns, request) | self.buttons(False) | kept | status
 
     def with_answers(self, turns: Sequence[Turn], job: Job, request: gr.Request, is_final: bool = False) -> list[Turn]:
         """The turns, the last one with the answers so far; empty where nothing was generated."""
@@ -244,10 +248,16 @@ class Answers:
         return [*turns[:-1], replace(turns[-1], answers=texts)]
 
     def progress(self, job: Job, request: gr.Request) -> list[str]:
-        """How many questions are before one that waits."""
-        waiting = [i for i, update in enumerate(job.latest) if update is None]
-        count = max((self.models[i].engine.position(job.requests[i]) for i in waiting), default=0)
-        return [describe_position(request, count)] if count else []
+        """How many questions are ahead of one that waits."""
+        latest = zip(self.models, job.requests, job.latest, strict=True)
+        waiting = [(model.engine, engine_request) for model, engine_request, update in latest if update is None]
+        if count := max((engine.position(engine_request) for engine, engine_request in waiting), default=0):
+            return [describe_position(request, count)]
+        for engine, engine_request in waiting:
+            stats, seconds = engine.stats, time.monotonic() - engine_request.arrival
+            if stats.num_waiting and stats.num_running and seconds >= POSITION_SECONDS:
+                return [localized(request, "next")]
+        return []
 
     def summary(self, job: Job, request: gr.Request) -> list[str]:
         """Length and speed of the answers, and whether they or the chat are incomplete."""
@@ -290,6 +300,11 @@ class Answers:
             shown = await asyncio.wrap_future(self.decoder.submit(data, name, page_chat.MAX_SHOWN_SIDE, client))
             path = await asyncio.to_thread(page_chat.save_shown, shown, session.new_file(self.folder))
         return Picture(path, pixels)
+
+
+def escape(text: str) -> str:
+    """Markdown that shows a text as it is."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
 def _check_length(engine: Engine, turns: Sequence[Turn]) -> None:

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import logging
 import secrets
 import shutil
 import tempfile
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from minigpt4.common.errors import UserError
+from minigpt4.serve.page_texts import Refusal
 
 MAX_IMAGES = 16  # of a chat
 MAX_SHOWN_SIDE = 1024
@@ -60,18 +62,20 @@ class Session:
     job: Any = None  # replaced or removed when the chat changes
     folder: Path | None = None
 
-    def new_file(self, parent: Path, prefix: str = "", suffix: str = ".webp") -> Path:
+    def new_file(self, parent: Path, suffix: str = ".webp") -> Path:
         """The path of a file for the page; the folder is deleted with the session."""
         if self.folder is None:
             self.folder = Path(tempfile.mkdtemp(prefix="kept-", dir=parent))
             weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-        return self.folder / f"{prefix}{secrets.token_hex(16)}{suffix}"
+        return self.folder / f"{secrets.token_hex(16)}{suffix}"
 
     def delete_files(self) -> None:
-        """Deletes the images that the page no longer shows."""
+        """Deletes saved chats, and the images that the page no longer shows."""
         shown = {picture.path for turn in self.turns for picture in turn.pictures}
         for file in self.folder.iterdir() if self.folder else ():
-            if str(file) not in shown:
+            if file.is_dir():  # a saved chat
+                shutil.rmtree(file, ignore_errors=True)
+            elif str(file) not in shown:
                 file.unlink(missing_ok=True)
 
 
@@ -88,14 +92,17 @@ def literal(text: str) -> dict[str, str]:
     return {"type": "text", "text": html.escape(text, quote=False) if is_html else text}
 
 
-def shown_messages(turns: Sequence[Turn], model: int) -> list[dict[str, Any]]:
-    """The messages of one model's chat as the page shows them; ``turn_of`` maps them back."""
+def shown_messages(turns: Sequence[Turn], model: int, empty: str) -> list[dict[str, Any]]:
+    """The messages of one model's chat as the page shows them; ``turn_of`` maps them back.
+
+    ``empty`` stands for an answer without a text: it was stopped or failed before its first token.
+    """
     messages = []
     for turn in turns:
         messages += [{"role": "user", "content": {"path": picture.path}} for picture in turn.pictures]
         messages.append({"role": "user", "content": literal(turn.question)})
         answers = turn.answers[model : model + 1]
-        messages += [{"role": "assistant", "content": literal(answer or "–")} for answer in answers]
+        messages += [{"role": "assistant", "content": literal(answer or empty)} for answer in answers]
     return messages
 
 
@@ -122,7 +129,7 @@ class KeptTurn(BaseModel):
     """A turn of a kept chat; images are data URLs."""
 
     question: _Text
-    images: list[str] = Field([], max_length=MAX_IMAGES)
+    images: list[str] = []
     answers: list[_Text] = Field([], max_length=16)
 
 
@@ -148,11 +155,14 @@ def to_json(turns: Sequence[Turn], models: Sequence[str], is_small: bool = False
 
 
 def parse_kept(data: bytes | dict[str, Any]) -> KeptChat:
-    """Validates a kept chat; a ValueError says in one line what is wrong."""
-    chat = KeptChat.model_validate_json(data) if isinstance(data, bytes) else KeptChat.model_validate(data)
-    num_images = sum(len(turn.images) for turn in chat.turns)
-    if num_images > MAX_IMAGES:
-        raise ValueError(f"it has {num_images} images, at most {MAX_IMAGES} are shown")
+    """Validates a kept chat; raises Refusal."""
+    try:
+        chat = KeptChat.model_validate_json(data) if isinstance(data, bytes) else KeptChat.model_validate(data)
+    except ValidationError as error:
+        logging.info("A saved chat was refused: %s", error.errors()[0]["msg"])
+        raise Refusal("bad_chat") from error
+    if (count := sum(len(turn.images) for turn in chat.turns)) > MAX_IMAGES:
+        raise Refusal("chat_images", count=count, limit=MAX_IMAGES)
     return chat
 
 

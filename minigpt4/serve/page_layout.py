@@ -50,7 +50,7 @@ def build_page(page: PageHandlers, options: GenerationOptions, examples: Sequenc
 
 
 def _outputs(page: PageHandlers) -> list[Any]:
-    return [page.box, *page.chatbots, page.status, page.kept, page.settings["seed"], page.session]
+    return [page.box, *page.chatbots, page.status, page.kept, page.settings["seed"], page.session, page.export]
 
 
 def _answer(page: PageHandlers, accepted: Any) -> None:
@@ -102,7 +102,7 @@ def _build_settings(text: gr.I18n, options: GenerationOptions) -> dict[str, Any]
         "do_sample": gr.Checkbox(options.do_sample, label=text("sample")),
         "temperature": gr.Slider(0, 2, options.temperature, step=0.01, label=text("temperature")),
         "top_p": gr.Slider(0.01, 1, options.top_p, step=0.01, label="Top-p"),
-        "seed": gr.Number(options.seed, label=text("seed"), precision=0),
+        "seed": gr.Number(options.seed, label=text("seed")),
         "num_beams": gr.Slider(1, max(8, options.num_beams), options.num_beams, label=text("beams"), **sizes),
         "max_new_tokens": gr.Slider(1, largest, options.max_new_tokens, label=text("max_new_tokens"), **sizes),
     }
@@ -112,7 +112,7 @@ def _build_files(page: PageHandlers, text: gr.I18n) -> tuple[gr.Button, gr.Uploa
     gr.Markdown(text("chat"))
     save = gr.Button(text("save"), size="sm", elem_id="save")
     opened = gr.UploadButton(text("open"), file_types=[".json"], type="binary", size="sm", elem_id="open")
-    page.export = gr.Markdown(elem_id="export")  # a link, which page.js clicks
+    page.export = gr.Markdown(latex_delimiters=[], elem_id="export")  # a link, which page.js clicks
     gr.Markdown(text("privacy"), elem_classes="note")
     if page.feedback:
         gr.Markdown(text("feedback"), elem_classes="note")

@@ -29,9 +29,9 @@ TEXTS = {
         "Rating an answer with the thumbs stores this chat with its images on the server.",
         "点赞或点踩时，服务器会保存本次对话及其图片。",
     ),
-    "sample": ("Sample (otherwise greedy)", "随机采样（否则贪心解码）"),
+    "sample": ("Sample (otherwise greedy)", "随机采样（关闭则为贪心解码）"),
     "temperature": ("Temperature", "温度"),
-    "beams": ("Beams", "束宽"),
+    "beams": ("Beams", "束搜索宽度（beam）"),
     "max_new_tokens": ("Maximum length (tokens)", "最大长度（词元）"),
     "seed": ("Seed", "随机种子"),
     "busy": ("The last question is being answered: wait, or press Stop.", "正在回答上一个问题：请等待，或按“停止”。"),
@@ -48,7 +48,7 @@ TEXTS = {
     ),
     "timeout": ("The answer took longer than {seconds:.0f} s and was ended.", "回答超过 {seconds:.0f} 秒，已中止。"),
     "too_large": (
-        "{size} MiB are too much; at most {limit} MiB can be sent together.",
+        "{size} MiB is too much; at most {limit} MiB can be sent together.",
         "共 {size} MiB，一次最多发送 {limit} MiB。",
     ),
     "full": ("The server holds too many uploads; try again later.", "服务器上的上传文件过多，请稍后再试。"),
@@ -58,9 +58,24 @@ TEXTS = {
     ),
     "no_chat": ("There is no chat to save yet.", "还没有可以保存的对话。"),
     "bad_chat": (
-        "This file is no saved chat ({reason}); open one that “Save as a file” has written.",
-        "该文件不是已保存的对话（{reason}）：请打开由“保存为文件”生成的文件。",
+        "This file is not a saved chat; open one that “Save as a file” has written.",
+        "该文件不是已保存的对话：请打开由“保存为文件”生成的文件。",
     ),
+    "bad_image": ("Image {number} of the file cannot be read.", "无法读取文件中的第 {number} 张图片。"),
+    "chat_images": (
+        "The file has {count} images; a chat can have {limit}.",
+        "该文件有 {count} 张图片，一次对话最多 {limit} 张。",
+    ),
+    "bad_seed": ("The seed has to be a whole number from 0 to {limit}.", "随机种子须为 0 到 {limit} 的整数。"),
+    "box_full": ("Send or clear what is in the box first.", "请先发送或清空输入框中的内容。"),
+    "lost": (
+        "The server no longer has the earlier messages, and they were too large for this browser to store: press “New "
+        "chat” to ask without them.",
+        "服务器上已没有之前的消息，且其过大、未能保存在本浏览器中：如需继续提问，请点击“新对话”。",
+    ),
+    "interrupted": ("The answer was interrupted: answer again.", "回答中断，可重新生成。"),
+    "no_answer": ("(no answer)", "（没有回答）"),
+    "next": ("The server is answering other questions; yours is next.", "正在回答其他问题，下一个就是您的。"),
     "not_kept": (
         "This chat is too large to survive a reload of the page: save it as a file.",
         "本次对话过大，刷新页面后无法恢复：请保存为文件。",
@@ -69,11 +84,11 @@ TEXTS = {
     "rated": ("Thank you: the rating is stored.", "谢谢，评价已保存。"),
     "stopped": ("Stopped.", "已停止。"),
     "reading": ("Reading the images …", "正在读取图片……"),
-    "one_before": ("1 question is before yours.", "前面还有 1 个问题。"),
-    "many_before": ("{count} questions are before yours.", "前面还有 {count} 个问题。"),
+    "one_before": ("1 question is ahead of yours.", "前面还有 1 个问题。"),
+    "many_before": ("{count} questions are ahead of yours.", "前面还有 {count} 个问题。"),
     "hint": (
-        "This chat has no image yet, so the answer is about none. Add one to ask about it.",
-        "本次对话还没有图片，回答与图片无关。添加图片后即可就图片提问。",
+        "This chat has no image yet, so the answer does not refer to one. Add an image to ask about it.",
+        "本次对话还没有图片，回答不基于任何图片。添加图片后即可就图片提问。",
     ),
     "dropped": (
         "The chat is longer than the model can read: its {count} oldest questions and answers were left out.",
@@ -86,7 +101,7 @@ TEXTS = {
     "cut": ("The answer was cut at the maximum length (see the settings).", "回答达到最大长度而被截断（见设置）。"),
     "numbers": (
         "{count} tokens, {speed:.1f} tokens/s, first after {first:.2f} s.",
-        "{count} 个词元，{speed:.1f} 词元/秒，首个用时 {first:.2f} 秒。",
+        "{count} 个词元，{speed:.1f} 词元/秒，首词元延迟 {first:.2f} 秒。",
     ),
 }
 ENGLISH, CHINESE = ({key: texts[i] for key, texts in TEXTS.items()} for i in range(2))
@@ -110,7 +125,7 @@ ERRORS = {
     r"\((?P<images>\d+) of them images\), and (?P<fit>-?\d+) fit beside the answer; "
     r"shorten it, or ask for a shorter answer \(max_new_tokens\)\.": (
         "问题过长：提示共 {length} 个词元（其中图片 {images} 个），除去回答只能容纳 {fit} 个。"
-        "请缩短问题，或减小最大长度。"
+        "请缩短问题。"
     ),
 }  # fmt: skip
 
@@ -140,7 +155,7 @@ def describe_error(request: Any, error: Exception) -> str:
     if not isinstance(error, UserError):
         return localized(request, "failed")
     if not is_chinese(request):
-        return str(error)
+        return str(error).replace(", or ask for a shorter answer (max_new_tokens)", "")  # no answer is that short
     matches = ((re.fullmatch(pattern, str(error)), text) for pattern, text in ERRORS.items())
     return next((text.format(**match.groupdict()) for match, text in matches if match), f"无法完成：{error}")
 

@@ -74,8 +74,11 @@ class _Session:
             if not argument:
                 raise UserError("/image needs a file: /image PATH.")
             print(self.chat.upload_img(parse_path(argument), self.conv, self.images), flush=True)
+        elif command in ("/reset", "/help", "/quit") and argument:
+            raise UserError(f"{command} stands alone: write {command} without '{argument}'.")
         elif command == "/reset":
             self.reset()
+            print("New chat.", flush=True)
         elif command == "/help":
             print(HELP, flush=True)
         elif command == "/quit":
