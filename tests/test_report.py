@@ -89,15 +89,15 @@ def test_a_report_that_fails_is_logged_and_the_run_goes_on(train, monkeypatch, c
 
 def test_curves_of_sources_and_validations(tmp_path):
     lines = [
-        {"step": 0, "epoch": 0, "lr": 0.1, "loss": 2.0, "loss laion": 2.5, "images/s": 5.0, "max mem": 3.0},
+        {"step": 0, "epoch": 0, "lr": 0.1, "loss": 2.0, "loss/laion": 2.5, "images/s": 5.0, "max mem": 3.0},
         {"step": 9, "val loss": 2.25, "val agg_metrics": -2.25, "val CIDEr": 0.5, "val note": "text"},
         {"step": 9, "test agg_metrics": 0.25},
-        {"step": 10, "epoch": 1, "lr": 0.2, "loss": None, "loss laion": 1.5, "images/s": 6.0, "max mem": 3.0},
+        {"step": 10, "epoch": 1, "lr": 0.2, "loss": None, "loss/laion": 1.5, "images/s": 6.0, "max mem": 3.0},
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n[1]\n"text"\n{"step": "1"}\n\0\0\n{"step": 11, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
     panels, epochs = read_curves(tmp_path / "metrics.jsonl")
-    assert panels["loss"]["loss laion"] == ([0, 10], [2.5, 1.5]) and panels["loss"]["val loss"] == ([9], [2.25])
+    assert panels["loss"]["loss/laion"] == ([0, 10], [2.5, 1.5]) and panels["loss"]["val loss"] == ([9], [2.25])
     steps, values = panels["loss"]["loss"]
     assert (steps, values[0]) == ([0, 10], 2.0) and values[1] != values[1]  # a gap
     assert panels["learning rate"] == {"lr": ([0, 10], [0.1, 0.2])}
