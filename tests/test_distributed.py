@@ -267,10 +267,10 @@ def errors(logs):
 
 def test_unusable_data_on_one_rank_ends_all(command, tmp_path):
     def spoil(rank):
-        from minigpt4.datasets.datasets import pairs
+        from minigpt4.datasets.datasets import pairs, sample
 
         if rank == 1:
-            pairs.prepare_image = lambda *_: (_ for _ in ()).throw(pairs.SkipSample("unreadable image"))
+            pairs.prepare_image = lambda *_: (_ for _ in ()).throw(sample.SkipSample("unreadable image"))
 
     statuses, logs = run_ranks(2, command(tmp_path / "out"), tmp_path / "log", before=spoil)
     assert statuses == [1, 1]
