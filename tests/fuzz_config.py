@@ -71,7 +71,14 @@ def value_for(hint: Any) -> st.SearchStrategy:
     return kinds.get(hint, st.just(["train"]))
 
 
-RELATED = ("task", "runner", "lr_sched", "warmup_steps", "evaluate")  # registered names, and what has to fit other keys
+RELATED = (
+    "task",
+    "runner",
+    "lr_sched",
+    "warmup_steps",
+    "evaluate",
+    "optim",
+)  # registered names, and what has to fit other keys
 HINTS = schema.type_hints(schema.RunConfig).items()
 RUN = st.fixed_dictionaries({}, optional={key: value_for(hint) for key, hint in HINTS if key not in RELATED})
 
