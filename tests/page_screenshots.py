@@ -71,7 +71,7 @@ def view_error(page):
     )
     page.wait(lambda: page.num_added)
     page.send("Who is in this picture?")
-    page.wait(lambda: page.toasts)
+    page.wait(lambda: "holiday.jpg" in page.status)
     page.page.wait_for_timeout(600)
 
 
