@@ -113,7 +113,12 @@ def parse_args() -> argparse.Namespace:
     add("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
     add("--allow-host", type=allowed, action="append", default=[], help="HOST or HOST:PORT that the API may fetch from")
     add("--allow-folder", type=_folder, help="folder whose images the API's clients may name as file:///NAME")
-    add("--max-queue", type=count, default=64, help="requests of one client that may wait; of all clients four times as many")
+    add(
+        "--max-queue",
+        type=count,
+        default=64,
+        help="requests of one client that may wait; of all clients four times as many",
+    )
     seconds = _number(int, 0, 86_400)
     add("--shutdown-seconds", type=seconds, default=5, help="time of running requests to the API after SIGTERM")
     # With --api, these are what requests get that do not say otherwise.

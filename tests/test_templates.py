@@ -7,7 +7,6 @@ from golden_data import TINY, read_tensors
 from minigpt4.common.errors import UserError
 from minigpt4.common.schema import ModelConfig
 from minigpt4.common.templates import TEMPLATES, choose_template
-from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.models.llama_tokenizer import load_tokenizer
 
@@ -184,13 +183,13 @@ def test_a_conversation_that_a_chat_template_refuses():
 @pytest.mark.parametrize("name", ["mistral", "plain text"])
 def test_a_chat_by_the_chat_template_of_the_tokenizer(model, monkeypatch, name):
     """One begin token, the image in the user's turn, and an answer that ends at the end of its turn."""
-    contexts, plain = [], conversation.stream
+    contexts, plain = [], model.embed_inputs
 
-    def spy(llm, inputs_embeds, *arguments):
-        contexts.append(inputs_embeds)
-        return plain(llm, inputs_embeds, *arguments)
+    def spy(*arguments):
+        contexts.append(plain(*arguments))
+        return contexts[-1]
 
-    monkeypatch.setattr(conversation, "stream", spy)
+    monkeypatch.setattr(model, "embed_inputs", spy)
     tokenizer = model.llama_tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATES[name][0])
     chat = Chat(model, None, template=choose(tokenizer))

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minigpt4.common import device as devices
+from minigpt4.conversation.answer_batch import PREFILL_TOKENS
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.language_model import next_token_logits
 from minigpt4.models.lora import is_lora
@@ -110,7 +111,9 @@ def chat(model: nn.Module, device: torch.device, image_size: int, num_tokens: in
         tracker.peak = before = tracker.current
         images, _ = model.encode_img(torch.empty(1, 3, image_size, image_size, device=device))
         embedding = model.llama_model.get_input_embeddings().weight
-        for length in (num_tokens - 1, 1):  # the question is prefilled, the last token of the answer follows
+        whole, rest = divmod(num_tokens - 2, PREFILL_TOKENS)
+        # The question is prefilled in parts of which the last is not empty, and the last token of the answer follows.
+        for length in (*[PREFILL_TOKENS] * whole, rest + 1, 1):
             embeds = torch.empty(1, length, embedding.shape[1], dtype=embedding.dtype, device=device)
             mask = torch.ones(1, cache.get_seq_length() + length, dtype=torch.long)
             logits = next_token_logits(model.llama_model, embeds, mask, cache)
