@@ -34,7 +34,7 @@ POSITION_SECONDS = 0.5
 TIMEOUT_SECONDS = 300.0
 MAX_KEPT_BYTES = MAX_BODY_BYTES - 200_000  # it is sent together with a question
 MAX_READERS = 16  # images that are read at the same time
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**53  # JavaScript has no larger whole numbers without gaps
 Changes = dict[Any, Any]  # new values by component
 
 
