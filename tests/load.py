@@ -40,7 +40,7 @@ def main() -> int:
     clients = start_clients(server.port, expected, until, args.seed, folder / "report.json", args.clients)
     while time.monotonic() < until:
         watched.sample()
-        time.sleep(max(0.0, min(5.0, until - time.monotonic())))
+        time.sleep(min(5.0, 60 * args.minutes / 40))
     status = forked.wait(clients)
     counts, wrong = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     afterwards = server.answers()

@@ -280,8 +280,9 @@ def test_an_unreadable_image_is_reported_before_the_model_is_loaded(end_of, mode
 
 def test_an_output_that_cannot_be_written_is_reported_before_the_model_is_loaded(end_of, tmp_path):
     (tmp_path / "a.jpg").touch()
-    arguments = ("--batch", str(tmp_path), "--out", str(tmp_path), "--options", "model.ckpt=null")
-    assert end_of(*arguments).startswith(f"error: --out: {tmp_path} cannot be")
+    (out := tmp_path / "out.jsonl").mkdir()
+    arguments = ("--batch", str(tmp_path), "--out", str(out), "--options", "model.ckpt=null")
+    assert end_of(*arguments).startswith(f"error: --out: {out} cannot be")
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu"])

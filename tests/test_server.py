@@ -69,12 +69,13 @@ def test_sigterm_ends_the_server_with_status_0(requests):
 
 
 ENDING = """
-import asyncio, logging, sys, threading
+import asyncio, logging, signal, sys, threading
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 from minigpt4.serve import server
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 logging.basicConfig(level="INFO", format="%(message)s")
 release = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.readline(), release.set()), daemon=True).start()

@@ -171,19 +171,14 @@ def test_browsers_are_answered_at_the_same_time_and_do_not_see_each_other(visit,
         page.wait(lambda page=page: page.answer)
     assert one.has_button("Stop") and other.has_button("Stop")  # neither had to wait for the other's end
     assert (one.questions, other.questions) == (["First?"], ["Second?"])
-    for page in (one, other):
-        page.press("Stop")
+    one.press("Stop"), other.press("Stop")
 
 
 def test_who_waits_sees_how_many_are_before_and_can_stop(visit, engine, monkeypatch):
     monkeypatch.setattr(engine, "max_batch", 1)
-    lengths, on_update = [], Job.on_update
-
-    def note_length(job, model, loop, update):
-        lengths.extend([len(update.ids)] if getattr(update, "finish_reason", None) else [])
-        on_update(job, model, loop, update)
-
-    monkeypatch.setattr(Job, "on_update", note_length)
+    finished, plain = [], Job.on_update  # the updates with which answers ended
+    note = lambda *args: getattr(args[3], "finish_reason", None) and finished.append(args[3])  # noqa: E731
+    monkeypatch.setattr(Job, "on_update", lambda *args: (note(*args), plain(*args)))
     pages = [visit() for _ in range(4)]
     for page, locale in zip(pages, "1234", strict=True):
         page.send(f"Question {locale}?")
@@ -199,8 +194,7 @@ def test_who_waits_sees_how_many_are_before_and_can_stop(visit, engine, monkeypa
     pages[1].wait(lambda: pages[1].answer)
     pages[1].context.close()  # an answer ends with its page
     pages[3].wait(lambda: pages[3].answer)
-    assert len(lengths) == 2 and max(lengths) < OPTIONS.max_new_tokens
-    pages[3].press("Stop")
+    assert len(finished) == 2 and all(len(answer.ids) < OPTIONS.max_new_tokens for answer in finished)
 
 
 def test_chats_survive_a_reload_in_their_browser_only(visit, images):

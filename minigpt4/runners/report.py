@@ -1,6 +1,7 @@
 """The report of a run: curves of metrics.jsonl, drawn into one picture."""
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -33,6 +34,7 @@ def write_report(folder: Path) -> None:
     path, partial = folder / NAME, folder / f"{NAME}.partial"
     try:
         picture = _draw(folder.name, *read_curves(folder / "metrics.jsonl"))
+        gc.collect()  # matplotlib's figures refer to themselves: 50 MB until Python's own collection
         partial.write_bytes(picture)
         partial.replace(path)
     except Exception as error:  # matplotlib's own, those of its import, of the disk or of a foreign metrics.jsonl
