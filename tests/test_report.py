@@ -49,7 +49,7 @@ def test_a_pipe_has_no_bar(tmp_path, monkeypatch):
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
     report_epoch(tmp_path)
-    assert "\r" not in stderr.getvalue() and "images/s" not in stderr.getvalue()
+    assert "\r" not in stderr.getvalue()  # lines of the log may be there
 
 
 @pytest.fixture
