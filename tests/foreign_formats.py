@@ -206,3 +206,65 @@ def hf_dict(folder):
 
 def said(*texts):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def pandas_csv(file, captions, separator):
+    import pandas
+
+    write_images(file.parent, len(captions))
+    names = [f"{n:012}.jpg" for n in range(len(captions))]
+    pandas.DataFrame({"image": names, "caption": captions}).to_csv(file, sep=separator, index=False)
+
+
+def karpathy_splits(folder):
+    """Lists in JSON and, as pandas writes them, in Python."""
+    write_images(folder)
+    with open(folder / "annotations.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["raw", "split", "filename"])
+        for n, split in enumerate(["train", "train", "val"]):
+            texts = [f"of {split}"] * 2
+            writer.writerow([json.dumps(texts) if n else str(texts), split, f"{n:012}.jpg"])
+    return folder / "annotations.csv"
+
+
+def hub_folder(folder):
+    import datasets
+
+    folder.mkdir()
+    for split, name in (("train", "train"), ("val", "validation")):
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        rows = {"image": [draw(n) for n in range(2)], "text": [f"of {split}"] * 2}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+def hf_paths(folder):
+    """A table whose images are files, which it does not hold."""
+    write_images(folder / "images", 3)
+    rows = [{"image": {"bytes": None, "path": f"{n:012}.jpg"}, "text": f"Circle {n}."} for n in range(3)]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    schema = pyarrow.schema([("image", kind), ("text", pyarrow.string())])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), folder / "paths.parquet")
+    return folder / "paths.parquet", folder / "images"
+
+
+def hf_mapped(folder):
+    import datasets
+
+    datasets.load_from_disk(str(hf_saved(folder))).map(lambda row: {"text": "mapped"})  # writes a cache beside the data
+    assert list(folder.glob("cache-*.arrow"))
+    return folder
+
+
+def img2dataset_files(folder):
+    """As img2dataset writes with output_format=files."""
+    (folder / "00000").mkdir(parents=True)
+    for n in range(2):
+        (folder / "00000" / f"{n:09}.jpg").write_bytes(jpeg(n))
+        (folder / "00000" / f"{n:09}.txt").write_text(f"c{n}")
+        (folder / "00000" / f"{n:09}.json").write_text(json.dumps({"caption": f"c{n}", "url": "u", "key": f"{n:09}"}))
+    rows = [{"url": "u", "caption": f"c{n}", "key": f"{n:09}", "status": "success"} for n in range(2)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text("{}")
+    return folder

@@ -55,6 +55,14 @@ FORMS = {  # a row, the names of its images, its turns, its system text
          "history": [["Hi", "Ho"]]},
         [A], [("Hi", "Ho"), (f"{HERE}\nWhat?\nLook.", "A dog.")], "",
     ),
+    "text only, with an empty image": ({"image": "", "conversations": MORE}, [], [("Sure?", "Yes.")], ""),
+    "the image in this project's tags": (
+        {"image": A, "conversations": [{"from": "human", "value": f"<Img>{HERE}</Img> What?"}, TURNS[1]]},
+        [A], [(f"{HERE} What?", "A dog.")], "",
+    ),
+    "OpenAI, developer": (
+        {"messages": [{"role": "developer", "content": "S"}, *said("Sure?", "Yes.")]}, [], [("Sure?", "Yes.")], "S",
+    ),
     "OpenAI": (
         {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A dog."}]},
         [A], [(f"{HERE}What?", "A dog.")], "",
@@ -111,6 +119,13 @@ INVALID = {
     "an unknown turn": ({"conversations": [{"text": "a"}]}, "turn 1 {'text': 'a'}", "from and value"),
     "a late system text": ({"conversations": [*MORE, {"from": "system", "value": "a"}]}, "system text in turn 3"),
     "an unknown part": ({"messages": said([{"type": "input_audio"}])}, "input_audio", "turn 1"),
+    "an image in the system text": (
+        {"messages": [{"role": "system", "content": HERE}, *said("a", "b")]}, "image in the system text",
+    ),
+    "an answer that is not to be trained": (
+        {"messages": [*said("a"), {"role": "assistant", "content": "b", "weight": 0}]}, "weight 0 in turn 2",
+    ),
+    "a video": ({"video": "a.mp4", "conversations": turns("<video>", "a")}, "has the key video"),
     "an image elsewhere": ({"image": "https://host/a.jpg", "conversations": TURNS}, "https://host/a", "download it"),
     "an image as a number": ({"image": 5, "conversations": TURNS}, "has the image 5"),
     "alpaca without output": ({"instruction": "a", "output": None}, "answer None"),

@@ -103,10 +103,11 @@ def write_parquet(path, rows):
 TABLES = {
     "metadata of img2dataset": ([{"url": "u", "caption": "c", "status": "success"}], "url (string), caption (string)"),
     "no caption": ([{"image": b"x", "label": 3}], "image (binary), label (int64)", "caption or text"),
-    "an image as a number": ([{"image": 5, "caption": "c"}], "Column image", "int64", "bytes"),
+    "an image as a number": ([{"image": 5, "caption": "c"}], "column image", "int64", "bytes"),
     "turns that do not alternate": (
         [{"messages": [{"role": "user", "content": "a"}] * 2}], "row 1 of", "text 2 by the user",
     ),
+    "several images of a caption": ([{"images": [b"x", b"y"], "text": "c"}], "row 1 of", "2 images and a caption"),
     "more images than marks": (
         [{"messages": foreign_formats.said("Hi", "Ho"), "images": [b"x"]}], "has 1 images and 0 times <image>",
     ),
@@ -118,6 +119,63 @@ def test_tables_that_cannot_be_trained(tmp_path, name):
     rows, *words = TABLES[name]
     file = write_parquet(tmp_path / "x.parquet", rows)
     told(lambda: build_datasets(file), str(file), *words)
+
+
+def pairs_of(written):
+    return [(pair.image, pair.caption) for pair in build_datasets(written).pairs]
+
+
+@pytest.mark.parametrize(
+    ("name", "separator"), [("a.csv", ","), ("a.csv", ";"), ("a.tsv", "\t"), ("captions.txt", "|")]
+)
+def test_tables_of_pandas(tmp_path, name, separator):
+    texts = ["a", 'a "b" c', "a, b; c | d", "two\nlines"]
+    foreign_formats.pandas_csv(tmp_path / name, texts, separator)
+    assert [caption for _, caption in pairs_of(tmp_path / name)] == texts
+
+
+def test_rows_that_do_not_fit_their_header(tmp_path, caplog):
+    foreign_formats.write_images(tmp_path)
+    file = tmp_path / "a.csv"
+    file.write_text("image,caption\n000000000000.jpg,a, b\n000000000001.jpg,c\n")  # "a" would be half of a caption
+    assert [caption for _, caption in pairs_of(file)] == ["c"] and "1 rows" in caplog.text
+    file.write_text('image| number| comment\n000000000000.jpg| 0| A "b" | c .\n')
+    assert [caption for _, caption in pairs_of(file)] == ['A "b" | c .']
+    file.write_text("image,caption,number\n000000000000.jpg,a\n")
+    told(lambda: build_datasets(file), str(file), "as many columns as its header")
+
+
+def test_splits_are_kept_apart(tmp_path):
+    """Karpathy's CSV, and files of Hugging Face's hub: validation data are not trained."""
+    file, folder = foreign_formats.karpathy_splits(tmp_path / "csv"), foreign_formats.hub_folder(tmp_path / "hub")
+    for written in (file, folder):
+        info = {"storage": str(written), "val_storage": str(written)}
+        both = registry.get_builder_class("image_text")(section(written) | {"build_info": info}, "x").build_datasets()
+        assert [{pair.caption for pair in both[name].pairs} for name in ("train", "val")] == [{"of train"}, {"of val"}]
+        info = {"storage": str(written), "test_storage": str(written)}
+        builder = registry.get_builder_class("image_text")(section(written) | {"build_info": info}, "x")
+        told(builder.build_datasets, "test_storage", "the splits", "train", "expected one named test")
+
+
+def test_paths_in_tables_are_relative_to_the_root(tmp_path):
+    file, root = foreign_formats.hf_paths(tmp_path)
+    assert pairs_of((file, root)) == [(root / f"{n:012}.jpg", f"Circle {n}.") for n in range(3)]
+    told(lambda: build_datasets(file), "3 of 3 images", "image_root")
+
+
+def test_what_lies_beside_the_data(tmp_path):
+    """Caches of map() in a saved folder, and img2dataset's list of downloads beside its files."""
+    assert len(build_datasets(foreign_formats.hf_mapped(tmp_path / "a"))) == 5
+    assert sorted(caption for _, caption in pairs_of(foreign_formats.img2dataset_files(tmp_path / "b"))) == ["c0", "c1"]
+
+
+def test_lists_of_shards(tmp_path):
+    """Of any name, with a byte order mark and line ends of Windows, and paths relative to the list."""
+    foreign_formats.shard_list(tmp_path / "a")
+    (tmp_path / "a" / "shards.lst").write_bytes("\ufeff# both\r\n00000.tar\r\n00001.tar\r\n".encode())
+    assert build_datasets(tmp_path / "a" / "shards.lst").shards == [str(tmp_path / "a" / f"{n:05}.tar") for n in (0, 1)]
+    (tmp_path / "a" / "urls.txt").write_text("https://host/a.jpg?size=1\n")
+    told(lambda: build_datasets(tmp_path / "a" / "urls.txt"), "lists images")
 
 
 def test_other_tables_are_told(tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ class ImageTextBuilder(PairBuilder):
     def build_split(self, storage: Any, key: str, kind: str) -> PairDataset | ConversationDataset | ShardDataset:
         """Builds a data set of shards where the storage names shards, else of what it lists."""
         places = [storage] if isinstance(storage, str) else list(storage)
-        shards = [shard_patterns(place) for place in places]
+        shards = [shard_patterns(place, key) for place in places]
         if not any(shards):
             return super().build_split(storage, key, kind)
         if not all(shards):

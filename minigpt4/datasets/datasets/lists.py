@@ -1,11 +1,16 @@
 """Files that list images and texts: JSON, JSONL, COCO captions, CSV, and tables. The content decides, not the name."""
 
+import ast
 import csv
 import io
+import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import EXTENSIONS
@@ -24,6 +29,7 @@ _KINDS = {  # first bytes of files that are recognised and cannot be read
 _EXPECTED = "expected a list or table that dataset/README_OWN_DATA.md describes"
 _IMAGE_COLUMNS = ("image", "image_name", "image_path", "filename", "file_name", "filepath")
 _CAPTION_COLUMNS = ("caption", "comment", "text", "raw", "title")
+_SHARD = re.compile(r"pipe:|[a-z0-9]+://|.*\.tar$")
 
 
 def read_list(file: Path, key: str, folder: Path | None = None) -> list[Row]:
@@ -74,45 +80,62 @@ def name_format(content: Any) -> str:
     return ""
 
 
-def shard_patterns(place: str) -> list[str]:
-    """The shards that a storage names: itself, or the lines of a text file; none where it is no matter of shards."""
+def shard_patterns(place: str, key: str) -> list[str]:
+    """The shards that a storage names: itself, or the lines of a text file; none where it is no matter of shards.
+
+    Paths in a text file are relative to its folder.
+    """
     if place.startswith("pipe:") or place.endswith(".tar"):
         return [place]
     path = Path(place).expanduser()
     if path.is_dir() and any(path.glob("*.tar")):
         return [place]
-    if path.suffix == ".txt" and path.is_file():
-        lines = [line.strip() for line in decode_text(path.read_bytes(), str(path)).splitlines()]
-        lines = [line for line in lines if line and not line.startswith("#")]
-        if other := [
-            line for line in lines if not (line.endswith(".tar") or "://" in line or line.startswith("pipe:"))
-        ]:
-            raise UserError(f"{path} has the line '{other[0][:80]}'; expected a path or URL of a shard (.tar) a line.")
-        if images := [line for line in lines if line.lower().endswith(EXTENSIONS)]:
-            raise UserError(
-                f"{path} lists images ('{images[0][:80]}'); download them with img2dataset, see its output."
-            )
-        return lines
-    return []
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        head = stream.read(1 << 16)
+    first = next(_shard_lines(head.decode("utf-8-sig", errors="replace")), "")
+    if not _SHARD.match(first) and (path.suffix != ".txt" or not first or _is_csv(head)):
+        return []
+    lines = list(_shard_lines(decode_text(path.read_bytes(), f"{key}: {path}")))
+    if other := [line for line in lines if not _SHARD.match(line)]:
+        raise UserError(
+            f"{key}: {path} has the line '{other[0][:80]}'; expected a path or URL of a shard (.tar) a line."
+        )
+    if images := [line for line in lines if urlsplit(line).path.lower().endswith(EXTENSIONS)]:
+        raise UserError(
+            f"{key}: {path} lists images ('{images[0][:80]}'); download them with img2dataset, see its output."
+        )
+    return [line if re.match("pipe:|.*://", line) else str(path.parent / line) for line in lines]
+
+
+def _shard_lines(text: str) -> Iterator[str]:
+    lines = (line.strip() for line in text.splitlines())
+    return (line for line in lines if line and not line.startswith("#"))
 
 
 def _read_json(file: Path, key: str, folder: Path) -> Iterator[Row]:
-    text = decode_text(file.read_bytes(), f"{key}: {file}").lstrip()
+    where, text = f"{key}: {file}", decode_text(file.read_bytes(), f"{key}: {file}").strip()
+    if text[:1] not in ("[", "{", ""):
+        columns = f"images ({', '.join(_IMAGE_COLUMNS)}) and of captions ({', '.join(_CAPTION_COLUMNS)})"
+        begin = text[:80].partition("\n")[0]
+        raise UserError(f"{where} begins with {begin!r}; expected JSON, or CSV whose header has a column of {columns}.")
     content: Any = None
-    if text.startswith("[{") or file.suffix == ".json" or (text.startswith("[") and "\n" in text.strip()):
-        try:
-            content = parse_json(text, f"{key}: {file}")
-        except UserError:
-            if not text.startswith("{"):  # else it may be JSONL
-                raise
+    try:
+        content = parse_json(text, where) if text else []
+    except UserError:
+        if text[0] == "[" or not text.partition("\n")[0].rstrip().endswith("}"):  # else it is JSONL
+            raise
     if isinstance(content, Mapping) and "annotations" in content:
         yield from _read_coco(content, file, key, folder)
     elif isinstance(content, list):
         for number, row in enumerate(content, 1):
             yield read_row(row, Location(f"{key}: row {number} of {file}", folder))
+    elif content is not None:
+        yield read_row(content, Location(f"{key}: line 1 of {file}", folder))
     else:
-        for where, row in read_json_lines(file, key):
-            yield read_row(row, Location(where, folder))
+        for location, row in read_json_lines(file, key):
+            yield read_row(row, Location(location, folder))
 
 
 def _read_coco(content: Mapping[str, Any], file: Path, key: str, folder: Path) -> Iterator[Row]:
@@ -150,28 +173,60 @@ def _delimiter(line: str) -> str:
 def _read_csv(file: Path, key: str, folder: Path) -> Iterator[Row]:
     """Flickr30k's CSV files and those like them: a header, a row a caption; or IMAGE#NUMBER, a tab, the caption."""
     text = decode_text(file.read_bytes(), f"{key}: {file}").lstrip()
-    delimiter, num_short = _delimiter(text.partition("\n")[0]), 0
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    delimiter = _delimiter(text.partition("\n")[0])
     try:
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=True)
-        header = next(lines)
+        header = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter, skipinitialspace=True))
         image, caption = _columns(header)
         if is_token_file := image is None:  # no header: IMAGE#NUMBER
             header, image, caption = ["image", "caption"], "image", "caption"
-            lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-            lines = ([values[0].partition("#")[0], *values[1:]] for values in lines if values)
-        elif "split" in header:
-            logging.warning("%s: %s has a column split, which is ignored: all rows are used.", key, file)
-        for number, values in enumerate(lines, 2 - is_token_file):
-            row = dict(zip(header, values, strict=False))
-            if not values or len(values) < len(header):
-                num_short += bool(values)
-                continue
-            where, texts = Location(f"{key}: row {number} of {file}", folder), [row[caption].strip()]
-            if texts[0].startswith('["'):  # all captions of an image
-                texts = parse_json(texts[0], f"{where.text}: its {caption}")
-            yield from (read_row({"image": row[image].strip(), "caption": text}, where) for text in texts)
+            lines = _split_lines(text, "\t", 2)
+            lines = [[values[0].partition("#")[0], *values[1:]] for values in lines]
+        else:
+            lines = _read_fields(text, delimiter, len(header))[1:]
     except csv.Error as error:
         raise UserError(f"{key}: {file} is no valid CSV file ({error}).") from error
-    if num_short:
-        logging.warning("%s: %d rows of %s have too few columns and are ignored.", key, num_short, file)
+    rows = []
+    for number, values in enumerate(lines, 2 - is_token_file):
+        if len(values) == len(header):
+            row = dict(zip(header, (value.strip() for value in values), strict=True))
+            rows.append((row.get("split", ""), (row, Location(f"{key}: row {number} of {file}", folder))))
+    if num_other := sum(map(bool, lines)) - len(rows):
+        logging.warning(
+            "%s: %d rows of %s have not as many columns as its header; they are ignored.", key, num_other, file
+        )
+        if not rows:
+            raise UserError(f"{key}: no row of {file} has as many columns as its header; write it again as CSV.")
+    for row, where in tables.choose_split(rows, key, file):
+        yield from (read_row({"image": row[image], "caption": text}, where) for text in _captions(row[caption], where))
+
+
+def _read_fields(text: str, delimiter: str, num_columns: int) -> list[list[str]]:
+    """The fields of all rows; where quotation marks enclose no fields, as in Flickr30k's file, they are text, and what
+    follows the last separator of the header belongs to the last field."""
+    is_strict = delimiter != ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=is_strict)
+    try:
+        rows = list(reader)
+        if not is_strict or all(len(row) <= num_columns for row in rows):
+            return rows
+    except csv.Error:
+        if not is_strict:
+            raise
+    return _split_lines(text, delimiter, num_columns)
+
+
+def _split_lines(text: str, delimiter: str, num_columns: int) -> list[list[str]]:
+    lines = (line.rstrip("\n") for line in io.StringIO(text, newline=None))
+    return [line.split(delimiter, num_columns - 1) if line else [] for line in lines]
+
+
+def _captions(text: str, where: Location) -> list[str]:
+    """A caption, or all captions of an image as a list in JSON or in Python, as pandas writes it."""
+    if not text.startswith(("['", '["')):
+        return [text]
+    with suppress(ValueError):
+        return json.loads(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise where.error(f"has the captions {text[:80]}; expected a list in JSON") from None

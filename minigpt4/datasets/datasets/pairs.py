@@ -117,12 +117,12 @@ def read_pairs(path: Path, key: str, image_root: Path | None = None) -> list[Row
     """
     if path.is_file():
         return read_list(path, key, image_root)
-    if files := find_tables(path, key):
-        return list(read_table(files, key, image_root or path))
     lists, files = sorted(path.glob("*.jsonl")), _find_files(path)
     images = [file for file in files if file.suffix.lower() in EXTENSIONS]
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
     found = {image: texts.get(image.with_suffix("")) or texts.get(image) for image in images}
+    if not any(found.values()) and (found_tables := find_tables(path, key)):  # img2dataset writes both: images count
+        return list(read_table(found_tables, key, image_root or path))
     others = [file for kind in ("*.json", "*.csv") for file in sorted(path.glob(kind))]
     chosen = [file for file in (*lists, *others) if is_list(file)]
     if chosen or any(found.values()):
@@ -135,10 +135,10 @@ def read_pairs(path: Path, key: str, image_root: Path | None = None) -> list[Row
     if lists:
         return read_list(lists[0], key, image_root)
     if not any(found.values()):
-        other = next((f"; {file} {text}" for file in files if (text := _name_file(file))), "")
+        other = next((f" {file} {text}." for file in files if (text := _name_file(file))), "")
         raise UserError(
-            f"{key}: {path} has {len(images)} images and none has a .txt of the same name beside it{other}; "
-            "expected that, or one list of them, see dataset/README_OWN_DATA.md."
+            f"{key}: {path} has {len(images)} images and none has a .txt of the same name beside it; expected that, or "
+            f"one list of them, see dataset/README_OWN_DATA.md.{other}"
         )
     if without := [image for image, text in found.items() if text is None]:
         counts = len(without), len(images), without[0]
@@ -183,7 +183,6 @@ def _name_file(file: Path) -> str:
         return "is a Parquet file"
     if file.name == "filter_cap.json":
         return "belongs to the data set cc_sbu_align"
-    try:
-        return name_format(parse_json(file.read_bytes(), "")) if file.suffix == ".json" else ""
-    except UserError:
-        return ""
+    if file.suffix in (".jsonl", ".json", ".csv") and is_list(file):
+        return "is a list, which may be named in place of the folder"
+    return "has no columns of images and captions" if file.name == "metadata.csv" else ""

@@ -8,12 +8,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from minigpt4.common.errors import UserError
+from minigpt4.common.templates import IMAGE_MESSAGE
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.datasets.datasets.conversations import DataUrl, Dialogue, ImageSource, Pair
 
 MAX_TURNS = 1000  # pairs of question and answer; the rows of chat data have up to about 100
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
-_ROLES |= {"bing": "assistant", "bard": "assistant", "system": "system"}
+_ROLES |= {"bing": "assistant", "bard": "assistant", "system": "system", "developer": "system"}
 _MARKS = (IMAGE_PLACEHOLDER, "<image>")  # ours, and that of LLaVA
 _EXPECTED = (
     "expected image and caption as texts, conversations or messages, instruction and output, or file_name and text; "
@@ -89,6 +90,8 @@ def _read_messages(row: Mapping[str, Any], messages: Any, where: Location) -> Di
         role, content = (message[tag] for tag in tags)
         if not isinstance(role, str) or role not in _ROLES:
             raise where.error(f"has the role '{_cut(role)}' in turn {number}; expected one of {', '.join(_ROLES)}")
+        if message.get("weight") == 0:
+            raise where.error(f"has the weight 0 in turn {number}; expected none, as every answer is trained")
         text, parts = _read_content(content, number, where)
         if has_images and parts:
             raise where.error(f"has images both in turn {number} and in its own key; expected one of the two")
@@ -141,7 +144,9 @@ def _read_alpaca(row: Mapping[str, Any], where: Location) -> Dialogue:
 
 
 def _row_images(row: Mapping[str, Any], where: Location) -> list[ImageSource]:
-    values = [row[key] for key in ("image", "images") if row.get(key) is not None]
+    if other := [key for key in ("video", "videos", "audio", "audios") if row.get(key)]:
+        raise where.error(f"has the key {other[0]}; expected texts and images only")
+    values = [row[key] for key in ("image", "images") if row.get(key)]
     return [where.image(image) for value in values for image in (value if isinstance(value, list) else [value])]
 
 
@@ -151,6 +156,8 @@ def _dialogue(images: list[ImageSource], texts: Sequence[tuple[str, Any]], syste
         raise where.error(f"has {len(texts):,} turns; expected at most {2 * MAX_TURNS:,}: divide it")
     if not isinstance(system, str):
         raise where.error(f"has the system text {_cut(system)}; expected a text")
+    if any(mark in system for mark in _MARKS):
+        raise where.error(f"has an image in the system text '{_cut(system)}'; expected images in questions only")
     for i, (role, text) in enumerate(texts):
         expected = ("user", "assistant")[i % 2]
         if role != expected:
@@ -162,7 +169,10 @@ def _dialogue(images: list[ImageSource], texts: Sequence[tuple[str, Any]], syste
             raise where.error(f"has an image in the answer '{_cut(text)}'; expected images in questions only")
     if not texts or len(texts) % 2:
         raise where.error("ends with a question; expected its answer" if texts else "has no turns; expected some")
-    plain = [text.strip().replace("<image>", IMAGE_PLACEHOLDER) for _, text in texts]
+    plain = [
+        text.strip().replace(IMAGE_MESSAGE, IMAGE_PLACEHOLDER).replace("<image>", IMAGE_PLACEHOLDER)
+        for _, text in texts
+    ]
     if (num_marks := sum(text.count(IMAGE_PLACEHOLDER) for text in plain)) != len(images):
         raise where.error(f"has {len(images)} images and {num_marks} times {_MARKS[1]}; expected one for each image")
     return Dialogue(tuple(images), tuple(zip(plain[::2], plain[1::2], strict=True)), system.strip())

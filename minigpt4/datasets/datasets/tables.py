@@ -2,12 +2,14 @@
 
 import bisect
 import itertools
+import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.compute
@@ -15,14 +17,22 @@ import pyarrow.parquet
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import EXTENSIONS, read_plain_file
+from minigpt4.common.utils import read_json_object
 from minigpt4.datasets.datasets.conversations import Dialogue, Pair
 from minigpt4.datasets.datasets.rows import Location, read_row
 from minigpt4.datasets.datasets.sample import SkipSample, file_identity
 
 MAX_GROUP_BYTES = 2**29  # of images in a row group, which is read as a whole for each image
-_IMAGES = ("images", "image", *(extension[1:] for extension in EXTENSIONS))  # img2dataset names them by their format
+_IMAGES = (
+    "images",
+    "image",
+    "file_name",
+    *(extension[1:] for extension in EXTENSIONS),
+)  # img2dataset names them by their format
 _CAPTIONS = ("caption", "text", "txt")
 _TEXTS = ("conversations", "messages", "instruction", "input", "output", "history", "system")
+_SPLITS = {"storage": ("train",), "val_storage": ("val", "validation", "valid", "dev"), "test_storage": ("test",)}
+T = TypeVar("T")
 
 
 def is_table(head: bytes) -> bool:
@@ -63,7 +73,30 @@ def find_tables(folder: Path, key: str) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(str(path.parent) for path in sorted(folder.glob("*/dataset_info.json")))
         raise UserError(f"{key}: {folder} holds several splits; name the folder of one of them: {splits}.")
-    return sorted([*folder.glob("*.parquet"), *(folder.glob("*.arrow") if (folder / "state.json").is_file() else ())])
+    if files := read_json_object(folder / "state.json", key).get("_data_files"):  # others there are caches
+        return [folder / file["filename"] for file in files]
+    named = [(re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem), file) for file in sorted(folder.glob("*.parquet"))]
+    has_splits = any(name != file.stem for name, file in named)
+    return choose_split(named, key, folder) if has_splits else [file for _, file in named]
+
+
+def choose_split(items: Sequence[tuple[str, T]], key: str, where: Path) -> list[T]:
+    """Of items with the names of their splits, those that a key of build_info stands for; all if there is one split.
+
+    Raises:
+        UserError: there are several splits, none of them for this key.
+    """
+    names, wanted = list(dict.fromkeys(name for name, _ in items)), _SPLITS.get(key.rpartition(".")[2], ())
+    if len(names) == 1:
+        return [item for _, item in items]
+    if items and not (chosen := [item for name, item in items if name in wanted]):
+        raise UserError(f"{key}: {where} has the splits {', '.join(names)}; expected one named {' or '.join(wanted)}.")
+    if items:
+        logging.info(
+            "%s: %d of %d parts of %s are used, of the split %s.", key, len(chosen), len(items), where, wanted[0]
+        )
+        return chosen
+    return []
 
 
 def read_table(files: Sequence[Path], key: str, folder: Path) -> Iterator[Pair | Dialogue]:
@@ -92,18 +125,20 @@ def _read_rows(file: Path, key: str, folder: Path) -> Iterator[Pair | Dialogue]:
         expected = "image (bytes, or bytes and path) with caption or text, or conversations, or messages"
         raise UserError(f"{key}: {file} has the columns {found}; expected {expected}.")
     texts = _select(table, names if has_dialogues else [*names, *captions]).to_pylist()
-    images = _find_images(table, str(file), columns[0], schema, has_dialogues) if columns else [[]] * len(texts)
+    images = _find_images(table, str(file), columns[0], schema, has_dialogues, key) if columns else [[]] * len(texts)
     for number, (row, own) in enumerate(zip(texts, images, strict=True)):
         where = Location(f"{key}: row {number + 1} of {file}", folder)
         if has_dialogues:
             yield read_row({**row, "images": own}, where)
             continue
+        if len(own) > 1:
+            raise where.error(f"has {len(own)} images and a caption; expected one image, or messages")
         values = row.pop(captions[0])
         for caption in values if isinstance(values, list) else [values]:
             yield read_row({**row, "image": own[0] if own else "", "caption": caption or ""}, where)
 
 
-def _find_images(table: Any, file: str, column: str, schema: Any, is_counting: bool) -> list[list[Any]]:
+def _find_images(table: Any, file: str, column: str, schema: Any, is_counting: bool, key: str) -> list[list[Any]]:
     """The images of each row; paths are read, other images are left in the table."""
     kind = schema.field(column).type
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
@@ -113,10 +148,14 @@ def _find_images(table: Any, file: str, column: str, schema: Any, is_counting: b
         return [(value if is_list else [value]) if value else [] for value in values]
     is_struct = pyarrow.types.is_struct(inner) and inner.get_field_index("bytes") >= 0
     if not is_struct and not pyarrow.types.is_binary(inner) and not pyarrow.types.is_large_binary(inner):
-        raise UserError(f"Column {column} of {file} is of type {kind}; expected images as bytes, or bytes and path.")
+        raise UserError(
+            f"{key}: column {column} of {file} is of type {kind}; expected images as bytes, or bytes and path."
+        )
+    if is_struct and not is_list and _has_paths_only(table, column, kind):
+        return [[value["path"]] for part in _count_columns(table, column) for value in part.to_pylist()]
     num_rows = table.num_rows if isinstance(table, pyarrow.Table) else table.metadata.num_rows
     if not isinstance(table, pyarrow.Table):
-        _check_groups(table.metadata, file, column)
+        _check_groups(table.metadata, file, column, key)
     if not is_list and not is_counting:
         return [[TableImage(file, column, row)] for row in range(num_rows)]
     counts: list[int] = []
@@ -127,14 +166,26 @@ def _find_images(table: Any, file: str, column: str, schema: Any, is_counting: b
     return [[TableImage(file, column, row, item) for item in own] for row, own in enumerate(items)]
 
 
-def _check_groups(metadata: Any, file: str, column: str) -> None:
+def _has_paths_only(table: Any, column: str, kind: Any) -> bool:
+    """Whether all images of a column of bytes and paths are files."""
+    if pyarrow.types.is_null(kind.field("bytes").type):
+        return True
+    if isinstance(table, pyarrow.Table):
+        return pyarrow.compute.struct_field(table.column(column), "bytes").null_count == table.num_rows
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    parts = [group.column(i) for group in groups for i in range(group.num_columns)]
+    parts = [part for part in parts if part.path_in_schema == f"{column}.bytes"]
+    return all(part.statistics is not None and part.statistics.null_count == part.num_values for part in parts)
+
+
+def _check_groups(metadata: Any, file: str, column: str, key: str) -> None:
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         parts = [group.column(i) for i in range(group.num_columns)]
         size = sum(part.total_uncompressed_size for part in parts if part.path_in_schema.split(".")[0] == column)
         if size > MAX_GROUP_BYTES:
             advice = "write it again with row groups of 100 rows (pyarrow.parquet.write_table(…, row_group_size=100))"
             raise UserError(
-                f"{file} has a row group with {size:,} bytes of images, too many to read for each; {advice}."
+                f"{key}: {file} has a row group with {size:,} bytes of images, too many to read for each; {advice}."
             )
 
 
