@@ -129,8 +129,7 @@ def _split_problems(run: RunConfig, datasets: Mapping[str, DatasetConfig]) -> It
         return
     for key in ("valid_splits", "test_splits") if run.evaluate else ("train_splits", "valid_splits", "test_splits"):
         for split in getattr(run, key):
-            storage = SPLITS.get(split)
-            if storage is None:
+            if split not in SPLITS:
                 yield f"run.{key} names the split '{split}'; expected {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
-            elif not any(getattr(dataset.build_info, storage) for dataset in datasets.values()):
-                yield f"run.{key} names '{split}', but no data set has {storage}; set build_info.{storage}."
+            elif not any(dataset.build_info.has_split(split) for dataset in datasets.values()):
+                yield f"run.{key} names '{split}', but no data set has {SPLITS[split]}; set build_info.{SPLITS[split]}."

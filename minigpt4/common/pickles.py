@@ -3,11 +3,13 @@
 ``torch.load(weights_only=True)`` runs no code of a file, but it calls classes that allocate any number of bytes
 (``bytearray``, tensors, storages) and believes the sizes that a file names. ``check`` interprets the opcodes without
 creating their objects, and accepts what state dicts and checkpoints consist of: plain values, lists, tuples, dicts with
-plain keys, and tensors within storages that are no larger than the file.
+plain keys, and tensors within storages that are no larger than the file. ``load_plain`` reads pickles of plain values,
+as annotation files are.
 """
 
 import io
 import mmap
+import pickle
 import pickletools
 import re
 import zipfile
@@ -23,6 +25,10 @@ _NUM_LEGACY_PICKLES = 5  # of a file from before torch 1.6: magic number, versio
 _MAX_BUILDS = 100  # each copies a dict into attributes; a state dict has one, for the versions of its modules
 _PLAIN = (str, int, float, bool, type(None))
 _DICT, _LIST, _TENSOR = object(), object(), object()
+_PLAIN_OPCODE = re.compile(
+    "PROTO|FRAME|STOP|MARK|NONE|NEWTRUE|NEWFALSE|(BIN)?(INT|FLOAT|STRING|UNICODE|PUT|GET|BYTES)8?|BININT[12]|LONG[14]?"
+    "|SHORT_BIN(STRING|UNICODE|BYTES)|LONG_BIN(PUT|GET)|MEMOIZE|(EMPTY_)?(LIST|DICT|TUPLE)|TUPLE[123]|(APPEND|SETITEM)S?"
+)
 
 
 class _Global(NamedTuple):
@@ -53,6 +59,27 @@ def check(path: Path) -> bool:
             raise ValueError("it unpacks to more than it holds")
         _Interpreter(num_bytes).run(io.BytesIO(archive.read(pickles[0])))
     return True
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise ValueError(f"it holds {module}.{name}, which is code")
+
+
+def load_plain(path: Path) -> Any:
+    """Returns the texts, numbers, lists and dicts of a pickle, of Python 2, too; nothing in it is executed.
+
+    Raises ValueError if it holds anything else, such as classes and functions, which pickles may call; other exceptions
+    if it is damaged.
+    """
+    content = path.read_bytes()
+    for opcode, argument, _ in pickletools.genops(content):
+        if not _PLAIN_OPCODE.fullmatch(opcode.name):
+            name = str(argument).replace(" ", ".") if opcode.name in ("GLOBAL", "INST") else f"the opcode {opcode.name}"
+            raise ValueError(f"it holds {name}, which is code")
+        if opcode.name.endswith("PUT") and int(argument) > len(content):  # the memo would get as many entries
+            raise ValueError("it is damaged")
+    return _PlainUnpickler(io.BytesIO(content), encoding="utf-8", errors="replace").load()
 
 
 class _Interpreter:

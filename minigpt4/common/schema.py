@@ -1,38 +1,23 @@
-"""Every configuration key with its type, default and meaning, and ``read_section``, which checks a section.
+"""Every configuration key with its type, default and meaning; ``sections.read_section`` checks a section.
 
 docs/CONFIGURATION.md is generated from this file. A type with ``| None`` accepts null; its meaning says what null does.
 """
 # ruff: noqa: RUF009 - key() returns a dataclasses.field
 
-import math
-from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from dataclasses import dataclass
+from typing import Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from minigpt4.common.sections import BUILT_IN_PROCESSORS, TYPE_NAMES, choices_of, key, read_section, type_hints
 
-from minigpt4.common.errors import UserError, nearest
+__all__ = ["BUILT_IN_PROCESSORS", "TYPE_NAMES", "choices_of", "read_section", "type_hints"]
 
-T = TypeVar("T")
 Precision = Literal["fp32", "fp16", "bf16"]
+LATER = ("minigpt4", "minigpt_v2")  # archs with the rules of the reference's last commit
 
 _VIT = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 _Q_FORMER = _VIT.replace("eva_vit_g", "blip2_pretrained_flant5xxl")
 _UNUSED = "Accepted for compatibility; not used."
-_REMOVED = {"run.resize_on_device": "it was removed: images are always resized by the loader's workers"}
-TYPE_NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text", NoneType: "null"}
 SPLITS = {"train": "storage", "val": "val_storage", "test": "test_storage"}  # split: its key below build_info
-BUILT_IN_PROCESSORS = ("blip2_image_train", "blip2_image_eval", "blip_caption")  # the keys of others are not checked
-
-
-def key(default: Any, meaning: str, *, least: float = 0, below: float = math.inf) -> Any:
-    """Declares a key. Numbers are limited to ``least <= value < below``; a class as default is a nested section."""
-    metadata = {"meaning": meaning, "least": least, "below": below}
-    if isinstance(default, type | list):
-        return field(default_factory=default if isinstance(default, type) else default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -221,8 +206,31 @@ class TextProcessors:
 
 
 @dataclass(frozen=True)
+class AnnotationFiles:
+    """Annotation files of a split."""
+
+    storage: str | list[str] = key("", "Files.")
+    url: str | list[str] = key("", "Where the files are published; nothing is downloaded.")
+    md5: str | list[str] = key("", _UNUSED)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Annotation files by split."""
+
+    train: AnnotationFiles = key(AnnotationFiles, "For training.")
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where images are."""
+
+    storage: str = key("", "Folder of the images.")
+
+
+@dataclass(frozen=True)
 class BuildInfo:
-    """Where the data of each split are."""
+    """Where the data of each split are; dataset/README_MINIGPT_V2.md lists the keys of the data sets of MiniGPT-v2."""
 
     storage: str | list[str] | None = key(None, "Training data: folder, list, table or shards; null: no such split.")
     val_storage: str | list[str] | None = key(None, "Data of the split `val`; null: no such split.")
@@ -233,6 +241,18 @@ class BuildInfo:
     retries: int = key(
         5, "Further attempts at a URL of http(s) without new data, after 1, 2, 4, … seconds (at most 60)."
     )
+    image_path: str = key("", "MiniGPT-v2: folder of the images.")
+    ann_path: str = key("", "MiniGPT-v2: annotation file; of RefCOCO, the folder with refcoco, refcoco+ and refcocog.")
+    data_dir: str = key("", "Visual Genome: folder of image_data.json, region_descriptions.json and the images.")
+    dataset: str = key("", "RefCOCO: folder below `ann_path`; `inv` at its beginning is ignored.")
+    splitBy: str = key("", "RefCOCO: who made the splits; the file is refs(SPLITBY).p.")
+    annotations: Annotations = key(Annotations, "MiniGPT-v2: annotation files of data sets of LAVIS.")
+    images: ImageFolder = key(ImageFolder, "MiniGPT-v2: images of data sets of LAVIS.")
+
+    def has_split(self, split: str) -> bool:
+        """Whether a place is given for the data of one of ``SPLITS``."""
+        places = (self.ann_path, self.data_dir, self.annotations.train.storage) if split == "train" else ()
+        return any((getattr(self, SPLITS[split]), *places))
 
 
 @dataclass(frozen=True)
@@ -249,84 +269,3 @@ class DatasetConfig:
         None, "Share of the batches relative to other data sets; `size`: its number of samples; null: 1."
     )
     batch_size: int | None = key(None, "Samples per iteration where `run.batch_size_train` is null; null: 1.", least=1)
-
-
-def read_section(cls: type[T], section: Any, where: str, source: str = "", allow_unknown: bool = False) -> T:
-    """Turns a mapping, a DictConfig or None into a checked ``cls`` with all defaults; returns a ``cls`` unchanged.
-
-    ``allow_unknown`` ignores unknown keys, for classes from outside this package. Raises UserError for an unknown key,
-    a value of the wrong type or out of range, or a blank value without a meaning.
-    """
-    if isinstance(section, cls):
-        return section
-    prefix = f"{source}: " if source else ""
-    try:
-        if isinstance(section, DictConfig):
-            section = OmegaConf.to_container(section, resolve=True, throw_on_missing=True)
-        return _read(cls, {} if section is None else section, where, allow_unknown)
-    except (OmegaConfBaseException, RecursionError) as error:
-        raise UserError(f"{prefix}{where} is not a valid section: {' '.join(str(error).split())}") from error
-    except UserError as error:
-        raise UserError(f"{prefix}{error}") from None
-
-
-def type_hints(cls: type) -> dict[str, Any]:
-    """Returns the type of every key of a section."""
-    return {entry.name: entry.type for entry in fields(cls)}
-
-
-def choices_of(hint: Any) -> tuple[Any, ...]:
-    """Returns the members of a union, or the type itself."""
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _read(cls: type[T], section: Any, where: str, allow_unknown: bool) -> T:
-    entries = {entry.name: entry for entry in fields(cls)}
-    if not isinstance(section, Mapping):
-        raise UserError(f"{where} is {section!r}; expected a section with {', '.join(entries)}.")
-    if "name" in entries and section.get("name", cls.name) not in BUILT_IN_PROCESSORS:
-        return cls(**{name: value for name, value in section.items() if name in entries})
-    values = {}
-    for name, value in section.items():
-        path = f"{where}.{name}"
-        if name in entries:
-            values[name] = _read_value(entries[name], value, path, allow_unknown)
-        elif path in _REMOVED:
-            raise UserError(f"Remove {path}: {_REMOVED[path]}.")
-        elif not allow_unknown:
-            raise UserError(f"There is no key {path}.{nearest(str(name), entries)} Known: {', '.join(entries)}.")
-    return cls(**values)
-
-
-def _read_value(entry: Field, value: Any, path: str, allow_unknown: bool) -> Any:
-    choices = choices_of(entry.type)
-    if value is None and NoneType not in choices:
-        default = "the default" if entry.default is MISSING else f"the default, {entry.default!r}"
-        raise UserError(f"{path} is blank; give it a value, or remove the line to use {default}.")
-    for choice in choices:
-        if is_dataclass(choice) and value is not None:
-            return _read(choice, value, path, allow_unknown)
-        if _is_instance(value, choice):
-            least, below = entry.metadata["least"], entry.metadata["below"]
-            if type(value) in (int, float) and not least <= value < below:
-                limit = f" and less than {below:g}" if below < math.inf else ""
-                raise UserError(f"{path} is {value!r}; expected {least:g} or more{limit}.")
-            return float(value) if choice is float else value
-    expected = " or ".join(_describe(choice) for choice in choices if choice is not NoneType)
-    raise UserError(f"{path} is {value!r} ({type(value).__name__}); expected {expected}.")
-
-
-def _is_instance(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return any(type(value) is type(option) and value == option for option in get_args(hint))
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_instance(item, get_args(hint)[0]) for item in value)
-    return type(value) is hint or (hint is float and type(value) is int)
-
-
-def _describe(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " * (len(get_args(hint)) > 1) + ", ".join(map(str, get_args(hint)))
-    if get_origin(hint) is list:
-        return f"a list ({'[a, b]' if get_args(hint)[0] is str else '[0.1, 0.2]'})"
-    return f"{TYPE_NAMES[hint]} ({'in quotes' if hint is str else hint.__name__})"

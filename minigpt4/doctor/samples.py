@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from minigpt4.common.device import local_seed
 from minigpt4.common.errors import see
-from minigpt4.common.registry import registry
+from minigpt4.datasets.builders.base_dataset_builder import create_builder
 from minigpt4.datasets.datasets.sample import SkipSample
 from minigpt4.doctor.files import ModelFiles
 from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, collect, refused
@@ -23,6 +23,11 @@ from minigpt4.models.text_rows import IGNORE_INDEX
 NUM_SHARDS = 3  # opened of a source
 COLUMNS, SIDE, TEXT_HEIGHT = 8, 160, 48  # of the contact sheet, in pixels but the first
 _ANCHOR = "silent-data-failure"
+
+
+def answer_of(sample: Mapping[str, Any]) -> str:
+    """What is to be learned of a sample; of a conversation, all answers."""
+    return next(sample[name] for name in ("text_input", "answer", "conv_a") if name in sample)
 
 
 @dataclass
@@ -46,14 +51,14 @@ class SampleStats:
         except SkipSample as skip:
             self.skipped[str(skip)] += 1
             return
-        image = sample["image"]
         self.texts.append({name: value for name, value in sample.items() if name != "image"})
-        self.images += [(one, sample["text_input"]) for one in (image if image.ndim == 4 else image[None])]
+        if (image := sample.get("image")) is not None:
+            self.images += [(one, self.captions[-1]) for one in (image if image.ndim == 4 else image[None])]
 
     @property
     def captions(self) -> list[str]:
         """The texts that are to be learned, one for each sample."""
-        return [text["text_input"] for text in self.texts]
+        return [answer_of(text) for text in self.texts]
 
     @property
     def conversations(self) -> list[dict[str, Any]]:
@@ -66,8 +71,7 @@ def draw(cfg: Any, num_samples: int = 16) -> tuple[list[SampleStats], list[Findi
     drawn, findings = [], []
 
     def source(name: str, section: Any) -> list[Finding]:
-        builder = registry.get_builder_class(section.get("builder") or name)(section)
-        builder.name = name
+        builder = create_builder(name, section, cfg.model_cfg.get("arch", ""))
         for split, dataset in builder.build_datasets().items():
             with local_seed(0):  # random crops, too, are the same each time
                 if hasattr(dataset, "pairs") or hasattr(dataset, "rows"):
@@ -119,7 +123,7 @@ def check_samples(drawn: SampleStats, files: ModelFiles) -> Finding:
     if num_good:
         evidence += f"; {_describe_images(drawn)}; captions such as '{_cut(drawn.captions[0])}'"
     if num_good and files.model is not None:
-        evidence += f"; {marked_row(max(drawn.texts, key=lambda text: len(text['text_input'])), files.model)}"
+        evidence += f"; {marked_row(max(drawn.texts, key=lambda text: len(answer_of(text))), files.model)}"
     verdict, remedy = OK, ""
     if not num_good and hasattr(drawn.dataset, "no_usable_sample"):  # the message of the run itself
         refusal = refused(check, drawn.dataset.no_usable_sample(drawn.skipped))
@@ -147,7 +151,9 @@ def _suspicion(drawn: SampleStats, files: ModelFiles) -> tuple[str, str] | None:
         return "many images are one and the same", "Look at the sheet: are they placeholders of a failed download?"
     if files.model is not None:
         limit, end_sym = files.cfg.max_txt_len, files.cfg.end_sym
-        captions = [text["text_input"] for text in drawn.texts if not text.get("conversation")]
+        captions = [
+            answer_of(text) for text in drawn.texts if not text.keys() & {"conv_a"} and not text.get("conversation")
+        ]
         lengths = [len(files.model.tokenize(text + end_sym)) for text in captions]
         if (share := sum(length > limit for length in lengths) / num) > 0.1:
             message = f"{share:.0%} of the captions are longer than max_txt_len {limit} and lose their end symbol"

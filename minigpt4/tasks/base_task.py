@@ -11,6 +11,7 @@ from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
 from minigpt4.common.schema import DatasetConfig, RunConfig, read_section
+from minigpt4.datasets.builders.base_dataset_builder import create_builder
 from minigpt4.datasets.feature_cache import with_features
 from minigpt4.datasets.loader import LOADER_KEY
 
@@ -54,9 +55,7 @@ class BaseTask:
             model_class.from_config(cfg.model_cfg, device="meta", has_vision=False)
         datasets = {}
         for name, section in cfg.datasets_cfg.items():
-            builder = registry.get_builder_class(section.get("builder") or name)(section)
-            builder.name = name
-            datasets[name] = builder.build_datasets()
+            datasets[name] = create_builder(name, section, cfg.model_cfg.get("arch", "")).build_datasets()
         if run_cfg.feature_cache:
             datasets = with_features(cfg, datasets, self.device)
         for name, section in cfg.datasets_cfg.items():

@@ -7,5 +7,13 @@ from minigpt4.datasets.builders.image_text_pair_builder import (
     ImageTextBuilder,
     LaionBuilder,
 )
+from minigpt4.datasets.builders.instruction_builder import InstructionBuilder
 
-__all__ = ["BaseDatasetBuilder", "CCSBUAlignBuilder", "CCSBUBuilder", "ImageTextBuilder", "LaionBuilder"]
+__all__ = [
+    "BaseDatasetBuilder",
+    "CCSBUAlignBuilder",
+    "CCSBUBuilder",
+    "ImageTextBuilder",
+    "InstructionBuilder",
+    "LaionBuilder",
+]

@@ -8,12 +8,28 @@ from omegaconf import DictConfig, OmegaConf
 
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
+from minigpt4.common.registry import registry
+from minigpt4.common.schema import LATER
 from minigpt4.processors import BaseProcessor, load_processor
 
 
 def load_dataset_config(cfg_path: str | Path) -> DictConfig:
     """The section of the first data set in a YAML file."""
     return next(iter(OmegaConf.load(cfg_path).datasets.values()))
+
+
+def create_builder(name: str, section: Mapping[str, Any], arch: str) -> "BaseDatasetBuilder":
+    """The builder of a section under ``datasets``, for a model of ``arch``.
+
+    The reference's last commit, whose archs are ``LATER``, resizes images in training where the first one crops them;
+    so do we, unless ``min_scale`` or ``max_scale`` asks for crops.
+    """
+    builder = registry.get_builder_class(section.get("builder") or name)(section)
+    builder.name = name
+    processor = (section.get("vis_processor") or {}).get("train") or {}
+    if arch in LATER and not processor.keys() & {"min_scale", "max_scale"}:
+        builder.crops = False
+    return builder
 
 
 class BaseDatasetBuilder:
@@ -29,11 +45,13 @@ class BaseDatasetBuilder:
 
     Attributes:
         config: the section, keys of the user's own included.
+        crops: whether ``blip2_image_train`` crops images; else it resizes them as ``blip2_image_eval`` does.
         vis_processors, text_processors: by ``train`` and ``eval``; the identity until ``build_processors`` is called.
     """
 
     train_dataset_cls: ClassVar[Any] = None
     eval_dataset_cls: ClassVar[Any] = None
+    crops = True
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {}  # type: path of a YAML file, relative to the package or absolute
 
     def __init__(self, cfg: Mapping[str, Any] | str | Path | None = None, name: str = "") -> None:
@@ -63,7 +81,9 @@ class BaseDatasetBuilder:
         size = {key: value for key, value in (images.get("train") or {}).items() if key == "image_size"}
         for split in ("train", "eval"):
             image, text = images.get(split) or size, texts.get(split) or texts.get("train") or {}
-            self.vis_processors[split] = load_processor(image.get("name", f"blip2_image_{split}"), image)
+            name = image.get("name", f"blip2_image_{split}")
+            name = "blip2_image_eval" if name == "blip2_image_train" and not self.crops else name
+            self.vis_processors[split] = load_processor(name, image)
             self.text_processors[split] = load_processor(text.get("name", "blip_caption"), text)
 
     def _download_data(self) -> None:
