@@ -102,10 +102,11 @@ def build_minigpt4(
         vit = build_eva_vit(preset.image, vit_config=vit_config) if has_vision else None
         model = MiniGPT4(
             vit,
-            QFormer(q_config) if has_vision else q_config,
+            QFormer(q_config) if has_vision else None,
             llm,
             load_tokenizer(ROOT / "quickstart" / "weights" / "llama"),
             num_query_token=preset.queries,
+            feature_width=q_width,
             prompts=[PROMPT] if stage == 2 else (),
             prompt_template=TEMPLATE if stage == 2 else "",
             max_txt_len=160 if stage == 2 else 32,

@@ -165,7 +165,7 @@ class Packer:
     tokenize, tokenize_prompt, tokenize_rows = MiniGPT4.tokenize, MiniGPT4.tokenize_prompt, MiniGPT4.tokenize_rows
     bos_ids = MiniGPT4.bos_ids
     llama_tokenizer = load_tokenizer(LLAMA)
-    num_query_token = 3
+    num_query_token, max_context_len, pad_id = 3, 3800, llama_tokenizer.pad_token_id
 
     def __init__(self, max_txt_len: int, end_sym: str) -> None:
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
@@ -182,7 +182,7 @@ def packing(case: tuple[list[tuple[str, str]], int, str]) -> None:
     packer = Packer(longest, end)
     tokenizer = packer.llama_tokenizer
     found = packer.tokenize_rows([caption for caption, _ in rows], [prompt for _, prompt in rows])
-    for (caption, prompt), (ids, labels, _) in zip(rows, found, strict=True):
+    for (caption, prompt), (ids, labels, *_) in zip(rows, found, strict=True):
         prefix = [tokenizer.bos_token_id, *packer.tokenize_prompt(prompt)]
         target_ids = packer.tokenize(caption + end)[:longest]
         targets = [IGNORE_INDEX if t == tokenizer.pad_token_id else t for t in target_ids]

@@ -171,7 +171,7 @@ def test_damaged_rows_are_read_or_told(tmp_path, replacement):
 # what is trained
 
 
-@pytest.fixture(params=["vicuna_v0", "vicuna_v1", "llama_2", None])
+@pytest.fixture(params=["vicuna_v0", "vicuna_v1", None])
 def talking(request, build):
     """A model whose chats have a template: a named one, or that of the training prompts."""
     name = request.param

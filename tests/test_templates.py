@@ -15,7 +15,8 @@ SYSTEM = {name: template.system for name, template in TEMPLATES.items()}
 EXPECTED = {
     "vicuna_v0": f"{SYSTEM['vicuna_v0']}###Human: Q1###Assistant: A1###Human: Q2###Assistant:",
     "vicuna_v1": f"{SYSTEM['vicuna_v1']} USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
-    "llama_2": f"[INST] <<SYS>>\n{SYSTEM['llama_2']}\n<</SYS>>\n\nQ1 [/INST] A1 </s><s>[INST] Q2 [/INST]",
+    "llama_2": f"{SYSTEM['llama_2']}<s>[INST] Q1 [/INST] A1<s>[INST] Q2 [/INST] ",
+    "minigpt_v2": "<s>[INST] Q1 [/INST]A1<s>[INST] Q2 [/INST]",
 }
 
 

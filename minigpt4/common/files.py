@@ -19,7 +19,7 @@ from minigpt4.common.schema import ModelConfig
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _URL = re.compile(r"^https?://")
-_PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
+_PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|^please set|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 _PUBLISHED = (ModelConfig.vit_weights, ModelConfig.q_former_model)  # the reference stores them by their names alone
 _TIMEOUT = 60  # seconds without a byte

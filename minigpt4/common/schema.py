@@ -46,8 +46,8 @@ class QFormerSettings:
 class ModelConfig:
     """The model: architecture, weights, precision and prompts."""
 
-    arch: str = key("mini_gpt4", "Registered model class; `minigpt4` is an alias.")
-    model_type: str = key("pretrain_vicuna", "Selects the default YAML; `pretrain_vicuna0` is an alias.")
+    arch: str = key("mini_gpt4", "Registered model: `mini_gpt4`, or `minigpt4` and `minigpt_v2` of the later family.")
+    model_type: str = key("pretrain_vicuna", "Selects the default YAML.")
     image_size: int = key(224, "Side of the square input image in pixels.", least=1)
     drop_path_rate: float = key(0.0, "Stochastic depth of the vision tower where it is trained.", below=1)
     use_grad_checkpoint: bool = key(False, "Gradient checkpointing of the vision tower where it is trained.")
@@ -57,7 +57,9 @@ class ModelConfig:
     vit_weights: str = key(_VIT, "Vision tower: file, folder, URL or Hugging Face id.")
     freeze_vit: bool = key(True, "Keep the vision tower and `ln_vision` frozen.")
     freeze_qformer: bool = key(True, "Keep the Q-Former and its queries frozen.")
-    has_qformer: Literal[True] = key(True, "Accepted for compatibility; models without a Q-Former are not supported.")
+    has_qformer: bool | None = key(
+        None, "False: four patches in a row are an image embedding; null: True, for arch `minigpt_v2` False."
+    )
     num_query_token: int = key(32, "Number of queries, which is the number of image embeddings.", least=1)
     q_former_model: str = key(_Q_FORMER, "Q-Former and queries: path, URL or Hugging Face id.")
     qformer_config: QFormerSettings = key(QFormerSettings, "Another size of the Q-Former.")
@@ -78,8 +80,15 @@ class ModelConfig:
     lora_alpha: int = key(16, "LoRA's update is scaled by `lora_alpha` / `lora_r`.", least=1)
     lora_dropout: float = key(0.05, "Dropout on the input of the LoRA weights in training.", below=1)
     lora_target_modules: list[str] = key(["q_proj", "v_proj"], "Linear layers of the decoder that get LoRA weights.")
-    chat_template: bool = key(False, _UNUSED)
+    chat_template: bool = key(False, "Put the instructions of samples into `prompt_template`.")
     max_context_len: int = key(3800, "Conversations are cut to this number of tokens, images included.", least=1)
+
+    def __post_init__(self) -> None:
+        is_v2 = self.arch == "minigpt_v2"
+        if self.has_qformer is None:
+            object.__setattr__(self, "has_qformer", not is_v2)
+        if is_v2 and not self.prompt_template:
+            object.__setattr__(self, "prompt_template", "[INST] {} [/INST]")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from minigpt4.common.errors import UserError, nearest, see
+from minigpt4.common.schema import LATER
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 
 IMAGE_MESSAGE = f"<Img>{IMAGE_PLACEHOLDER}</Img>"
@@ -105,17 +106,6 @@ class Conversation:
         return {name: getattr(self, name) for name in names}
 
 
-def _render_llama_2(system: str, turns: list[Turn]) -> str:
-    prompt, system = "", f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
-    for is_user, text in turns:
-        if is_user:
-            prompt += f"{'<s>' if prompt else ''}[INST] {system}{text} [/INST]"
-            system = ""
-        elif text:
-            prompt += f" {text} </s>"
-    return prompt
-
-
 CONV_VISION = Conversation(
     system="Give the following image: <Img>ImageContent</Img>. "
     "You will be able to see the image once I provide it to you. Please answer my questions.",
@@ -134,11 +124,11 @@ TEMPLATES = {
         "The assistant gives helpful, detailed, and polite answers to the user's questions.",
         roles=("USER", "ASSISTANT"), messages=[], offset=2, sep_style=SeparatorStyle.TWO, sep=" ", sep2="</s>",
     ),
-    "llama_2": Conversation(
-        system=CONV_VISION.system, roles=("[INST]", "[/INST]"), messages=[], offset=2,
-        sep_style=SeparatorStyle.RENDER, sep="", sep2="</s>", render=_render_llama_2,
-    ),
+    "llama_2": CONV_VISION_LLama2,
+    "minigpt_v2": CONV_VISION_minigptv2,
 }  # fmt: skip
+# Of the later family by arch: the first one whose form the projection was trained with.
+_LATER_TEMPLATES = dict(zip(LATER, ((CONV_VISION_Vicuna0, CONV_VISION_LLama2), (CONV_VISION_minigptv2,)), strict=True))
 
 
 def choose_template(model_cfg: Any, tokenizer: Any) -> Conversation:
@@ -146,7 +136,7 @@ def choose_template(model_cfg: Any, tokenizer: Any) -> Conversation:
 
     1. What the projection was trained with, ``prompt_template`` and ``end_sym``: ``conversation``'s or Vicuna v0's
        template where that has this form (both add a system text), else the form itself.
-    2. The template named ``conversation``.
+    2. The template named ``conversation``, or that of ``arch`` in the later family.
     3. The tokenizer's own chat template.
     4. Vicuna v0's, with a warning.
     """
@@ -163,8 +153,10 @@ def choose_template(model_cfg: Any, tokenizer: Any) -> Conversation:
             "model.prompt_template is '%s' and model.end_sym '%s'." + see("the-wrong-vicuna-version"),
             *(name, form, end_sym),
         )
+    candidates = _LATER_TEMPLATES.get(model_cfg.arch, (CONV_VISION,))
     if form:
-        return CONV_VISION if _has_form(CONV_VISION, form, end_sym) else _from_prompt_template(form, end_sym)
+        fitting = (template for template in candidates if _has_form(template, form, end_sym))
+        return next(fitting, None) or _from_prompt_template(form, end_sym)
     if getattr(tokenizer, "chat_template", None):
         return _from_chat_template(tokenizer)
     logging.warning(
@@ -177,7 +169,8 @@ def choose_template(model_cfg: Any, tokenizer: Any) -> Conversation:
 def _has_form(template: Conversation, form: str, end_sym: str) -> bool:
     """Whether a template without its system text writes questions and ends answers as ``form`` does."""
     conv = replace(template, system="", messages=[[template.roles[0], "{}"], [template.roles[1], None]])
-    return "".join(conv.get_prompt().split()) == "".join(form.split()) and conv.stop_string == end_sym.strip()
+    prompt = conv.get_prompt().removeprefix("<s>")  # of Llama 2, where only the end token ends an answer
+    return "".join(prompt.split()) == "".join(form.split()) and (conv.stop_string or "</s>") == end_sym.strip()
 
 
 def _from_prompt_template(form: str, end_sym: str) -> Conversation:

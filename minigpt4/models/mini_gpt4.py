@@ -6,6 +6,7 @@ rows without padding.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,14 +25,15 @@ from minigpt4.models import loading
 from minigpt4.models.loading import ModelFiles
 from minigpt4.models.lora import LoraSettings, checkpoint_name, lora_settings, train_dropout
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
-from minigpt4.models.Qformer import QFormer, QFormerConfig
+from minigpt4.models.Qformer import QFormer
 from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, TextRows
 from minigpt4.models.vision import VisionEncoder, build_vision, vision_settings
 
 Section = Mapping[str, Any] | ModelConfig
 
 
-@registry.register_model("minigpt4")  # the reference's later name
+@registry.register_model("minigpt_v2")
+@registry.register_model("minigpt4")
 @registry.register_model("mini_gpt4")
 class MiniGPT4(TextRows, VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
@@ -46,16 +48,21 @@ class MiniGPT4(TextRows, VisionEncoder):
         lora: of LoRA weights in the LM, which ``add_lora`` adds once the LM is loaded.
         max_context_len: tokens of a conversation, images included; turns that exceed it are left out.
         conversation: the name of a chat template for conversations; None: the one that a chat would choose.
+        arch: the registered name, which decides the rules of texts: ``mini_gpt4``, or one of the later family.
+        chat_template: instructions of samples are put into ``prompt_template``.
     """
 
-    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = dict.fromkeys(
-        ("pretrain_vicuna", "pretrain_vicuna0"), "configs/models/minigpt4.yaml"
-    )
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "pretrain_vicuna": "configs/models/minigpt4.yaml",
+        "pretrain_vicuna0": "configs/models/minigpt4_vicuna0.yaml",
+        "pretrain_llama2": "configs/models/minigpt4_llama2.yaml",
+        "pretrain": "configs/models/minigpt_v2.yaml",
+    }
 
     def __init__(
         self,
         visual_encoder: nn.Module | None,
-        Qformer: QFormer | QFormerConfig,
+        Qformer: QFormer | None,
         llama_model: nn.Module,
         llama_tokenizer: Any,
         prompts: Sequence[str] = (),
@@ -65,12 +72,14 @@ class MiniGPT4(TextRows, VisionEncoder):
         lora: LoraSettings | None = None,
         max_context_len: int = 3800,
         conversation: str | None = None,
+        arch: str = "mini_gpt4",
+        chat_template: bool = False,
         **vision: Any,
     ) -> None:
         super().__init__(visual_encoder, Qformer, **vision)
-        q_former_width = (Qformer if visual_encoder is None else Qformer.config).hidden_size
         self.llama_model, self.llama_tokenizer = llama_model, llama_tokenizer
-        self.llama_proj = nn.Linear(q_former_width, llama_model.config.hidden_size)
+        self.llama_proj = nn.Linear(self.feature_width, llama_model.config.hidden_size)
+        self.arch, self.chat_template = arch, chat_template
         self.prompt_list, self.prompt_template = list(prompts), prompt_template
         self.max_txt_len, self.end_sym, self.conversation = max_txt_len, end_sym, conversation
         self.max_context_len = min(max_context_len, getattr(llama_model.config, "max_position_embeddings", 2**31))
@@ -122,7 +131,7 @@ class MiniGPT4(TextRows, VisionEncoder):
         if cfg.llm_grad_checkpoint:
             recompute_layers(lm.decoder_layers(llm))
         vision = build_vision(cfg, has_vision)
-        names = "prompt_template", "max_txt_len", "end_sym", "max_context_len", "conversation"
+        names = "arch", "prompt_template", "chat_template", "max_txt_len", "end_sym", "max_context_len", "conversation"
         settings = {name: getattr(cfg, name) for name in names}
         settings["lora"] = lora_settings(cfg, llm)
         settings["prompts"] = loading.read_prompts(cfg.prompt_path, cfg.prompt_template)
@@ -171,7 +180,11 @@ class MiniGPT4(TextRows, VisionEncoder):
         return nullcontext() if self.device.type == "cpu" else devices.autocast(self.device, dtype)
 
     def encode_img(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, S, S], normalised, to LM inputs [B, Q, L] and their attention mask [B, Q] (int64 ones)."""
+        """Images [B, 3, S, S], normalised, to LM inputs [B, Q, L] and their attention mask [B, Q] (int64 ones).
+
+        Rows of several images [B, n, 3, S, S] are encoded one after the other.
+        """
+        image = image.flatten(0, 1) if image.ndim == 5 else image
         embeds = self.project_features(self.encode_images(image))
         return embeds, torch.ones(embeds.shape[:2], dtype=torch.long, device=image.device)
 
@@ -219,10 +232,12 @@ class MiniGPT4(TextRows, VisionEncoder):
         """The loss of a batch.
 
         Args:
-            samples: ``image`` [n, 3, S, S], the images of all rows in order, or ``features`` [n, Q, H] from a cache,
-                with conversations also ``num_images`` (B numbers), ``text_input`` or ``answer`` (B captions), and
-                optionally ``instruction`` (B texts or None), ``instruction_input`` (B whole prompts) or
-                ``conversation`` (B times None or the arguments of ``tokenize_conversation``).
+            samples: ``image`` [n, 3, S, S], the images of all rows in order, or ``features`` [n, Q, H] from a cache;
+                ``num_images`` (B numbers) where rows have other than equally many; ``text_input`` or ``answer`` (B
+                captions), and optionally ``instruction`` (B texts or None), ``instruction_input`` (B prompts) or
+                ``conversation`` (B times None or the arguments of ``tokenize_conversation``). Those of the later
+                reference: ``image`` [B, n, 3, S, S] with ``length`` (B numbers), ``conv_q``, ``conv_a`` and
+                ``connect_sym``.
 
         Returns:
             ``loss``, the mean over all target tokens (float32, scalar), and the counts ``num_tokens`` (without
@@ -230,24 +245,22 @@ class MiniGPT4(TextRows, VisionEncoder):
             left out) as plain numbers.
         """
         rows = self.training_rows(samples)
-        image_embeds = self.project_features(self._image_features(samples, rows))  # [n, Q, L]
+        image_embeds = self._image_embeds(samples, rows)  # [m, L]
         prefix = self._shared_prefix(rows)
         ids = [token for row in rows for token in row.ids[len(prefix) :]]  # N, the rows one after the other
         labels = [label for row in rows for label in (*row.labels[len(prefix) + 1 :], IGNORE_INDEX)]  # of the next
         image_positions = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         target_positions = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
-        if len(image_positions) != image_embeds.shape[0] * image_embeds.shape[1]:
-            expected = f"{len(image_embeds)} images for {len(image_positions) / self.num_query_token:g} of them"
-            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; the batch has {expected}.")
 
         # One copy to the device; nothing in this step waits for the device.
         parts = [torch.tensor(part, dtype=torch.long) for part in (ids, image_positions, target_positions, labels)]
         on_device = torch.cat(parts).to(image_embeds.device, non_blocking=True).split([len(part) for part in parts])
         ids, image_positions, target_positions, labels = on_device
         embeds = self.embed_tokens(ids)  # [N, L]
-        embeds = embeds.index_copy(0, image_positions, image_embeds.flatten(0, 1).to(embeds.dtype))
+        embeds = embeds.index_copy(0, image_positions, image_embeds.to(embeds.dtype))
         lengths = [len(row.ids) - len(prefix) for row in rows]
-        batch = PackedBatch(lengths, self._prefix_kv[prefix] if prefix else [], embeds.device)
+        hidden = [[position - len(prefix) for position in row.hidden] for row in rows]
+        batch = PackedBatch(lengths, self._prefix_kv[prefix] if prefix else [], embeds.device, hidden)
         hidden = lm.last_hidden_states(self.llama_model, embeds, batch, self.packs_rows)  # [N, L]
         hidden, targets = (part.index_select(0, target_positions) for part in (hidden, labels))
         loss = next_token_loss(hidden, lm.lm_head(self.llama_model), targets)
@@ -256,19 +269,40 @@ class MiniGPT4(TextRows, VisionEncoder):
         counts["num_truncated"] = sum(row.is_truncated for row in rows)
         return {"loss": loss, **counts, "num_targets": len(target_positions)}
 
-    def _image_features(self, samples: Mapping[str, Any], rows: Sequence[TextRow]) -> Tensor:
-        """Features [n, Q, H] of the images that the rows show; those of turns that were left out are not among them."""
-        if "features" in samples:
-            features = samples["features"]
-        elif len(image := samples["image"]):
-            features = self.encode_images(image)
-        else:  # a blank image: the trained parts take part in each step
-            features = self.encode_images(image.new_zeros(1, *image.shape[1:]))[:0]
+    def _image_features(self, samples: Mapping[str, Any]) -> Tensor:
+        """Features [n, Q, H] of all images of a batch."""
+        if (features := samples.get("features")) is not None:
+            return features.flatten(0, -3)
+        if (image := samples.get("image")) is not None and image.numel():
+            return self.encode_images(image.flatten(0, -4))
+        vision = [p for name, p in self.named_parameters() if not name.startswith("llama_")]
+        if any(p.requires_grad for p in vision):  # they take part in each step, with a blank image
+            blank = torch.zeros(1, 3, *self.visual_encoder.patch_embed.img_size, device=self.device)
+            return self.encode_images(blank)[:0]
+        return torch.zeros(0, self.num_query_token, self.feature_width, device=self.device)
+
+    def _image_embeds(self, samples: Mapping[str, Any], rows: Sequence[TextRow]) -> Tensor:
+        """LM inputs [m, L] for the image positions of the rows; those that were cut off are not among them.
+
+        Raises UserError where the placeholders of a row are not as many as its images.
+        """
+        features = self._image_features(samples)
+        given = samples.get("num_images")
+        if given is None:
+            given = [len(features) // len(rows)] * len(rows)
+            if (lengths := samples.get("length")) is not None:  # rows of as many images, of which the first ones count
+                keep = [torch.arange(given[0]) < int(length) for length in lengths]
+                features, given = features[torch.cat(keep).to(features.device)], [int(length) for length in lengths]
+        given, needed = [int(count) for count in given], [row.num_images for row in rows]
+        if given != needed or sum(given) != len(features):
+            problem = f"the batch has {len(features)} images, {given} by row, and {needed} placeholders"
+            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; {problem}.")
+        embeds = self.project_features(features).flatten(0, 1)  # [n * Q, L]
         if not any(row.is_truncated for row in rows):
-            return features
-        parts = features.split(list(samples["num_images"]))
-        shown = [row.ids.count(IMAGE_TOKEN_INDEX) // self.num_query_token for row in rows]
-        return torch.cat([part[:number] for part, number in zip(parts, shown, strict=True)])
+            return embeds
+        starts = [0, *accumulate(count * self.num_query_token for count in given)]
+        shown = [range(start, start + row.ids.count(IMAGE_TOKEN_INDEX)) for start, row in zip(starts, rows)]  # noqa: B905
+        return embeds[torch.tensor(list(chain(*shown)), dtype=torch.long, device=embeds.device)]
 
     def _shared_prefix(self, rows: Sequence[TextRow]) -> tuple[int, ...]:
         """The tokens before the image where all rows agree in them and their keys and values are known, else none."""

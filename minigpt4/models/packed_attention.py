@@ -32,16 +32,26 @@ class PackedBatch:
         lengths: number of tokens of each row, without the prefix.
         prefix: keys and values [1, G, P, D] of each layer for what all rows begin with.
         device: of the tokens.
+        hidden: positions of each row that nothing attends to, not even themselves.
     """
 
     def __init__(
-        self, lengths: list[int], prefix: Sequence[tuple[Tensor, Tensor]] = (), device: torch.device | str = "cpu"
+        self,
+        lengths: list[int],
+        prefix: Sequence[tuple[Tensor, Tensor]] = (),
+        device: torch.device | str = "cpu",
+        hidden: Sequence[Sequence[int]] = (),
     ) -> None:
         self.lengths, self.prefix, self.device = lengths, prefix, device
         self.longest = max(lengths)
         self.prefix_length = prefix[0][0].shape[2] if prefix else 0
         indices = [row * self.longest + torch.arange(length) for row, length in enumerate(lengths)]
         self.indices = torch.cat(indices).to(device, non_blocking=True)  # [N], into the flattened grid [B * T]
+        self.visible: Tensor | None = None  # bool [B, T], where something is hidden
+        if any(hidden):
+            self.visible = torch.ones(len(lengths), self.longest, dtype=torch.bool, device=device)
+            for row, positions in enumerate(hidden):
+                self.visible[row, list(positions)] = False
         self._masks: dict[int, Tensor | None] = {}
 
     @property
@@ -60,13 +70,16 @@ class PackedBatch:
         return grid.flatten(0, 1).index_select(0, self.indices)
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """Which keys a query sees, bool [T, P + T]; None where plain causal attention is the same."""
+        """Which keys a query sees, bool [T, P + T] or [B, 1, T, P + T]; None where it is plain causal attention."""
         before, total = self.prefix_length, self.prefix_length + self.longest
         window = min(window or total, total)
         if window not in self._masks:
             visible = torch.ones(self.longest, total, dtype=torch.bool, device=self.device)
-            is_plain = not before and window == total
-            self._masks[window] = None if is_plain else visible.tril(before).triu(before - window + 1)
+            is_plain = not before and window == total and self.visible is None
+            mask = None if is_plain else visible.tril(before).triu(before - window + 1)
+            if self.visible is not None:
+                mask = mask & nn.functional.pad(self.visible, (before, 0), value=True)[:, None, None]
+            self._masks[window] = mask
         return self._masks[window]
 
     def attend(self, layer_idx: int, heads: Heads, window: int | None, **settings: Any) -> Tensor:

@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from minigpt4.common.errors import UserError
-from minigpt4.common.templates import Conversation, choose_template
+from minigpt4.common.schema import LATER
+from minigpt4.common.templates import IMAGE_MESSAGE, Conversation, choose_template
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 
 IMAGE_TOKEN_INDEX = -1  # in a list of token ids: one image embedding goes here
@@ -15,11 +16,17 @@ IGNORE_INDEX = -100  # label of a position that is no target
 
 
 class TextRow(NamedTuple):
-    """Token ids of a training row, image positions included, the label of each, and whether its end was cut off."""
+    """Token ids of a training row, image positions included, and the label of each.
+
+    ``num_images`` counts the images of the whole row, of which a part may be cut off; ``hidden`` are positions that
+    nothing attends to.
+    """
 
     ids: list[int]
     labels: list[int]
+    num_images: int
     is_truncated: bool = False
+    hidden: tuple[int, ...] = ()
 
 
 class TextRows:
@@ -33,6 +40,17 @@ class TextRows:
     max_context_len: int
     end_sym: str
     conversation: str | None
+    arch: str
+    chat_template: bool
+
+    @cached_property
+    def pad_id(self) -> int:
+        """The token with which the reference pads: the end token, in the later family "$$" or else the unknown one."""
+        tokenizer = self.llama_tokenizer
+        if self.arch not in LATER:
+            return tokenizer.eos_token_id
+        number = tokenizer.get_vocab().get("$$", tokenizer.unk_token_id)
+        return tokenizer.eos_token_id if number is None else number
 
     @property
     def bos_ids(self) -> list[int]:
@@ -56,13 +74,15 @@ class TextRows:
         """Training rows: begin token, prompt with image positions, caption with end symbol.
 
         Labels are the ids where they are caption or end symbol and not the pad id, which a caption may contain as text.
+        A prompt beyond ``max_context_len`` loses its end.
         """
-        rows, pad = [], self.llama_tokenizer.pad_token_id
+        rows, limit = [], self.max_context_len
         for caption, prompt in zip(captions, prompts, strict=True):
-            before = self.bos_ids + self.tokenize_prompt(prompt)
+            before = self.tokenize_prompt(prompt)
+            is_truncated, before = len(before) > limit, self.bos_ids + before[:limit]
             target = self.tokenize(caption + self.end_sym)[: self.max_txt_len]
-            labels = [IGNORE_INDEX if token == pad else token for token in target]
-            rows.append(TextRow(before + target, [IGNORE_INDEX] * len(before) + labels))
+            labels = [IGNORE_INDEX] * len(before) + [IGNORE_INDEX if t == self.pad_id else t for t in target]
+            rows.append(TextRow(before + target, labels, prompt.count(IMAGE_PLACEHOLDER), is_truncated))
         return rows
 
     @cached_property
@@ -74,12 +94,16 @@ class TextRows:
         """The training row of (question, answer)s: the ids of ``Chat``'s prompt, answers with their ends as targets.
 
         Turns that do not fit into ``max_context_len`` are left out from the last one on; of a single turn, the end is
-        cut off, but no part of an image.
+        cut off, but no part of an image. Templates that only the end token ends have a rule of their own.
 
         Args:
-            turns: ``<ImageHere>`` in a question marks the position of an image.
+            turns: ``<ImageHere>`` in a question marks the position of an image, ``<Img>`` around it may be left out.
             system: in place of the template's system text.
         """
+        num_images = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
+        if not self.template.stop_string:
+            return self._tokenize_turns(turns, system, num_images)
+        turns = [(question.replace(IMAGE_MESSAGE, IMAGE_PLACEHOLDER), answer) for question, answer in turns]
 
         def tokenize(number: int, is_open: bool = False) -> list[int]:
             conv = self.template.copy()
@@ -104,10 +128,40 @@ class TextRows:
         for i in range(number):  # a tokenizer may join the ends of two texts, so the common ids decide
             begin, end = (_num_common(ids, tokenize(i + 1 - is_open, is_open)) for is_open in (True, False))
             labels[begin:end] = ids[begin:end]
-        return TextRow(ids, labels, is_truncated)
+        return TextRow(ids, labels, num_images, is_truncated)
+
+    def _tokenize_turns(self, turns: Sequence[tuple[str, str]], system: str, num_images: int) -> TextRow:
+        """The training row of a conversation in Llama-2's form, as the reference has it.
+
+        Every text is encoded apart. The first question is cut to ``max_context_len``, what follows to ``max_txt_len``,
+        and nothing attends to the pad id in it.
+        """
+        begin, end = self.template.roles
+        bos, end_sym = self.llama_tokenizer.bos_token or "", self.end_sym.strip() or self.llama_tokenizer.eos_token
+        texts, answers = [], []
+        for question, answer in turns:
+            if IMAGE_MESSAGE not in question and IMAGE_PLACEHOLDER in question:
+                conv = self.template.copy()
+                conv.ask_with_images(question)
+                question = " ".join(text for _, text in conv.messages)
+            texts.append(begin + question + end)
+            answers.append(self.tokenize(answer + end_sym))
+        first = self.tokenize_prompt(system + texts[0] if system else texts[0].removeprefix(bos))
+        ids, labels = list(answers[0]), list(answers[0])
+        for text, answer in zip(texts[1:], answers[1:], strict=True):
+            question = self.tokenize_prompt(text)
+            ids += question + answer
+            labels += [IGNORE_INDEX] * len(question) + answer
+        is_truncated = len(first) > self.max_context_len or len(ids) > self.max_txt_len
+        before, ids = self.bos_ids + first[: self.max_context_len], ids[: self.max_txt_len]
+        hidden = tuple(len(before) + i for i, token in enumerate(ids) if token == self.pad_id)
+        labels = [IGNORE_INDEX] * len(before) + labels[: len(ids)]
+        return TextRow(before + ids, labels, num_images, is_truncated, hidden)
 
     def training_rows(self, samples: Mapping[str, Any]) -> list[TextRow]:
         """The rows of a batch: conversations where ``conversation`` has one, else captions with their prompts."""
+        if "conv_q" in samples:
+            return [self.tokenize_conversation(turns) for turns in _split_turns(samples)]
         conversations = samples.get("conversation") or [None] * len(captions_of(samples))
         if all(conversations):
             return [self.tokenize_conversation(**conversation) for conversation in conversations]
@@ -116,9 +170,16 @@ class TextRows:
         return [self.tokenize_conversation(**conversation) if conversation else row for conversation, row in pairs]
 
     def choose_prompts(self, samples: Mapping[str, Any]) -> list[str]:
-        """A prompt for each row: the sample's own, else one that is drawn for the whole batch, else the image alone."""
-        if "instruction_input" in samples:  # whole prompts
-            return list(samples["instruction_input"])
+        """A prompt for each row: the sample's own, else one that is drawn for the whole batch, else the image alone.
+
+        With ``chat_template`` the samples' ``instruction_input`` is put into ``prompt_template``.
+        """
+        if "instruction_input" in samples:
+            form = self.prompt_template if self.chat_template else "{}"
+            return [form.format(text) for text in samples["instruction_input"]]
+        if self.chat_template and not self.prompt_list and not all(samples.get("instruction") or [None]):
+            problem = "model.chat_template is True, but the samples have no instruction to put into it"
+            raise UserError(f"{problem}; set model.prompt_path, or model.chat_template: False.")
         drawn = random.choice(self.prompt_list) if self.prompt_list else IMAGE_PLACEHOLDER
         instructions = samples.get("instruction") or [None] * len(captions_of(samples))
         if any(instructions) and "{}" not in self.prompt_template:
@@ -130,6 +191,21 @@ class TextRows:
 def captions_of(samples: Mapping[str, Any]) -> Sequence[str]:
     """The texts that are to be learned, one for each row of a batch."""
     return samples["text_input"] if "text_input" in samples else samples["answer"]
+
+
+def _split_turns(samples: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
+    """The (question, answer)s of ``conv_q`` and ``conv_a``, which join the texts of a row by ``connect_sym``.
+
+    As in the reference, the last question gets the last answer, whatever their number.
+    """
+    symbol, rows = samples["connect_sym"][0], []
+    for joined_questions, joined_answers in zip(samples["conv_q"], samples["conv_a"], strict=True):
+        questions, answers = joined_questions.split(symbol), joined_answers.split(symbol)
+        if len(answers) < len(questions) - 1:
+            numbers = f"{len(questions)} questions and {len(answers)} answers"
+            raise UserError(f"A conversation has {numbers}; each question needs an answer.")
+        rows.append(list(zip(questions, answers[: len(questions) - 1] + answers[-1:], strict=True)))
+    return rows
 
 
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:

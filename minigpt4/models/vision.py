@@ -1,6 +1,7 @@
-"""The vision encoder: EVA-ViT, ln_vision, learned queries and the Q-Former, from pixels to query embeddings.
+"""The vision encoder, from pixels to image features: EVA-ViT, ln_vision, and a Q-Former or groups of four patches.
 
-Shapes: B batch, S image side, N image tokens, W their width, Q queries, H width of the Q-Former.
+Shapes: B batch, S image side, N image tokens, W their width; Q image features of width H: the queries of the Q-Former,
+or (N - 1) / 4 groups of width 4 W.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from minigpt4.common import device as devices
 from minigpt4.common import weights
+from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate
 from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
@@ -34,12 +36,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class VisionEncoder(nn.Module):
-    """Encodes images into query embeddings. The constructor combines built parts; ``from_config`` builds and loads.
+    """Encodes images into features. The constructor combines built parts; ``from_config`` builds and loads.
+
+    Without a Q-Former the class token is dropped, four consecutive patches are one feature, and ``ln_vision`` has no
+    trained weights: its scale is one, as in the reference.
 
     Args:
         visual_encoder: images [B, 3, S, S] to tokens [B, N, W]; None for a model whose features come from a cache.
-        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; without vision its configuration alone.
+        Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; None for groups of four patches.
         num_query_token: Q.
+        feature_width: H.
         freeze_vit, freeze_qformer: frozen parts stay in eval mode and their parameters get no gradients.
         vit_dtype: autocast dtype of the vision encoder; with float32 it uses the autocast of the caller, if any.
     """
@@ -47,30 +53,33 @@ class VisionEncoder(nn.Module):
     def __init__(
         self,
         visual_encoder: Eva | None,
-        Qformer: QFormer | QFormerConfig,
+        Qformer: QFormer | None,
         num_query_token: int = 32,
+        feature_width: int = 768,
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.num_query_token, self.vit_dtype = num_query_token, vit_dtype
+        self.num_query_token, self.feature_width, self.vit_dtype = num_query_token, feature_width, vit_dtype
         self.frozen_parts: list[nn.Module] = []
         if visual_encoder is None:
             return
         self.visual_encoder = visual_encoder
-        self.ln_vision = LayerNorm(Qformer.config.encoder_width, eps=1e-5)
-        self.Qformer = Qformer
-        self.query_tokens = nn.Parameter(torch.zeros(1, num_query_token, Qformer.config.hidden_size))
-        nn.init.normal_(self.query_tokens, std=0.02)
+        self.ln_vision = LayerNorm(visual_encoder.num_features, eps=1e-5)
         self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
-        self.frozen_parts += [Qformer] if freeze_qformer else []
+        if Qformer is not None:
+            self.Qformer = Qformer
+            self.query_tokens = nn.Parameter(torch.zeros(1, num_query_token, Qformer.config.hidden_size))
+            nn.init.normal_(self.query_tokens, std=0.02)
+            self.frozen_parts += [Qformer] if freeze_qformer else []
         self._freeze()
 
     def _freeze(self) -> None:
         for module in self.frozen_parts:
             module.requires_grad_(False)
-        self.query_tokens.requires_grad = self.Qformer not in self.frozen_parts
+        if hasattr(self, "Qformer"):
+            self.query_tokens.requires_grad = self.Qformer not in self.frozen_parts
 
     @classmethod
     def from_config(cls, cfg: ModelConfig | Mapping[str, Any], device: torch.device) -> "VisionEncoder":
@@ -78,7 +87,8 @@ class VisionEncoder(nn.Module):
         cfg = read_section(ModelConfig, cfg, "model")
         files = locate_vision(cfg)
         vision = cls(*build_vision(cfg), **vision_settings(cfg, device))
-        states = {VIT: vit_state(vision, files[0]), Q_FORMER: q_former_state(vision, files[1])}
+        readers = ((VIT, vit_state, files[0]), (Q_FORMER, q_former_state, files[1]))
+        states = {key: read(vision, file) for key, read, file in readers if file is not None}
         load_vision(vision, states, files, cfg, device)
         return vision.to(device).train()
 
@@ -90,7 +100,7 @@ class VisionEncoder(nn.Module):
         return self
 
     def encode_images(self, image: Tensor) -> Tensor:
-        """Encodes normalised images [B, 3, S, S] into query embeddings [B, Q, H]; ValueError for other shapes.
+        """Encodes normalised images [B, 3, S, S] into features [B, Q, H]; ValueError for other shapes.
 
         Gradients reach the pixels if ``image`` requires them. Otherwise a frozen encoder builds no graph, as none of
         its parameters requires gradients.
@@ -101,14 +111,17 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"Images are {list(image.shape)}; the vision encoder expects {expected}.")
         with devices.autocast(image.device, self.vit_dtype):
             image_tokens = self.ln_vision(self.visual_encoder(image))  # [B, N, W]
+            if not hasattr(self, "Qformer"):
+                return image_tokens[:, 1:].unflatten(1, (-1, 4)).flatten(2)
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
 
-def locate_vision(cfg: ModelConfig) -> tuple[Path, Path]:
-    """Finds or downloads the files of the vision transformer and of the Q-Former; reads no weights."""
+def locate_vision(cfg: ModelConfig) -> tuple[Path, Path | None]:
+    """Finds or downloads the files of the vision transformer and of the Q-Former, if any; reads no weights."""
     index = "*.index.json"
+    vit = locate(cfg.vit_weights, VIT, (index, "vision_model.*"))
     q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
-    return locate(cfg.vit_weights, VIT, (index, "vision_model.*")), locate(cfg.q_former_model, Q_FORMER, q_former_parts)
+    return vit, locate(cfg.q_former_model, Q_FORMER, q_former_parts) if cfg.has_qformer else None
 
 
 def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
@@ -120,19 +133,30 @@ def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
 
 def vision_settings(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     """The constructor's arguments other than the parts, from a ``model`` section."""
-    names = ("num_query_token", "freeze_vit", "freeze_qformer")
-    return {name: getattr(cfg, name) for name in names} | {"vit_dtype": vision_dtype(cfg, device)}
+    settings = {name: getattr(cfg, name) for name in ("freeze_vit", "freeze_qformer")}
+    num_patches, width = (cfg.image_size // cfg.vit_config.patch_size) ** 2, cfg.vit_config.embed_dim
+    shape = (cfg.num_query_token, cfg.qformer_config.hidden_size) if cfg.has_qformer else (num_patches // 4, 4 * width)
+    settings |= zip(("num_query_token", "feature_width"), shape, strict=True)
+    return settings | {"vit_dtype": vision_dtype(cfg, device)}
 
 
-def build_vision(cfg: ModelConfig, has_vision: bool = True) -> tuple[Eva | None, QFormer | QFormerConfig]:
-    """Builds vision transformer and Q-Former on the meta device; without vision, the latter's configuration."""
-    q_former_config = QFormerConfig(**asdict(cfg.qformer_config), encoder_width=cfg.vit_config.embed_dim)
+def build_vision(cfg: ModelConfig, has_vision: bool = True) -> tuple[Eva | None, QFormer | None]:
+    """Builds vision transformer and Q-Former on the meta device, or what of them the model has.
+
+    Raises UserError for images whose patches do not fill groups of four, where there is no Q-Former.
+    """
     if not has_vision:
-        return None, q_former_config
+        return None, None
+    side = cfg.image_size // cfg.vit_config.patch_size
+    if not cfg.has_qformer and side**2 % 4:
+        problem = f"model.image_size {cfg.image_size} has {side} x {side} patches, which do not fill groups of four"
+        raise UserError(f"{problem}; without a Q-Former, it has to be a multiple of {2 * cfg.vit_config.patch_size}.")
     with init_empty_weights():
         is_checkpointed = cfg.use_grad_checkpoint and not cfg.freeze_vit
         vit = build_eva_vit(cfg.image_size, cfg.drop_path_rate, is_checkpointed, cfg.vit_config)
-        return vit, QFormer(q_former_config)
+        if not cfg.has_qformer:
+            return vit, None
+        return vit, QFormer(QFormerConfig(**asdict(cfg.qformer_config), encoder_width=cfg.vit_config.embed_dim))
 
 
 def vit_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
@@ -169,14 +193,15 @@ def _query_side(vision: VisionEncoder) -> nn.ModuleDict:
 
 
 def load_vision(
-    vision: VisionEncoder, states: States, files: tuple[Path, Path], cfg: ModelConfig, device: torch.device
+    vision: VisionEncoder, states: States, files: tuple[Path, Path | None], cfg: ModelConfig, device: torch.device
 ) -> None:
     """Loads what ``vit_state`` and ``q_former_state`` read from ``files``, in the precisions of a run on ``device``."""
-    query_side = _query_side(vision)
     weights.assign(vision.visual_encoder, states[VIT], files[0], VIT)
-    weights.assign(query_side, states[Q_FORMER], files[1], Q_FORMER)
-    query_side.float()
-    vision.query_tokens = query_side.query_tokens
+    if cfg.has_qformer:
+        query_side = _query_side(vision)
+        weights.assign(query_side, states[Q_FORMER], files[1], Q_FORMER)
+        query_side.float()
+        vision.query_tokens = query_side.query_tokens
     round_vision(vision, cfg, device)
     vision._freeze()  # assigned tensors come with their own requires_grad
 
@@ -188,5 +213,5 @@ def round_vision(vision: VisionEncoder, cfg: ModelConfig, device: torch.device) 
     round_vit_weights(vision.visual_encoder, precision, keep_float32=computed == torch.float32)
     if computed not in (torch.float32, precision):
         round_vit_weights(vision.visual_encoder, computed)
-    if cfg.freeze_qformer and computed != torch.float32:
+    if cfg.has_qformer and cfg.freeze_qformer and computed != torch.float32:
         round_vit_weights(vision.Qformer, computed)
