@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENGLISH_ONLY = {  # for developers, auditors and records; everything else that users read has a Chinese page
+ENGLISH_ONLY = {  # for developers, and records; everything else that users read has a Chinese page
     "ACKNOWLEDGEMENTS.md",
-    "SECURITY.md",
     "benchmarks/RESULTS.md",
     "docs/ARCHITECTURE.md",
 }
