@@ -28,7 +28,10 @@ def test_workers_do_not_change_what_pairs_give(pairs):
     none, two = (list(make_loader({"x": dataset}, num_workers=number).iter_epoch(0)) for number in (0, 2))
     assert same(none, two) and len(none) == 8
     assert none[0]["image"].shape == (2, 3, 8, 8) and none[0]["image"].dtype == torch.float32
-    assert none[0][LOADER_KEY] == {"source": "x", "skipped": {}} and none[0]["instruction"] == [None, None]
+    assert none[0][LOADER_KEY] == {"source": "x", "num_sources": 1, "skipped": {}} and none[0]["instruction"] == [
+        None,
+        None,
+    ]
 
 
 def test_same_seed_same_batches(pairs, shards):

@@ -64,6 +64,7 @@ def test_losses_by_source_and_the_resume_of_a_mixed_run(world):
     assert all({"train_loss_talk", "train_loss_coco", "val_loss_talk", "val_loss_coco"} <= set(e) for e in epochs)
     assert all("cc_sbu_align" not in line for line in map(json.dumps, epochs))
     assert sum("loss/coco" in line for line in whole) > 2 and sum("loss/talk" in line for line in whole) > 2
+    assert {"loss/coco", "loss/talk"} & whole[0].keys()  # though one source was drawn so far
     assert "conversations so far were longer than the context and truncated" in log
     checkpoint = folder / "checkpoint_0.pth"
     again, _ = world("again", "datasets.cc_sbu_align=null", f"run.resume_ckpt_path={checkpoint}")

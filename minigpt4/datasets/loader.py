@@ -41,7 +41,8 @@ from minigpt4.datasets.datasets.sample import StreamPosition, WorkerInfo, derive
 # A batch is what its data set's collater returns; of the built-in data sets: image float32 [B, 3, S, S], or features
 # bfloat16 [B, Q, H] instead, text_input and instruction, lists of length B.
 Batch = dict[str, Any]
-LOADER_KEY = "loader"  # in a training batch: {"source": name of the data set, "skipped": counts by kind}
+# In a training batch: {"source": name of the data set, "num_sources": of the run, "skipped": counts by kind}.
+LOADER_KEY = "loader"
 
 _is_exiting = mmap.mmap(-1, 1)  # shared with forked workers
 atexit.register(_is_exiting.write, b"\1")  # before multiprocessing terminates them, and waits for them
@@ -199,7 +200,8 @@ class TrainLoader:
                 self._num_samples[name] += self._step_size(name)
             if loaded.position is not None:
                 self._positions.setdefault(name, {})[loaded.worker_id] = loaded.position
-            yield {**loaded.batch, LOADER_KEY: {"source": name, "skipped": loaded.skipped}}
+            info = {"source": name, "num_sources": len(self.datasets), "skipped": loaded.skipped}
+            yield {**loaded.batch, LOADER_KEY: info}
 
     def _open(self, name: str, num_batches: int, step: int, num_done: int) -> Iterator[LoadedBatch]:
         """Starts the loader of a data set for ``num_batches`` batches at a step, ``num_done`` into the epoch."""

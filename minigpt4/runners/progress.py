@@ -88,6 +88,7 @@ class EpochProgress:
         self.device = device
         self.tracker = tracker
         self.log_freq = log_freq
+        self._num_sources = 1
         self._clear()
 
     def _clear(self) -> None:
@@ -175,6 +176,7 @@ class EpochProgress:
             data_time=data_time,
         )
         info = batch.get(LOADER_KEY) or {"source": "data", "skipped": {}}
+        self._num_sources = info.get("num_sources", 1)
         self._sums_of(info["source"]).add_(finite)
         truncated = {TRUNCATED: n} if (n := counts.get("num_truncated", 0)) else {}
         self.skipped.setdefault(info["source"], Counter()).update(info["skipped"] | truncated)
@@ -189,9 +191,10 @@ class EpochProgress:
 
     def _means_by_source(self, prefix: str, window: int) -> dict[str, float]:
         """The mean losses of the epoch (0) or since the last report (1), where there are several sources."""
+        if max(self._num_sources, len(self._source_losses)) < 2:
+            return {}
         # Each batch is of one source, the same on all ranks; so they have the same names here.
-        sums = {name: sums[window] for name, sums in sorted(self._source_losses.items())}
-        means = {f"{prefix}{name}": _mean(part) for name, part in sums.items()} if len(sums) > 1 else {}
+        means = {f"{prefix}{name}": _mean(sums[window]) for name, sums in sorted(self._source_losses.items())}
         return {name: mean for name, mean in means.items() if not math.isnan(mean)}
 
     def _report(self, i: int, step: int, lr: float) -> None:

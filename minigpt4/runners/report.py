@@ -122,5 +122,6 @@ def _draw_panel(axes: Any, panel: str, curves: dict[str, Curve]) -> None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set(title=panel, xlabel="step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", framealpha=0.5)
