@@ -3,7 +3,6 @@
 import json
 import pickle
 import random
-from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -14,7 +13,6 @@ from instruction_sets import BUILD_INFO, FAMILY, FILES, build_set, link_align, l
 from PIL import Image
 from safetensors.torch import load_file
 
-from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.instructions import CONNECT_SYM, FORMATS
 from minigpt4.datasets.loader import LOADER_KEY
@@ -233,21 +231,3 @@ def test_frequent_answers_are_drawn_more_often(build_infos):
     random.seed(0)
     counts = Counter(dataset[0]["answer"] for _ in range(200))
     assert set(counts) == {"yes", "no", "Yes."} and 70 < counts["yes"] < 130
-
-
-# configurations of the last commit
-
-
-MERGED = read_json("merged_configs.json", FAMILY)
-
-
-@pytest.mark.parametrize("case", [case for case in MERGED if case.startswith("train")])
-def test_data_sets_of_the_last_commit_have_their_defaults(case, tmp_path):
-    recorded = MERGED[case]
-    given = {name: dict(section) for name, section in recorded["datasets"].items()}
-    for section in given.values():
-        del section["data_type"], section["build_info"]
-    model = {"arch": "mini_gpt4", "model_type": "pretrain_vicuna", "image_size": recorded["model"]["image_size"]}
-    (tmp_path / "run.yaml").write_text(json.dumps({"model": model, "run": recorded["run"], "datasets": given}))
-    merged = Config(Namespace(cfg_path=tmp_path / "run.yaml", options=None)).check().to_dict()
-    assert merged["datasets"] == recorded["datasets"] and merged["run"] == recorded["run"]

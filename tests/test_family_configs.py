@@ -1,0 +1,96 @@
+"""YAML files of the reference's last commit: merged as it merges them, and run with small models."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import family
+import pytest
+from data_samples import good, shard
+from golden_data import read_json
+from instruction_sets import BUILD_INFO, link_align, link_visual_genome
+
+import demo
+from minigpt4.common.config import Config
+from minigpt4.runners import RunnerBase, runner_base
+from minigpt4.tasks import setup_task
+
+ROOT = Path(__file__).parents[1]
+MERGED = read_json("merged_configs.json", family.FAMILY)
+OLDER = ("minigpt4_eval", "minigpt4_stage1_pretrain", "minigpt4_stage2_finetune")  # names that both commits have
+SIZES = ("image_size", "vit_config", "vit_precision", "llm_dtype", "lora_r", "lora_alpha")
+PATHS = ("vit_weights", "llama_model", "ckpt")
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_merged_as_the_reference_merges(case, tmp_path):
+    path, options = (case.split(" | --options ") + [""])[:2]
+    file = ROOT / path
+    if file.stem in OLDER:  # its own file has the keys of the first commit: the later one is what a user has
+        file = tmp_path / file.name
+        file.write_text(json.dumps(MERGED[path]))
+    config = Config(Namespace(cfg_path=file, options=options.split() or None))
+    assert config.to_dict() == MERGED[case]
+    if "evaluation_datasets" not in MERGED[case]:
+        config.check()
+
+
+def small(member, sets=(), **others):
+    """Options that make a file of a member run with its small model and toy data sets."""
+    image_size = family.DIMS["image_size"][member]
+    section = family.section(member)
+    options = {f"model.{key}": section[key] for key in (*SIZES, *PATHS) if key in section} | others
+    for name, info in dict(sets).items():
+        options |= {f"datasets.{name}.build_info.{key}": value for key, value in info.items()}
+        options[f"datasets.{name}.vis_processor.train.image_size"] = image_size
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    return [f"{key}={value}" for key, value in texts.items()]
+
+
+@pytest.fixture(scope="module")
+def toy_sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets")
+    for name in ("vg", "align"):
+        (folder / name).mkdir()
+    shards = {"storage": shard(folder / "0.tar", [entry for number in range(8) for entry in good(number)])}
+    align = link_align(folder / "align")
+    return {
+        "minigptv2_finetune": BUILD_INFO | {"refvg": link_visual_genome(folder / "vg")},
+        "minigpt4_llama2_stage1_pretrain": {"laion": shards, "cc_sbu": shards},
+        "minigpt4_llama2_stage2_finetune": {"cc_sbu_align": align},
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["minigptv2_finetune", "minigpt4_llama2_stage1_pretrain", "minigpt4_llama2_stage2_finetune"]
+)
+def test_training(name, toy_sets, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(runner_base, "write_report", lambda folder: None)
+    member, file = "v2" if "v2" in name else "llama2", f"train_configs/{name}.yaml"
+    run = {"run.device": "cpu", "run.max_epoch": 1, "run.iters_per_epoch": 3, "run.warmup_steps": 1}
+    run |= {"run.num_workers": 0, "run.wandb_log": False, "run.output_dir": str(tmp_path)}
+    cfg = Config(Namespace(cfg_path=file, options=small(member, toy_sets[name], **run))).check()
+    task = setup_task(cfg)
+    datasets = task.build_datasets(cfg)
+    assert set(datasets) == set(MERGED[file]["datasets"])
+    runner = RunnerBase(cfg=cfg, job_id="job", task=task, model=task.build_model(cfg), datasets=datasets)
+    sizes = {key: section["batch_size"] for key, section in MERGED[file]["datasets"].items()}
+    assert runner.build_train_loader().batch_size == sizes
+    runner.train()
+    assert (tmp_path / "job" / "checkpoint_0.pth").is_file()
+    assert "train_loss" in (tmp_path / "job" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["minigptv2_eval", "minigpt4_llama2_eval"])
+def test_chat(name):
+    member = "v2" if "v2" in name else "llama2"
+    options = small(member, {"cc_sbu_align": {}}, **{"run.device": "cpu", "model.low_resource": False})
+    chat = demo.build_chat(
+        Namespace(cfg_path=ROOT / "eval_configs" / f"{name}.yaml", options=options, gpu_id=0, seed=1)
+    )
+    conv = chat.template.copy()
+    images = []
+    chat.upload_img(str(family.picture(0)), conv, images)
+    chat.ask("What is this?", conv)
+    assert isinstance(chat.answer(conv, images, max_new_tokens=5, do_sample=False)[0], str)
