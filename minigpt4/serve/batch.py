@@ -92,35 +92,46 @@ def answer_questions(
     images of as many more are prepared. A row has ``error`` instead of ``answer`` if its image cannot be read or its
     question is refused. Raises UserError if the output cannot be written any more; its rows are kept.
     """
-    rows: deque[tuple[Row, Future[str]]] = deque()  # in order; those at the left are written as soon as they are done
+    with tqdm(total=len(questions), initial=len(output), unit="img") as bar:
+        for rows in stream_answers(chat, questions[len(output) :], options, batch_size):
+            output.append(rows)
+            bar.update(len(rows))
+    return output.num_errors
+
+
+def stream_answers(
+    chat: Chat, questions: Sequence[Question], options: GenerationOptions, batch_size: int
+) -> Iterator[list[Row]]:
+    """Yields the rows of the questions in order, with ``answer`` or ``error``, some at a time as they are finished."""
+    rows: deque[tuple[Row, Future[str]]] = deque()  # in order
     places = threading.Semaphore(2 * batch_size)
-    with tqdm(total=len(questions), initial=len(output), unit="img") as bar, _asking(chat, options, batch_size) as ask:
-        for question in questions[len(output) :]:
+    with _asking(chat, options, batch_size) as ask:
+        for question in questions:
             places.acquire()
             result = ask(question)
             result.add_done_callback(lambda _: places.release())
             rows.append((question.row, result))
-            _write_finished(rows, output, bar)
+            yield from _take_finished(rows)
         while rows:
             rows[0][1].exception()  # waits
-            _write_finished(rows, output, bar)
-    return output.num_errors
+            yield from _take_finished(rows)
 
 
-def _write_finished(rows: deque[tuple[Row, Future[str]]], output: BatchOutput, bar: tqdm) -> None:
-    """Moves the rows at the left that are done to the output."""
-    finished = []
-    try:
-        while rows and rows[0][1].done():
-            row, result = rows.popleft()
-            try:
-                finished.append(row | {"answer": result.result()})
-            except UserError as error:
-                finished.append(row | {"error": str(error)})
-    finally:  # an unexpected error, such as out of memory, ends the run after the rows before it
-        if finished:
-            output.append(finished)
-            bar.update(len(finished))
+def _take_finished(rows: deque[tuple[Row, Future[str]]]) -> Iterator[list[Row]]:
+    """Yields the rows at the left that are done; raises an unexpected error, such as out of memory, after them."""
+    finished, failure = [], None
+    while rows and rows[0][1].done() and failure is None:
+        row, result = rows.popleft()
+        failure = result.exception()
+        if failure is None:
+            finished.append(row | {"answer": result.result()})
+        elif isinstance(failure, UserError):
+            finished.append(row | {"error": str(failure)})
+            failure = None
+    if finished:
+        yield finished
+    if failure is not None:
+        raise failure
 
 
 @contextmanager
