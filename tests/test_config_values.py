@@ -159,7 +159,7 @@ def test_later_names_of_the_reference(load):
     benchmarks = {"gqa": {"eval_file_path": "a.json", "img_path": "b", "max_new_tokens": 20, "batch_size": 10}}
     config = load(
         model=model,
-        run={"wandb_log": False, "job_name": "finetune"},
+        run={"wandb_log": False, "job_name": "finetune", "name": "evaluation", "save_path": "results"},
         datasets={"cc_sbu_align": {"batch_size": 5}},
         evaluation_datasets=benchmarks,
     )

@@ -163,6 +163,8 @@ class RunConfig:
     log_freq: int = key(50, "Iterations between log lines.", least=1)
     tracker: Literal["tensorboard", "wandb"] | None = key(None, "Experiment tracker; null: none.")
     wandb_log: bool = key(False, "The later reference's name for `tracker: wandb`.")
+    name: str = key("", _UNUSED)
+    save_path: str | None = key(None, "Folder of evaluate.py's answers and results; null: below output/evaluation.")
     job_name: str = key("", "Name of the run in wandb; empty: the name of its folder.")
     world_size: int = key(1, _UNUSED + " torchrun sets the number of processes.")
     dist_url: str = key("env://", "Where processes meet; torchrun sets the environment for `env://`.")

@@ -58,7 +58,8 @@ def _read(cls: type[T], section: Any, where: str, allow_unknown: bool) -> T:
     entries = {entry.name: entry for entry in fields(cls)}
     if not isinstance(section, Mapping):
         raise UserError(f"{where} is {section!r}; expected a section with {', '.join(entries)}.")
-    if "name" in entries and section.get("name", cls.name) not in BUILT_IN_PROCESSORS:
+    is_processor = "name" in entries and cls.name in BUILT_IN_PROCESSORS
+    if is_processor and section.get("name", cls.name) not in BUILT_IN_PROCESSORS:
         return cls(**{name: value for name, value in section.items() if name in entries})
     values = {}
     for name, value in section.items():
