@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 350, 60, 17_900
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 350, 60, 19_600
 ALLOWED = {  # as docs/ARCHITECTURE.md lists it
     "common": set(),
     "processors": {"common"},
@@ -17,6 +17,7 @@ ALLOWED = {  # as docs/ARCHITECTURE.md lists it
     "runners": {"common", "datasets", "models"},
     "conversation": {"common", "models"},
     "serve": {"common", "conversation"},
+    "evaluation": {"common", "conversation", "datasets", "models", "serve"},
     "doctor": {"common", "conversation", "datasets", "models", "processors", "runners", "tasks"},
     "tools": {"common", "models", "tasks"},
 }

@@ -1,0 +1,144 @@
+"""Answers of a benchmark's split: a file that grows while questions are answered, and files of other programs."""
+
+import fcntl
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minigpt4.common.errors import UserError
+from minigpt4.common.utils import parse_json, read_json_object
+from minigpt4.evaluation.benchmarks import Given
+from minigpt4.evaluation.items import Item, Row, id_of, read_json_rows
+
+TEXTS = ("answer", "caption", "prediction", "pred", "text", "response")  # fields of answers in other programs' files
+
+
+class AnswerFile:
+    """``FOLDER/NAME.jsonl``: one row for each answer, keyed by the question and the round of asking.
+
+    Processes of one run write parts of their own, ``NAME.rankN.jsonl``; every process reads all of them. A partial row
+    at the end, where a process was killed, is truncated. ``NAME.settings.json`` has what answers depend on.
+
+    Raises:
+        UserError: a file holds other rows, or is being written by another process.
+    """
+
+    def __init__(self, folder: Path, name: str, rank: int = 0, world_size: int = 1) -> None:
+        self._folder, self._name, self._settings_file = folder, name, folder / f"{name}.settings.json"
+        self._settings: Mapping[str, Any] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / (f"{name}.rank{rank}.jsonl" if world_size > 1 else f"{name}.jsonl")
+        self._stream = self._file.open("ab+", buffering=0)
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._stream.close()
+            raise UserError(
+                f"{self._file} is being written by another process; wait, or give another --out."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        self._truncate()
+        self.rows = self.read()
+
+    def _truncate(self) -> None:
+        """Removes a partial last row."""
+        self._stream.seek(0)
+        data = self._stream.read()
+        self._stream.truncate(data.rfind(b"\n") + 1)
+
+    def read(self) -> dict[tuple[str, int], Row]:
+        """The rows of all parts, by question and round."""
+        rows = {}
+        for file in sorted({*self._folder.glob(f"{self._name}.rank*.jsonl"), self._folder / f"{self._name}.jsonl"}):
+            data = file.read_bytes() if file.is_file() else b""
+            for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+                where = f"line {number} of {file}"
+                row = parse_json(line, where)
+                if not isinstance(row, dict) or "question_id" not in row:
+                    raise UserError(f"{where} is no answer; remove the file, or give another --out.")
+                rows[str(row["question_id"]), int(row.get("round", 0))] = row
+        return rows
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError if the rows were answered with other settings; new rows are written with these."""
+        self._settings = settings = json.loads(json.dumps(settings, default=str))
+        written = self.read_settings()
+        names = [name for name, value in settings.items() if self.rows and written.get(name) != value]
+        if names:
+            changes = "; ".join(f"{name} was {written.get(name)!r} and is {settings[name]!r}" for name in names)
+            raise UserError(f"{self._file.parent} has answers with other settings ({changes}); give another --out.")
+
+    def read_settings(self) -> dict[str, Any]:
+        """What the rows were answered with."""
+        return read_json_object(self._settings_file, "--out")
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Writes rows to the end, the settings before the first one."""
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            if not self.rows:
+                self._settings_file.write_text(json.dumps(self._settings, indent=1), encoding="utf-8")
+            self._stream.write(data.encode("utf-8", errors="backslashreplace"))
+        except OSError as error:
+            raise UserError(
+                f"{self._file} cannot be written ({error.strerror}); its rows are kept: run the command again."
+            ) from error
+        self.rows |= {(str(row["question_id"]), int(row.get("round", 0))): row for row in rows}
+
+    def close(self) -> None:
+        """Releases the file."""
+        self._stream.close()
+
+
+def collect(items: Sequence[Item], rows: Mapping[tuple[str, int], Row]) -> list[Given]:
+    """What was answered to each item; an error counts as an empty answer, a missing row is a UserError."""
+    given = []
+    for item in items:
+        if (first := rows.get((item.id, 0))) is None:
+            raise UserError(f"Question {item.id} has no answer; run the command again, without --score-only.")
+        texts, number, row = [], 0, first
+        while row is not None:
+            texts.append(str(row.get("answer", "")))
+            number += 1
+            row = rows.get((item.id, number))
+        names = ("losses", "num_tokens", "row_lengths")
+        given.append(Given(tuple(texts), *(tuple(first.get(name, ())) for name in names)))
+    return given
+
+
+def read_answers(path: Path, items: Sequence[Item]) -> dict[tuple[str, int], Row]:
+    """Answers that another program wrote, as rows of ``AnswerFile``.
+
+    A list or JSON lines with ``question_id``, ``image_id`` or ``id`` and one of ``TEXTS``, or ``losses`` of candidates.
+    Rows without ids belong to the questions in order, if there are as many.
+
+    Raises:
+        UserError: the file is truncated, has answers to unknown questions, several to one, or none to some.
+    """
+    where = f"--score-only: {path}"
+    content = read_json_rows(path, "--score-only")
+    if isinstance(content, Mapping):
+        content = [content]  # one JSON line
+    if not content or not all(isinstance(row, Mapping) for row in content):
+        raise UserError(f"{where} holds no rows with answers.")
+    has_ids = any(row.get(name) is not None for row in content for name in ("question_id", "image_id", "id"))
+    if not has_ids and len(content) != len(items):
+        raise UserError(f"{where} has {len(content)} rows without ids for {len(items)} questions; add question_id.")
+    known, rows = {item.id for item in items}, {}
+    for number, row in enumerate(content):
+        name = str(id_of(row, where)) if has_ids else items[number].id
+        key = name, int(row.get("round", 0))
+        if name not in known:
+            raise UserError(f"{where} answers question {name}, which the benchmark does not have.")
+        if key in rows:
+            raise UserError(f"{where} has two answers to question {name}; keep one.")
+        text = next((row[field] for field in TEXTS if field in row), "" if "losses" in row or "error" in row else None)
+        if text is None:
+            raise UserError(f"{where}: the row of question {name} has no answer ({', '.join(row)}).")
+        rows[key] = {**row, "question_id": name, "answer": str(text)}
+    if missing := [item.id for item in items if (item.id, 0) not in rows]:
+        text = f"{where} has no answer to {len(missing)} of {len(items)} questions, such as {missing[0]}"
+        raise UserError(f"{text}; complete it, or limit the benchmark by subset.")
+    return rows
