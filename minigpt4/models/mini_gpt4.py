@@ -22,11 +22,12 @@ from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
+from minigpt4.models.answers import PromptAnswers
 from minigpt4.models.loading import ModelFiles
 from minigpt4.models.lora import LoraSettings, checkpoint_name, lora_settings, train_dropout
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer
-from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, TextRows
+from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow
 from minigpt4.models.vision import VisionEncoder, build_vision, vision_settings
 
 Section = Mapping[str, Any] | ModelConfig
@@ -35,7 +36,7 @@ Section = Mapping[str, Any] | ModelConfig
 @registry.register_model("minigpt_v2")
 @registry.register_model("minigpt4")
 @registry.register_model("mini_gpt4")
-class MiniGPT4(TextRows, VisionEncoder):
+class MiniGPT4(PromptAnswers, VisionEncoder):
     """The whole model. The constructor joins built parts and reads no file; ``from_config`` builds and loads.
 
     Args:
@@ -324,18 +325,3 @@ class MiniGPT4(TextRows, VisionEncoder):
         ids = [self.bos_ids + self.tokenize_prompt(prompt) for prompt in prompts]
         prefixes = sorted({tuple(row[: row.index(IMAGE_TOKEN_INDEX)]) for row in ids})
         self._prefix_kv = {prefix: lm.compute_prefix_kv(self.llama_model, list(prefix)) for prefix in prefixes}
-
-    @torch.inference_mode()
-    def generate(self, images: Tensor, texts: Sequence[str], **settings: Any) -> list[str]:
-        """Answers B prompts with one ``<ImageHere>`` each about images [B, 3, S, S]; answers end at the end symbol.
-
-        ``settings`` are those of transformers' ``generate``. Evaluation scripts of the reference call this method.
-        """
-        embeds, _ = self.encode_img(images)
-        rows = [self.get_context_emb(text, [embed[None]])[0] for text, embed in zip(texts, embeds, strict=True)]
-        inputs = pad_sequence(rows, batch_first=True, padding_side="left")
-        mask = pad_sequence([row.new_ones(len(row), dtype=torch.long) for row in rows], True, padding_side="left")
-        settings = {"max_new_tokens": 20, "do_sample": False} | settings
-        outputs = self.llama_model.generate(inputs_embeds=inputs, attention_mask=mask, **settings)
-        answers = self.llama_tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        return [(answer.split(self.end_sym)[0] if self.end_sym.strip() else answer).strip() for answer in answers]
