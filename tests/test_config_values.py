@@ -173,6 +173,9 @@ def test_later_names_of_the_reference(load):
     assert load(model={"lora_r": 64, "lora_alpha": 32}).model_cfg.lora_r == 64
     refused(lambda: load(run={"optim": {"lora": {"lr": 1e-4}}}), "run.optim.lora is set", "model.lora_r is 0")
     refused(lambda: load(run={"optim": {"Qformer": {"freeze": True}}}), "run.optim.Qformer", "freeze_qformer is True")
+    alone = {"optim": {"llama_proj": {"freeze": True}}}
+    refused(lambda: load(run=alone), "run.optim freezes all that would be trained (llama_proj)")
+    load(run=alone, model={"lora_r": 4})
     refused(
         lambda: load(run={"init_lr": 0, "optim": {"llama_proj": {"lr": 1e-4}}}), "run.optim.llama_proj.lr", "init_lr"
     )

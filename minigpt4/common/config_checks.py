@@ -101,6 +101,9 @@ def _model_problems(run: RunConfig, model: ModelConfig) -> Iterator[str]:
     for part, cause in frozen.items():
         if cause and getattr(run.optim, part) != getattr(OptimConfig(), part):
             yield f"run.optim.{part} is set, but {cause}, so this part is not trained; change one of the two."
+    parts = [part.name for part in fields(run.optim) if not frozen.get(part.name)]
+    if not run.evaluate and all(getattr(run.optim, part).freeze for part in parts):
+        yield f"run.optim freezes all that would be trained ({', '.join(parts)}); remove freeze from one of them."
     if run.parallel == "fsdp" and (problem := sharding_problem(model)):
         yield problem
 
