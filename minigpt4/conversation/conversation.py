@@ -13,6 +13,7 @@ from transformers import StoppingCriteriaList
 from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
+from minigpt4.common.schema import LATER
 from minigpt4.common.templates import (
     CONV_VISION,
     IMAGE_MESSAGE,
@@ -127,7 +128,7 @@ class Chat:
         num_beams: int = 1,
         min_length: int = 1,
         top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
+        repetition_penalty: float | None = None,
         length_penalty: float = 1.0,
         temperature: float = 1.0,
         max_length: int = 2000,
@@ -140,17 +141,23 @@ class Chat:
             conv: ends with a question.
             img_list: the images [1, Q, L] of its placeholders, in order.
             max_length: of context and answer in tokens; beyond it the prompt leaves out the oldest turns.
+            repetition_penalty: None: the reference's, 1.05 in the later family, else 1.
             do_sample: sample (``temperature``, ``top_p``) or take the most probable token, as at temperature 0.
             seed: makes sampling repeatable.
 
         Returns:
             The answer's text and its token ids int64 [n].
         """
-        options = GenerationOptions(
+        options = self._options(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=do_sample, min_length=min_length, top_p=top_p,
             temperature=temperature, repetition_penalty=repetition_penalty, length_penalty=length_penalty, seed=seed,
         )  # fmt: skip
         return self.answer_batch([conv], [img_list], options, max_length)[0]
+
+    def _options(self, repetition_penalty: float | None = None, **settings: Any) -> GenerationOptions:
+        default = 1.05 if self.model.arch in LATER else 1.0
+        penalty = default if repetition_penalty is None else repetition_penalty
+        return GenerationOptions(repetition_penalty=penalty, **settings)
 
     def answer_batch(
         self,
@@ -170,7 +177,7 @@ class Chat:
 
         The conversation then ends with the answer to come (text None), as in the reference.
         """
-        options = GenerationOptions(**settings)
+        options = self._options(**settings)
         ids, _ = build_context(self.model, conv, len(img_list), max_length - options.max_new_tokens)
         images = torch.cat(img_list) if img_list else None
         with torch.no_grad():
@@ -189,7 +196,7 @@ class Chat:
     ) -> Iterator[str]:
         """Answers the last question in pieces of text, which add up to the answer; settings as for ``answer``."""
         sent = ""
-        for answer in self.stream(conv, img_list, options or GenerationOptions(**settings), max_length):
+        for answer in self.stream(conv, img_list, options or self._options(**settings), max_length):
             text = answer.text
             final = text if answer.finish_reason else hold_back_partial_stop(text, [conv.stop_string])
             if final.startswith(sent) and final != sent:
@@ -243,7 +250,15 @@ class Chat:
         build_context(self.model, conv, len(img_list), max_length - options.max_new_tokens)
 
     def decode_answer(self, ids: Sequence[int], conv: Conversation) -> str:
-        """The answer in generated ids: up to its stop string, after the last "Assistant:", stripped."""
+        """The answer in generated ids: up to its stop string, after the last "Assistant:", stripped.
+
+        In the later family special tokens are left out, and both texts count for every template, as in the reference.
+        """
+        if self.model.arch in LATER:
+            text = self.model.decode_plain(ids)
+            for stop in filter(None, {"###", conv.stop_string}):
+                text = text.split(stop)[0]
+            return text.split("Assistant:")[-1].strip()
         text = self.model.llama_tokenizer.decode(ids)
         # The reference keeps an end token that is not the template's own stop string.
         stops = [conv.stop_string, self.model.llama_tokenizer.eos_token if conv.render or not conv.stop_string else ""]
@@ -261,6 +276,7 @@ class Chat:
         def stop(ids: Sequence[int]) -> bool:
             if own.ends(ids) or other(ids):
                 return True
-            return any(bool(criterion(torch.tensor([ids], device=self.device), None)) for criterion in criteria)
+            history = torch.tensor([[*self.model.bos_ids, *ids]], device=self.device) if criteria else None
+            return any(bool(criterion(history, None)) for criterion in criteria)
 
         return stop
