@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+from argparse import Namespace
 from collections import Counter
 
 import pytest
@@ -10,12 +11,15 @@ import torch
 from data_samples import make_loader
 from golden_data import read_json
 from instruction_sets import BUILD_INFO, FAMILY, FILES, build_set, link_align, link_visual_genome
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.datasets.instructions import CONNECT_SYM, FORMATS
 from minigpt4.datasets.loader import LOADER_KEY
+from minigpt4.doctor.findings import OK
+from minigpt4.doctor.samples import check_samples, draw
 from minigpt4.processors import Blip2ImageEvalProcessor, BlipCaptionProcessor
 
 RECORDED = read_json("dataset_samples.json", FAMILY)
@@ -231,3 +235,18 @@ def test_frequent_answers_are_drawn_more_often(build_infos):
     random.seed(0)
     counts = Counter(dataset[0]["answer"] for _ in range(200))
     assert set(counts) == {"yes", "no", "Yes."} and 70 < counts["yes"] < 130
+
+
+def test_the_doctor_shows_their_samples(tmp_path):
+    """Text without images, conversations, and answers that questions share, which are no sign of wrong captions."""
+    (tmp_path / "a.json").write_text(
+        json.dumps([row | {"answer": "yes"} for row in read_json("gqa_train.json", FILES) * 2])
+    )
+    sections = {name: {"build_info": BUILD_INFO[name]} for name in ("unnatural_instruction", "llava_conversation")}
+    sections["gqa"] = {"build_info": BUILD_INFO["gqa"] | {"annotations": {"train": {"storage": f"{tmp_path}/a.json"}}}}
+    cfg = OmegaConf.create({"model": {"arch": "minigpt_v2"}, "datasets": sections})
+    drawn, refusals = draw(Namespace(config=cfg, model_cfg=cfg.model), 5)
+    found = [check_samples(part, Namespace(model=None)) for part in drawn]
+    assert not refusals and [finding.verdict for finding in found] == [OK] * 3
+    words = ("no images; captions such as 'the", "captions such as 'Answer 0", "5 drawn, 0% unusable; images of 224")
+    assert all(part in finding.evidence for part, finding in zip(words, found, strict=True))

@@ -251,3 +251,8 @@ def test_a_folder_that_is_gone_is_reported(tmp_path):
     shutil.rmtree(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: No such file"):
         append_line(tmp_path / "metrics.jsonl", {})
+
+
+def test_a_placeholder_is_no_folder():
+    with pytest.raises(UserError, match=r"run\.output_dir is still the placeholder '/path/to/save_checkpoint'"):
+        run_folder.open_folder(RunConfig(output_dir="/path/to/save_checkpoint"), "job", None)

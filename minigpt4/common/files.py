@@ -45,6 +45,11 @@ def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Pat
         ) from error
 
 
+def is_placeholder(spec: str) -> bool:
+    """Whether a value is one that shipped YAML files have in place of a path."""
+    return _PLACEHOLDER.search(spec) is not None
+
+
 def resolve_local_path(spec: str | None, key: str) -> Path | None:
     """The same without download: None for a URL or Hugging Face id that is not on this machine."""
     if not spec:
@@ -53,7 +58,7 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
     path = Path(os.path.expanduser(spec))
     if os.path.exists(path):  # False, too, for names that no file can have
         return _snapshot(path, key) if path.name.startswith("models--") and path.is_dir() else path
-    if _PLACEHOLDER.search(spec):
+    if is_placeholder(spec):
         advice = "set it to where the file really is." + see("placeholder-paths")
         raise UserError(f"{key} is still the placeholder '{spec}'; {advice}")
     if _URL.match(spec):

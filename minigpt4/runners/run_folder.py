@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common import dist_utils
-from minigpt4.common.errors import UserError
-from minigpt4.common.files import locate
+from minigpt4.common.errors import UserError, see
+from minigpt4.common.files import is_placeholder, locate
 from minigpt4.common.schema import RunConfig
 from minigpt4.runners.checkpoints import PARTIAL, PATTERN, RESUME_KEY, TrainState, newest, unwritable
 from minigpt4.runners.lock import RunLock
@@ -27,6 +27,9 @@ def open_folder(run_cfg: RunConfig, job_id: str, config: Any) -> tuple[Path, Pat
     Raises:
         UserError: another process uses the folder, or none can be created.
     """
+    if is_placeholder(run_cfg.output_dir):
+        advice = "set it to the folder for checkpoints and logs." + see("placeholder-paths")
+        raise UserError(f"run.output_dir is still the placeholder '{run_cfg.output_dir}'; {advice}")
     root, locks = Path(run_cfg.output_dir), []
 
     def claim_newest() -> Path | None:
