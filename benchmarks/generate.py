@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from benchmarks import hardware
 from benchmarks.models import PRESETS, build_language_model, build_plain_language_model
 from minigpt4.common import device as devices
-from minigpt4.conversation.generation import GenerationOptions, stream
+from minigpt4.conversation.generation import DecodingState, GenerationOptions
 
 BOS_IDS, EOS_IDS = [1], []  # random models do not end early
 
 
-def ours(llm: nn.Module, embeds: Tensor, mask: Tensor, num_tokens: int) -> Iterator[None]:
+def ours(llm: nn.Module, embeds: Tensor, mask: Tensor, num_tokens: int) -> Iterator[Any]:
     """Yields whenever each row has one token more."""
-    options = GenerationOptions(do_sample=False, max_new_tokens=num_tokens)
-    for i, _ in enumerate(stream(llm, embeds, mask, options, BOS_IDS, EOS_IDS)):
-        if (i + 1) % len(embeds) == 0:
-            yield
+    options, state = GenerationOptions(do_sample=False, max_new_tokens=num_tokens), DecodingState(llm, BOS_IDS, EOS_IDS)
+    yield state.add(embeds, mask, [options] * len(embeds))
+    while state.rows:
+        yield state.step()
 
 
 def plain(llm: nn.Module, embeds: Tensor, mask: Tensor, num_tokens: int) -> Iterator[None]:

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from decoding import generate
 from torch import nn
 
-from minigpt4.conversation.generation import GenerationOptions, generate, stream
+from minigpt4.conversation.generation import GenerationOptions, tokens_of
 from minigpt4.conversation.sampling import build_warpers
 
 BOS = 0
@@ -104,16 +105,16 @@ def test_stop_ends_a_beam_and_keeps_its_last_token():
     assert all(ids[-1] in (1, 2, 3, 4, 5, 7) or len(ids) == 6 for ids in found.beams)
 
 
-def test_streamed_beams_end_with_an_end_token_a_stop_or_max_new_tokens():
+def test_the_tokens_of_beams_end_with_an_end_token_a_stop_or_max_new_tokens():
     llm = chain(8, 3)
-    embeds, mask = torch.eye(8)[None, :1], torch.ones(1, 1, dtype=torch.long)
     best = int(llm.logits[BOS].argmax())
     for eos, length, is_stopped in (([], 0, False), ([best], 0, True), ([], 3, True)):
         options = GenerationOptions(6, num_beams=4, do_sample=False, length_penalty=0.0)
         options.stop = lambda ids, length=length: len(ids) == length
-        events = list(stream(llm, embeds, mask, options, [BOS], eos))
+        found = search(llm, options, eos)
+        events = tokens_of(found, 0, options, eos)
         ids = [token.id for token in events]
-        assert ids == search(llm, options, eos).ids and len(ids) == (6 if not is_stopped else length or 1)
+        assert ids == found.ids and len(ids) == (6 if not is_stopped else length or 1)
         assert [token.is_end for token in events] == [False] * (len(ids) - 1) + [is_stopped]
 
 

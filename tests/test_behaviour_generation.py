@@ -5,10 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 import transformers
+from decoding import generate
 from golden_data import TINY
 from transformers.generation.logits_process import MinLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-from minigpt4.conversation.generation import GenerationOptions, generate
+from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.models import MiniGPT4
 
 LENGTH = 40

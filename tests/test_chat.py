@@ -3,6 +3,7 @@
 import numpy
 import pytest
 import torch
+from decoding import generate
 from golden_data import TINY, close, read_json, read_tensors
 from PIL import Image
 from scripted_chats import CHAT, PATCHED, PLAIN, asked, upload
@@ -15,7 +16,7 @@ from minigpt4.conversation.conversation import (
     SeparatorStyle,
     StoppingCriteriaSub,
 )
-from minigpt4.conversation.generation import GenerationOptions, generate
+from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.conversation.sampling import build_processors, build_warpers
 from minigpt4.conversation.stopping import StopStringCriteria
 from minigpt4.models.mini_gpt4 import IMAGE_TOKEN_INDEX

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from architectures import ARCHITECTURES, write_language_model
-from decoding import BOS, EOS, LENGTHS, NO_EOS, by_transformers, context, contexts, greedy
+from decoding import BOS, EOS, LENGTHS, NO_EOS, by_transformers, context, contexts, generate, greedy, stream
 
 from minigpt4.conversation import generation
-from minigpt4.conversation.generation import DecodingState, GenerationOptions, generate, stream
+from minigpt4.conversation.generation import DecodingState, GenerationOptions
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.int8 import to_int8
 from minigpt4.models.language_model import load_language_model, next_token_logits

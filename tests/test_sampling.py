@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from decoding import BOS, EOS, NO_EOS, by_transformers, context, greedy
+from decoding import BOS, EOS, NO_EOS, by_transformers, context, generate, greedy, stream
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from minigpt4.conversation.generation import GenerationOptions, generate, stream
+from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.conversation.sampling import build_warpers
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.language_model import next_token_logits

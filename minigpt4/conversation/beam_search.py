@@ -1,7 +1,6 @@
 """Beam search and beam sampling with the rules of transformers 4.28."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +12,6 @@ from minigpt4.models.growing_cache import copy_cache, new_cache
 from minigpt4.models.language_model import next_token_logits
 
 
-def beam_search(*arguments: Any) -> Generated:
-    """``search_beams`` to its end."""
-    steps = search_beams(*arguments)
-    with torch.inference_mode():
-        while True:
-            try:
-                next(steps)
-            except StopIteration as end:
-                return end.value
-
-
 def search_beams(
     llm: PreTrainedModel,
     inputs_embeds: Tensor,
@@ -33,7 +21,7 @@ def search_beams(
     eos_ids: Sequence[int],
     cache: DynamicCache | None = None,
 ) -> Generator[None, None, Generated]:
-    """Searches for the best continuation of one context [1, t, L]; arguments as for ``generation.stream``.
+    """Searches for the best continuation of one context [1, t, L]; arguments as for ``DecodingState.add``.
 
     It yields after each token of the beams, so that others can be answered in between; call it in inference mode.
     Beams are scored by sum of log-probabilities / length ** length_penalty; the length counts the begin token and not

@@ -4,7 +4,7 @@ Shapes: B rows, t positions to prefill, S cached positions, L width of the LM, V
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 
-from minigpt4.conversation.beam_search import beam_search
 from minigpt4.conversation.sampling import Generated, GenerationOptions, build_processors, build_warpers, sample
 from minigpt4.models.growing_cache import copy_cache, new_cache
 from minigpt4.models.language_model import next_token_logits
 
-__all__ = ["DecodingState", "Generated", "GenerationOptions", "generate", "stream"]
+__all__ = ["DecodingState", "Generated", "GenerationOptions"]
 
 
 Logprobs = tuple[float, list[tuple[int, float]]]  # of a chosen token, and of the most probable ones with their ids
@@ -198,70 +197,8 @@ class DecodingState:
             self.rows[index].on_leave(cache)
 
 
-@torch.inference_mode()
-def generate(
-    llm: PreTrainedModel,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    options: GenerationOptions | Sequence[GenerationOptions],
-    bos_ids: Sequence[int],
-    eos_ids: Sequence[int],
-    cache: DynamicCache | None = None,
-) -> list[Generated]:
-    """Continues each row of a batch of contexts, the token that ends it included; arguments as for ``stream``."""
-    each = _for_each(options, len(inputs_embeds))
-    if len(each) == 1 and each[0].num_beams > 1:
-        return [beam_search(llm, inputs_embeds, attention_mask, each[0], bos_ids, eos_ids, cache)]
-    if any(row.num_beams > 1 for row in each):
-        rows = zip(inputs_embeds.split(1), attention_mask.split(1), each, strict=True)
-        return [generate(llm, *row, bos_ids, eos_ids)[0] for row in rows]
-    results = [Generated([]) for _ in each]
-    for token in stream(llm, inputs_embeds, attention_mask, each, bos_ids, eos_ids, cache):
-        results[token.row].ids.append(token.id)
-    return results
-
-
-def stream(
-    llm: PreTrainedModel,
-    inputs_embeds: Tensor,
-    attention_mask: Tensor,
-    options: GenerationOptions | Sequence[GenerationOptions],
-    bos_ids: Sequence[int],
-    eos_ids: Sequence[int],
-    cache: DynamicCache | None = None,
-) -> Iterator[Token]:
-    """Continues each row of a batch of contexts, token by token; with beams, once the search has ended.
-
-    Args:
-        llm, bos_ids, eos_ids: as for ``DecodingState``.
-        inputs_embeds, attention_mask: as for ``DecodingState.add``.
-        options: for all rows, or one for each.
-        cache: the positions that were prefilled before. That of a single row is extended in place by all positions but
-            the last chosen token, wherever the caller stops reading; with beams by the context only, and without log
-            probabilities.
-    """
-    each = _for_each(options, len(inputs_embeds))
-    if any(row.num_beams > 1 for row in each):
-        results = generate(llm, inputs_embeds, attention_mask, each, bos_ids, eos_ids, cache)
-        for row, (result, own) in enumerate(zip(results, each, strict=True)):
-            yield from tokens_of(result, row, own, eos_ids)
-        return
-    state = DecodingState(llm, bos_ids, eos_ids)
-    tokens = state.add(inputs_embeds, attention_mask, each, cache)
-    while tokens:
-        for token in tokens:
-            if token.error is not None:
-                raise token.error
-            yield token
-        tokens = state.step() if state.rows else []
-
-
 def tokens_of(result: Generated, row: int, options: GenerationOptions, eos_ids: Sequence[int]) -> list[Token]:
     """What a beam search found, as the tokens of a row."""
     ids = result.ids
     is_end = bool(ids) and (ids[-1] in eos_ids or options.stop(ids))
     return [Token(row, token_id, is_end and n == len(ids)) for n, token_id in enumerate(ids, 1)]
-
-
-def _for_each(options: GenerationOptions | Sequence[GenerationOptions], count: int) -> Sequence[GenerationOptions]:
-    return [options] * count if isinstance(options, GenerationOptions) else options
