@@ -96,6 +96,42 @@ def chat():
     return build_chat()
 
 
+@pytest.fixture(scope="module")
+def engine(chat):
+    """An engine that answers with the shared chat."""
+    from minigpt4.serve.engine import Engine
+
+    engine = Engine(chat, max_batch=4, max_queue=8, max_length=400)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(chat):
+    """The API of the shared chat."""
+    from serving import Server
+
+    server = Server(chat, max_tokens=100)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def engine_requests(server, monkeypatch):
+    """What reaches the server's engine."""
+    seen, submit = [], server.engine.submit
+    monkeypatch.setattr(server.engine, "submit", lambda *requests: (seen.extend(requests), submit(*requests)))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def image(scene_folder):
+    """An image as the API receives it."""
+    from serving import data_url
+
+    return data_url((scene_folder / "0.png").read_bytes())
+
+
 @pytest.fixture(scope="session")
 def scene_folder(tmp_path_factory):
     """Five images of scenes, 0.png to 4.png, and a damaged one, 2a.jpg."""

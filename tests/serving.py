@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import openai
 import uvicorn
+from fastapi.testclient import TestClient
 
 import demo
 from minigpt4.conversation.generation import GenerationOptions
@@ -53,6 +54,19 @@ def answered(server, **changes):
     found = post(server, **changes)
     assert found.status_code == 200, found.text
     return found.json()
+
+
+@contextmanager
+def client(engine, address="192.0.2.1", **settings):
+    """A client of the API without a server, from an address."""
+    app = api.build_app(engine, NAME, Limits(max_tokens=50), **settings)
+    with TestClient(app, base_url="http://localhost", client=(address, 5)) as found:
+        yield found
+
+
+def ask(client, key=None, **changes):
+    """The response to a short question that is sent with a key."""
+    return client.post(PATH, content=post_text(**changes), headers={"Authorization": f"Bearer {key}"})
 
 
 def text_of(completion, index=0):

@@ -26,11 +26,6 @@ def server(chat, scene_folder):
     server.close()
 
 
-@pytest.fixture(scope="module")
-def image(scene_folder):
-    return data_url((scene_folder / "0.png").read_bytes())
-
-
 def text_of(completion):
     return completion.choices[0].message.content
 

@@ -6,28 +6,7 @@ import math
 import httpx
 import openai
 import pytest
-from serving import NAME, PATH, Server, answered, content, data_url, post, text_of
-
-
-@pytest.fixture(scope="module")
-def server(chat):
-    server = Server(chat, max_tokens=100)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def image(scene_folder):
-    return data_url((scene_folder / "0.png").read_bytes())
-
-
-@pytest.fixture
-def engine_requests(server, monkeypatch):
-    """What reaches the engine."""
-    seen, submit = [], server.engine.submit
-    monkeypatch.setattr(server.engine, "submit", lambda request: (seen.append(request), submit(request)))
-    return seen
-
+from serving import NAME, PATH, answered, content, post, text_of
 
 # Sampling
 

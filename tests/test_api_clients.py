@@ -1,13 +1,13 @@
 """Who may use the API, and how often: keys of a file, requests per minute, and when to try again."""
 
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import httpx
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from serving import NAME, PATH, Server, post_text
+from serving import NAME, PATH, Server, ask, client, post_text
 
 import demo
 from minigpt4.common.errors import UserError
@@ -17,24 +17,6 @@ from minigpt4.serve.clients import ApiKeys, RateLimit
 from minigpt4.serve.engine import Engine
 
 KEYS = "# our clients\nfirst-key anna\n\nsecond-key\t Bert's laptop # until May\nthird#key\n"
-
-
-@pytest.fixture(scope="module")
-def engine(chat):
-    engine = Engine(chat, max_batch=4, max_queue=8, max_length=400)
-    yield engine
-    engine.close()
-
-
-@contextmanager
-def client(engine, address="192.0.2.1", **settings):
-    app = api.build_app(engine, NAME, Limits(max_tokens=50), **settings)
-    with TestClient(app, base_url="http://localhost", client=(address, 5)) as found:
-        yield found
-
-
-def ask(client, key=None, **changes):
-    return client.post(PATH, content=post_text(**changes), headers={"Authorization": f"Bearer {key}"})
 
 
 # Keys

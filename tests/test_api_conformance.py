@@ -7,29 +7,9 @@ import threading
 
 import httpx
 import pytest
-from serving import PATH, QUESTION, Server, answered, content, data_url, post, post_text, text_of
+from serving import PATH, QUESTION, answered, content, data_url, post, post_text, text_of
 
 from minigpt4.serve import api_requests
-
-
-@pytest.fixture(scope="module")
-def server(chat):
-    server = Server(chat, max_tokens=100)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def image(scene_folder):
-    return data_url((scene_folder / "0.png").read_bytes())
-
-
-@pytest.fixture
-def engine_requests(server, monkeypatch):
-    """What reaches the engine."""
-    seen, submit = [], server.engine.submit
-    monkeypatch.setattr(server.engine, "submit", lambda request: (seen.append(request), submit(request)))
-    return seen
 
 
 def refused(server, **changes):

@@ -3,13 +3,11 @@
 import re
 import sys
 import time
-from contextlib import contextmanager
 
 import httpx
-import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
-from serving import NAME, PATH, Server, content, data_url, post_text
+from serving import NAME, PATH, Server, ask, client, content, data_url, post_text
 
 import demo
 from minigpt4.conversation.answer_batch import AnswerBatch
@@ -18,25 +16,6 @@ from minigpt4.serve import api, completions
 from minigpt4.serve.api_requests import Limits
 from minigpt4.serve.constrained import GrammarProcessor
 from minigpt4.serve.engine import Engine, Stats
-
-
-@pytest.fixture(scope="module")
-def engine(chat):
-    engine = Engine(chat, max_batch=4, max_queue=8, max_length=400)
-    yield engine
-    engine.close()
-
-
-@contextmanager
-def client(engine, address="192.0.2.1", **settings):
-    app = api.build_app(engine, NAME, Limits(max_tokens=50), **settings)
-    with TestClient(app, base_url="http://localhost", client=(address, 5)) as found:
-        yield found
-
-
-def ask(client, key=None, **changes):
-    return client.post(PATH, content=post_text(**changes), headers={"Authorization": f"Bearer {key}"})
-
 
 # Metrics and the log
 
