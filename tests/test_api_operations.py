@@ -172,6 +172,13 @@ def test_a_stream_whose_client_leaves_is_no_success(chat, caplog, monkeypatch):
         server.close()
 
 
+def test_a_failure_of_the_engine_is_logged_once(engine, monkeypatch, caplog):
+    monkeypatch.setattr(AnswerBatch, "step", lambda batch: 1 / 0)
+    with client(engine) as server:
+        assert ask(server).json()["error"]["code"] == "internal"
+    assert caplog.text.count("ZeroDivisionError") == 1
+
+
 def test_a_failure_behind_the_engine_is_logged(engine, monkeypatch, caplog):
     app = api.build_app(engine, NAME, Limits())
     monkeypatch.setattr(GrammarProcessor, "check", lambda self: 1 / 0)

@@ -319,13 +319,13 @@ def stop_function(texts: Sequence[str], decode: Callable[[Sequence[int]], str]) 
 
     @functools.cache
     def num_characters(token_id: int) -> float:
-        """At least so many; a character may take up to four byte tokens, which are no text alone."""
+        """A lower bound on the characters that a token adds: one may take four byte tokens, each no text alone."""
         return max(len(decode([token_id]).replace("\ufffd", "")), 0.25)
 
     def stop(ids: Sequence[int]) -> bool:
         if not texts:
             return False
-        # The last id may complete a character of four, and decoding drops a blank at the beginning.
+        # The last id may complete a character of four tokens, and decoding drops a leading space.
         count, missing = min(4, len(ids)), longest + 1.0
         while count < len(ids) and missing > 0:
             count += 1

@@ -29,6 +29,7 @@ from minigpt4.serve.responses import ResponseWriter
 
 T = TypeVar("T")
 _INTERNAL = {"status": 500, "code": "internal"}
+_FAILED = "The model failed; the server's log has the reason."
 _QUEUE_FULL = {"message": "Too many requests are waiting; try again later.", "status": 429, "code": "queue_full"}
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would collect the events
 
@@ -185,8 +186,10 @@ class Completions:
             while num_running:
                 arrived = await asyncio.wait_for(updates.get(), max(end - time.monotonic(), 0))
                 for index, update in arrived.items():
-                    if isinstance(update, Exception):
+                    if isinstance(update, UserError | TimeoutError):
                         raise update
+                    if isinstance(update, Exception):  # the engine has logged it
+                        raise ApiError(_FAILED, **_INTERNAL) from update
                     if time.monotonic() > end:  # the engine ends answers that are out of time, too
                         raise TimeoutError
                     if update.finish_reason is not None:
@@ -203,7 +206,7 @@ class Completions:
             raise
         except Exception as error:
             logging.exception("A request failed.")
-            raise ApiError("The model failed; the server's log has the reason.", **_INTERNAL) from error
+            raise ApiError(_FAILED, **_INTERNAL) from error
         finally:
             for request in requests:
                 request.cancelled.set()

@@ -62,6 +62,8 @@ class Job:
         """Called on an engine's thread, whose answer goes on growing."""
         if isinstance(update, TimeoutError):
             update = Refusal("timeout", seconds=TIMEOUT_SECONDS)
+        elif not isinstance(update, Answer | UserError):  # the engine has logged it
+            update = Refusal("failed")
         self.latest[model] = replace(update, ids=list(update.ids)) if isinstance(update, Answer) else update
         with suppress(RuntimeError):  # the server has ended
             loop.call_soon_threadsafe(self.changed.set)
