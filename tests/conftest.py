@@ -1,6 +1,7 @@
 """Fixtures: the golden folder and the tiny model with the original's weights."""
 
 import argparse
+import gc
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from confined import confined, time_limit  # noqa: F401  (fixtures)
 from data_samples import pairs, shards  # noqa: F401
 from golden_data import TINY
 from omegaconf import OmegaConf
+from programs import Programs
 
 from minigpt4.models import MiniGPT4
 from minigpt4.models.language_model import load_language_model
@@ -32,6 +34,12 @@ TINY_CONFIG = {
         "intermediate_size": 96,
     },
 }
+
+
+def pytest_collection_finish():
+    """What has been imported stays: no collection of a test, or of a process forked from it, has to visit it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -144,6 +152,26 @@ def scene_folder(tmp_path_factory):
         scenes.render(scenes.draw_scene(rng), rng).save(folder / f"{i}.png")
     (folder / "2a.jpg").write_bytes((folder / "2.png").read_bytes()[:100])
     return folder
+
+
+@pytest.fixture(scope="session")
+def programs():
+    """Runs Python programs without the seconds of their imports."""
+    with Programs() as programs:
+        yield programs
+
+
+@pytest.fixture(scope="session")
+def npu_programs(tmp_path_factory):
+    """Runs Python programs in which ``import torch`` finds the emulated NPU."""
+    from emulated_npu import build
+
+    if build.compiler() is None:
+        pytest.skip("the emulated NPU needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("npu")
+    build.install(folder)
+    with Programs(PYTHONPATH=str(folder)) as programs:
+        yield programs
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,8 @@
-"""train.py in forked processes, which have everything imported already: a start costs no seconds."""
+"""train.py in forks of this process, which has everything imported already; a function can prepare each of them.
+
+They draw no report.png, which would take longer than the training; test_end_to_end.py has runs that do. programs.py
+runs any other program.
+"""
 
 import os
 import signal
@@ -12,7 +16,7 @@ import torch
 import train
 from minigpt4.datasets import builders  # noqa: F401
 from minigpt4.models import MiniGPT4  # noqa: F401
-from minigpt4.runners import RunnerBase  # noqa: F401
+from minigpt4.runners import RunnerBase, runner_base  # noqa: F401
 
 
 def start(arguments, log, before=lambda: None):
@@ -28,6 +32,7 @@ def start(arguments, log, before=lambda: None):
         sys.stderr = os.fdopen(2, "w", closefd=False)
         sys.argv = ["train.py", *map(str, arguments)]
         torch.set_num_threads(1)
+        runner_base.write_report = lambda folder: None
         before()
         train.main()
         status = 0

@@ -1,7 +1,5 @@
 """Texts in options, blank values, checks across keys, keys of classes from outside, and the generated reference."""
 
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
@@ -335,9 +333,9 @@ def test_the_chinese_reference_is_up_to_date_and_its_translations_are_complete()
     ],
     ids=lambda value: value[0],
 )
-def test_train_reports_a_mistake_in_one_line_before_anything_is_loaded(options, words):
-    command = [sys.executable, "train.py", "--cfg-path", "train_configs/minigpt4_stage1_pretrain.yaml"]
-    done = subprocess.run([*command, "--options", *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_train_reports_a_mistake_in_one_line_before_anything_is_loaded(programs, options, words):
+    command = ["train.py", "--cfg-path", "train_configs/minigpt4_stage1_pretrain.yaml"]
+    done = programs.run([*command, "--options", *options])
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     assert all(word in lines[0] for word in ["minigpt4_stage1_pretrain.yaml", *words]), lines[0]

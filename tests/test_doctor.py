@@ -6,8 +6,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from argparse import Namespace
 
@@ -61,16 +59,16 @@ def test_an_evaluation_file_asks_for_no_training(monkeypatch, world, tmp_path):
     assert "memory, chat" in {f.check for f in found} and "memory, training" not in {f.check for f in found}
 
 
-def test_the_command(world, tmp_path):
-    command = [sys.executable, "-m", "minigpt4.doctor", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--json"]
+def test_the_command(programs, world, tmp_path):
+    command = ["-m", "minigpt4.doctor", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--json"]
     command += ["--sheet", tmp_path / "sheet.png", "--options", f"datasets.cc_sbu.build_info.storage={world}/shards"]
     command += [f"run.output_dir={tmp_path}"]
-    good = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    good = programs.run(command)
     told = json.loads(good.stdout)
     assert good.returncode == 0 and told["verdict"] == "ok", good.stderr
     assert all(set(row) == {"check", "verdict", "evidence", "remedy", "numbers"} for row in told["findings"])
     command.remove("--json")
-    bad = subprocess.run([*command, "run.max_epochs=1"], cwd=ROOT, capture_output=True, text=True)
+    bad = programs.run([*command, "run.max_epochs=1"])
     assert bad.returncode == 1 and re.search(r"error +configuration +.*Did you mean 'max_epoch'", bad.stdout)
     assert "Traceback" not in bad.stderr
 

@@ -2,13 +2,10 @@
 # ruff: noqa: F811  (fixtures are imported by name)
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from doctor_world import ROOT, world  # noqa: F401
+from doctor_world import world  # noqa: F401
 
 from minigpt4.doctor import memory
 
@@ -39,17 +36,12 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_training_memory_is_what_an_exact_device_measures(world, tmp_path, settings):
+def test_training_memory_is_what_an_exact_device_measures(npu_programs, world, tmp_path, settings):
     """On the emulated device, which counts every byte of every tensor."""
-    build = pytest.importorskip("emulated_npu.build")
-    if build.compiler() is None:
-        pytest.skip("the emulated device is compiled, and no g++ is here")
-    build.install(tmp_path / "npu")
-    command = [sys.executable, "-m", "minigpt4.doctor", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--json"]
+    command = ["-m", "minigpt4.doctor", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--json"]
     command += ["--steps", "2", "--sheet", tmp_path / "sheet.png", "--options", "run.device=npu", "run.num_workers=0"]
     command += [f"datasets.cc_sbu.build_info.storage={world}/shards", f"run.output_dir={tmp_path}/out", *settings]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "npu"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = npu_programs.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     found = {row["check"]: row["numbers"] for row in json.loads(done.stdout)["findings"]}
     assert max(found["attention"].values()) < 0.01
@@ -90,14 +82,8 @@ print(measured, sum(memory.chat(files.build(), device, 64, answer.prompt_tokens 
 
 
 @pytest.mark.parametrize("num_words", [10, 300])
-def test_chat_memory_is_what_an_exact_device_measures(tmp_path, num_words):
-    build = pytest.importorskip("emulated_npu.build")
-    if build.compiler() is None:
-        pytest.skip("the emulated device is compiled, and no g++ is here")
-    build.install(tmp_path / "npu")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'npu'}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", CHAT, str(num_words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+def test_chat_memory_is_what_an_exact_device_measures(npu_programs, num_words):
+    done = npu_programs.run(["-W", "ignore", "-c", CHAT, num_words])
     assert done.returncode == 0, done.stderr[-2000:]
     measured, predicted = map(float, done.stdout.split()[-2:])
     assert predicted == pytest.approx(measured, rel=0.1)

@@ -1,14 +1,5 @@
 """Answers on the emulated NPU are those of the CPU: greedy, penalised, sampled, with beams, and in a batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-from emulated_npu.build import compiler, install
-
-ROOT = Path(__file__).parents[1]
 SCRIPT = """
 from types import SimpleNamespace
 
@@ -51,11 +42,6 @@ assert len({tuple(ids) for ids in answers["cpu"]}) > 4
 """
 
 
-def test_answers_are_those_of_the_cpu(tmp_path):
-    if compiler() is None:
-        pytest.skip("the emulated NPU needs a C++ compiler")
-    install(tmp_path)
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def test_answers_are_those_of_the_cpu(npu_programs):
+    done = npu_programs.run(["-W", "ignore", "-c", SCRIPT])
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,32 +1,18 @@
 """The emulated NPU itself: its arithmetic is the CPU's, and its rules are a device's."""
 
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
-from emulated_npu.build import compiler, install
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """Runs a script in a process where ``import torch`` finds the emulated device."""
-    if compiler() is None:
-        pytest.skip("the emulated NPU needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("emulated_npu")
-    install(folder)
+@pytest.fixture
+def emulated(npu_programs):
+    """Runs a script in a process, or in some ranks, where ``import torch`` finds the emulated device."""
 
-    def run(script, ranks=0, **environment):
-        path = folder / "script.py"
-        path.write_text(textwrap.dedent(script), encoding="utf-8")
-        launch = [sys.executable]
-        if ranks:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"} | environment
-        done = subprocess.run([*launch, str(path)], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def run(script, ranks=1, **environment):
+        each = npu_programs.run_ranks([["-c", textwrap.dedent(script)]] * ranks, **environment)
+        assert [done.returncode for done in each] == [0] * ranks, [done.stderr for done in each]
+        return each[0].stdout
 
     return run
 

@@ -55,7 +55,7 @@ def outcome(output_dir):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     content = torch.load(folder / "checkpoint_1.pth", weights_only=True)
-    files = {path.name for path in folder.iterdir()} - {"report.png"}  # which a kill at the very end prevents
+    files = {path.name for path in folder.iterdir()}
     random_state = content["ranks"][0]["random"]
     return {
         "losses": [(row["step"], row["loss"], row["lr"]) for row in rows],
