@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minigpt4.doctor import memory
 from minigpt4.doctor.checks import run_checks
 from minigpt4.doctor.findings import ERROR
 from quickstart import scenes
@@ -29,10 +30,30 @@ def world(tmp_path_factory):
     return folder
 
 
+_PREDICTED = {}
+
+
+def once(predict):
+    """A prediction of memory, which takes most of a diagnosis, computed once for all models of the same layout."""
+
+    def remembered(model, *arguments):
+        weights = [(name, *value.shape, value.dtype, value.requires_grad) for name, value in model.named_parameters()]
+        settings = {name: value for name, value in vars(model).items() if isinstance(value, int | str | list)}
+        settings["checkpointing"] = model.llama_model.is_gradient_checkpointing
+        key = repr((predict.__name__, weights, settings, len(model.llama_tokenizer), arguments))
+        if key not in _PREDICTED:
+            _PREDICTED[key] = predict(model, *arguments)
+        return _PREDICTED[key]
+
+    return remembered
+
+
 @pytest.fixture
 def diagnose(world, tmp_path, monkeypatch):
     """Examines a quickstart stage whose configuration is changed, and returns its findings by check."""
     monkeypatch.chdir(ROOT)
+    for predict in (memory.training, memory.chat):
+        monkeypatch.setattr(memory, predict.__name__, once(predict))
 
     def run(*changes, stage=2, **arguments):
         storage = {1: "shards", 2: "align"}[stage]
