@@ -169,6 +169,8 @@ def test_forward(case, monkeypatch):
     assert set(parameters) == set(info["grad_norm"])
     for key, norm in info["grad_norm"].items():
         gradient = parameters[key].grad
+        if gradient is None and norm is None:
+            continue
         assert gradient.norm().item() == pytest.approx(norm or 0, rel=1e-4), key
         if f"grad.{key}" in golden:
             assert (gradient - golden[f"grad.{key}"]).norm() < 1e-4 * norm

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.common import device as devices
+from minigpt4.common import dist_utils
 from minigpt4.common.config_checks import sharding_problem
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
@@ -299,6 +300,8 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
             problem = f"the batch has {len(features)} images, {given} by row, and {needed} placeholders"
             raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; {problem}.")
         embeds = self.project_features(features).flatten(0, 1)  # [n * Q, L]
+        if not len(features) and self.lora and dist_utils.get_world_size() == 1:
+            return embeds.detach()  # as in the reference, whose optimizer then leaves the projection as it is
         if not any(row.is_truncated for row in rows):
             return embeds
         starts = [0, *accumulate(count * self.num_query_token for count in given)]
