@@ -134,6 +134,19 @@ def test_sources_are_mixed_by_ratio(pairs):
     assert make_loader(datasets, {"a": None}).weights == [1, 1, 1]
 
 
+def test_listed_sources_have_workers_by_their_share(pairs, shards, monkeypatch):
+    made = {}
+    monkeypatch.setattr(
+        "minigpt4.datasets.loader._load", lambda name, batches, places, workers, *_: made.update({name: workers})
+    )
+    datasets = {"half": PairDataset("half", pairs, EVAL), "few": PairDataset("few", pairs, EVAL)}
+    datasets["shards"] = ShardDataset("shards", shards, EVAL, str)
+    loader = make_loader(datasets, {"half": 50, "few": 8, "shards": 42}, num_workers=6, iters_per_epoch=100)
+    with pytest.raises(TypeError):  # the first batch: there is no loader
+        next(loader.iter_epoch(0))
+    assert made == {"half": 6, "few": 1, "shards": 6}
+
+
 @pytest.mark.parametrize("ratios", [{"a": 0}, {"a": -1}])
 def test_bad_ratios(ratios):
     with pytest.raises(UserError, match="sample_ratio of a"):

@@ -7,6 +7,7 @@ continue with exactly the batches of a run that was never interrupted.
 import atexit
 import copy
 import logging
+import math
 import mmap
 import multiprocessing.util
 import os
@@ -127,7 +128,7 @@ class TrainLoader:
         datasets: by name, each of a kind that ``batches`` lists.
         ratios: their weights; 1 where a weight is None, the number of samples where it is "size".
         batch_size: samples per rank and batch; a number for all data sets or one for each, by name.
-        num_workers: loader processes per data set.
+        num_workers: loader processes per data set; fewer for a map-style one that gives a small share of the batches.
         seed: of order, draws and augmentation.
 
     Raises:
@@ -208,6 +209,9 @@ class TrainLoader:
         dataset, worker, batch_size = self.datasets[name], _rank_info(self.seed), self._batch_size(name)
         settings = self.num_workers, self.pin_memory, derive_seed(self.seed, name, "workers", worker.rank)
         if is_map_style(dataset):
+            # Twice its share of all workers, as draws come in bursts: 20 data sets do not need 20 times as many.
+            share = self.weights[list(self.datasets).index(name)] / sum(self.weights)
+            settings = min(self.num_workers, math.ceil(2 * self.num_workers * share)), *settings[1:]
             step_size, pass_size = self._step_size(name), self._pass_size(name)
             if name not in self._num_samples:  # a fresh loader, perhaps at a later epoch
                 self._num_samples[name] = sum(self._source_of(i) == name for i in range(step)) * step_size

@@ -253,7 +253,7 @@ def _aok_image(entry: Mapping[str, Any], where: str, number: int) -> str:
 def gqa(content: Any, where: str) -> Iterator[Row]:
     """Questions and answers of GQA, as LAVIS writes them."""
     for entry in entries(content, where, image=str, question=str, answer=str):
-        yield Row((entry["image"],), entry["question"], entry["answer"])
+        yield Row(coco_names(entry["image"]), entry["question"], entry["answer"])
 
 
 def ocr_vqa(content: Any, where: str) -> Iterator[Row]:
