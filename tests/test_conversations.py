@@ -1,6 +1,8 @@
 """Conversations about images: what rows of known projects mean, what is trained, and that a chat shows the same."""
 
 import json
+import queue
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from golden_data import TINY, read_tensors
 from minigpt4.common.errors import UserError
 from minigpt4.common.templates import TEMPLATES
 from minigpt4.conversation.conversation import Chat
+from minigpt4.conversation.sampling import GenerationOptions
 from minigpt4.datasets.datasets import ConversationDataset
 from minigpt4.datasets.datasets.conversations import DataUrl, Dialogue, Pair
 from minigpt4.datasets.datasets.pairs import read_pairs
 from minigpt4.datasets.datasets.rows import Location, read_row
 from minigpt4.datasets.loader import eval_batches
 from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from minigpt4.serve.engine import Engine
+from minigpt4.serve.request_queue import Request
 
 IMAGES = read_tensors("vision")["image"]
 A, B, HERE = "a.jpg", "b.jpg", "<ImageHere>"
@@ -65,7 +70,11 @@ FORMS = {  # a row, the names of its images, its turns, its system text
     ),
     "OpenAI": (
         {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "A dog."}]},
-        [A], [(f"{HERE}What?", "A dog.")], "",
+        [A], [(f"{HERE} What?", "A dog.")], "",
+    ),
+    "OpenAI, several texts": (
+        {"messages": said([{"type": "text", "text": "Sure?"}, {"type": "text", "text": "Why?"}], "Yes.")},
+        [], [("Sure? Why?", "Yes.")], "",
     ),
     "OpenAI, data URL": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}]},
@@ -186,7 +195,7 @@ def chat_ids(model, turns, system=""):
     """The ids of a chat's prompt after the same turns."""
     chat, images = Chat(model, None, template=model.template), []
     conv = chat.template.copy()
-    conv.system = system or conv.system
+    conv.add_system(system)
     for question, answer in turns:
         for i, text in enumerate(question.split(HERE)):
             if i:
@@ -212,6 +221,20 @@ def test_a_row_is_what_a_chat_shows(talking, system):
     stop = talking.template.stop_string.strip()
     assert [text.removesuffix(stop).strip() for text in decoded] == [answer for _, answer in CONVERSATION]
     assert all(text.endswith(stop) for text in decoded) and last == len(row.ids) - 1
+
+
+def test_the_api_asks_as_was_trained(model):
+    """The prompt of a request has the tokens of a row with the same messages up to its last answer."""
+    parts = [*PARTS, {"type": "text", "text": "And why?"}]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    row = read_row({"messages": [*messages, {"role": "assistant", "content": "A dog."}]}, Location("x", Path()))
+    labels = model.tokenize_conversation(row.turns, row.system).labels
+    engine, updates = Engine(Chat(model, None), max_length=400, max_batch_tokens=400), queue.Queue()
+    asked = [("system", ["Be brief."]), ("user", [IMAGES[0], "What?", "And why?"])]
+    engine.submit(Request(asked, GenerationOptions(do_sample=False, max_new_tokens=1), updates.put))
+    answer = updates.get(timeout=60)
+    engine.close()
+    assert answer.prompt_tokens == next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("limit", range(10, 230, 7))

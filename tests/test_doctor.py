@@ -216,6 +216,7 @@ def test_7_silent_data_failure_in_shards(diagnose, world, tmp_path):
         ("colour", "8 of 8 images are of a single colour"),
         ("same", "many images are one and the same"),
         ("long", "lose their end symbol"),
+        ("headings", "8 of 8 texts contain '###', at which answers end"),
     ],
 )
 def test_7_data_that_can_be_read_and_is_no_good(diagnose, world, tmp_path, damage, words):
@@ -224,6 +225,8 @@ def test_7_data_that_can_be_read_and_is_no_good(diagnose, world, tmp_path, damag
     for entry in content["annotations"]:
         if damage in ("captions", "long"):
             entry["caption"] = "a picture" if damage == "captions" else entry["caption"] * 20
+        elif damage == "headings":
+            entry["caption"] = f"### Objects\n{entry['caption']}"
     (align / "filter_cap.json").write_text(json.dumps(content))
     for file in (align / "image").iterdir():
         if damage == "colour":

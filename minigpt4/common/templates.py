@@ -75,6 +75,10 @@ class Conversation:
         """Adds a message at the end."""
         self.messages.append([role, message])
 
+    def add_system(self, text: str) -> None:
+        """Adds a conversation's own system text behind the template's, as chats and training do."""
+        self.system = f"{self.system} {text}".strip()
+
     def ask(self, text: str) -> None:
         """Adds a question; right after an image it joins the image's message."""
         last = self.messages[-1] if self.messages else None

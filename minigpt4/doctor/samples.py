@@ -157,6 +157,11 @@ def _suspicion(drawn: SampleStats, files: ModelFiles) -> tuple[str, str] | None:
         if (share := sum(length > limit for length in lengths) / num) > 0.1:
             message = f"{share:.0%} of the captions are longer than max_txt_len {limit} and lose their end symbol"
             return message, f"Set model.max_txt_len: {max(lengths)} if memory allows."
+        stop = files.model.template.stop_string if drawn.conversations else ""
+        ends = [(stop if text.get("conversation") else end_sym).strip() for text in drawn.texts]
+        if found := [end for end, text in zip(ends, drawn.captions, strict=True) if end and end in text]:
+            message = f"{len(found)} of {num} texts contain '{found[0]}', at which answers end"
+            return message, "Remove it from the texts (headings of Markdown begin with #), or set another end."
         rows = [files.model.tokenize_conversation(**conversation) for conversation in drawn.conversations]
         if (share := sum(row.is_truncated for row in rows) / num) > 0.1:
             message = f"{share:.0%} of the conversations are longer than {files.model.max_context_len} tokens"

@@ -98,7 +98,7 @@ class TextRows:
 
         Args:
             turns: ``<ImageHere>`` in a question marks the position of an image, ``<Img>`` around it may be left out.
-            system: in place of the template's system text.
+            system: added to the template's system text, as in the API.
         """
         num_images = sum(question.count(IMAGE_PLACEHOLDER) for question, _ in turns)
         if not self.template.stop_string:
@@ -107,7 +107,7 @@ class TextRows:
 
         def tokenize(number: int, is_open: bool = False) -> list[int]:
             conv = self.template.copy()
-            conv.system = system or conv.system
+            conv.add_system(system)
             for i, (question, answer) in enumerate(turns[: number + is_open]):
                 conv.ask_with_images(question)
                 conv.append_message(conv.roles[1], answer if i < number else None)

@@ -185,7 +185,7 @@ class Engine:
             if role == "assistant":
                 conv.append_message(conv.roles[1], text or " ")  # without a text, the separator would be left out
             else:
-                conv.system = f"{conv.system} {text}".strip()
+                conv.add_system(text)
         plan = self._batch.plan(conv, len(pixels), request.options)
         if plan.num_tokens > self.max_batch_tokens:
             text = f"--num-beams {plan.options.num_beams} needs the memory of {plan.num_tokens} tokens for this request"

@@ -60,7 +60,7 @@ def _type_name(hint: Any, translate: Translate) -> str:
     if get_origin(hint) is Literal:
         return translate(" or ").join(f"`{_yaml(option)}`" for option in get_args(hint))
     if get_origin(hint) is list:
-        return translate("list of ") + _type_name(get_args(hint)[0], translate)
+        return translate("list of {}").format(_type_name(get_args(hint)[0], translate))
     return translate("section" if is_dataclass(hint) else TYPE_NAMES[hint])
 
 

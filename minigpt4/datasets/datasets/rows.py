@@ -115,7 +115,7 @@ def _read_content(content: Any, number: int, where: Location) -> tuple[str, list
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
+            text += f" {part['text']}"  # as the API joins them
         elif kind in ("image_url", "image"):
             value = next((part[key] for key in ("image_url", "image", "url", "path") if part.get(key)), None)
             value = value.get("url") if isinstance(value, dict) else value
