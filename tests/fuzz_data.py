@@ -1,12 +1,19 @@
 """Properties of lists, captions, shards and images."""
 
 import contextlib
+import json
+import pickle
+import random
 import re
 import string
+from argparse import Namespace
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import hostile_data
 import hostile_images
+import instruction_sets
 import picture_kinds
 from fuzz_cases import IMAGE_PLACEHOLDER, ROOM, SEEDS, TEXTS, VALUES, from_files, or_told, target, with_seed, written
 from hypothesis import strategies as st
@@ -52,6 +59,47 @@ def lists_of_ones_own(case: bytes) -> None:
 def rows_of_a_batch(case: bytes) -> None:
     for question in or_told(lambda: find_questions(str(written("rows.jsonl", case)), "What?")) or []:
         assert isinstance(question.path, str) and isinstance(question.text, str)
+
+
+JSON_SETS = {
+    name: (info, json.loads(instruction_sets.annotation_file(info).read_bytes()))
+    for name, info in instruction_sets.BUILD_INFO.items()
+    if "splitBy" not in info
+}
+INSTANCES = (instruction_sets.FILES / "refcoco" / "instances.json").read_bytes()
+REFS = json.loads((instruction_sets.FILES / "refcoco" / "refs_unc_as_json.json").read_bytes())
+
+
+def with_value(content: Any, value: Any, rng: random.Random) -> Any:
+    """A copy of a JSON value with another value in one place."""
+    if not isinstance(content, dict | list) or not content or rng.random() < 0.1:
+        return value
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    chosen = rng.choice([key for key, _ in items])
+    copied = content.copy()
+    copied[chosen] = with_value(content[chosen], value, rng)
+    return copied
+
+
+@target(st.tuples(st.sampled_from(sorted(JSON_SETS)), VALUES, SEEDS), 1)
+def annotations(case: tuple[str, Any, int]) -> None:
+    """A toy file of a data set of MiniGPT-v2 with one odd value: refused, or all its samples can be read."""
+    name, value, seed = case
+    info, content = JSON_SETS[name]
+    file = written("annotations.json", json.dumps(with_value(content, value, random.Random(seed))).encode())
+    info = instruction_sets.with_annotations(info, file)
+    for row in (or_told(lambda: instruction_sets.build_set(name, info)) or Namespace(rows=[])).rows:
+        assert len(row.images) <= 1 and all(file.is_file() for file in map(Path, row.images))
+
+
+@target(SEEDS.map(from_files(pickle.dumps(REFS, 0), pickle.dumps(REFS, 2), pickle.dumps(REFS, 4))), 1)
+def refs(case: bytes) -> None:
+    """A changed pickle of RefCOCO's expressions: nothing but plain values comes out of it."""
+    for name, data in (("refs(unc).p", case), ("instances.json", INSTANCES)):
+        written(f"refcoco/{name}", data)
+    info = instruction_sets.BUILD_INFO["refcoco"] | {"ann_path": str(ROOM)}
+    dataset = or_told(lambda: instruction_sets.build_set("refcoco", info))
+    assert dataset is None or all(isinstance(text, str) for row in dataset.rows for text in row.question)
 
 
 CLEANED, AS_IS = BlipCaptionProcessor(), BlipCaptionProcessor("a photo of ", max_words=3)

@@ -1,5 +1,7 @@
 """The toy files of every data set of MiniGPT-v2: where they are, and how to build them."""
 
+from pathlib import Path
+
 from golden_data import GOLDEN
 
 from minigpt4.common.registry import registry
@@ -35,6 +37,19 @@ BUILD_INFO = {
     "aok_vqa": _lavis("aokvqa_train.json"),
     "gqa": _lavis("gqa_train.json"),
 }
+
+
+def annotation_file(build_info):
+    """The annotation file that a section names."""
+    return Path(build_info.get("ann_path") or build_info["annotations"]["train"]["storage"][0])
+
+
+def with_annotations(build_info, file):
+    """The same section with another annotation file."""
+    changed = (
+        {"ann_path": str(file)} if "ann_path" in build_info else {"annotations": {"train": {"storage": str(file)}}}
+    )
+    return build_info | changed
 
 
 def link_visual_genome(folder):

@@ -10,7 +10,16 @@ import pytest
 import torch
 from data_samples import make_loader
 from golden_data import read_json
-from instruction_sets import BUILD_INFO, FAMILY, FILES, build_set, link_align, link_visual_genome
+from instruction_sets import (
+    BUILD_INFO,
+    FAMILY,
+    FILES,
+    annotation_file,
+    build_set,
+    link_align,
+    link_visual_genome,
+    with_annotations,
+)
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -132,12 +141,11 @@ def refused(name, build_info):
 @pytest.mark.parametrize("name", BUILD_INFO)
 @pytest.mark.parametrize("other", ["groundedcaption", "vqa_train", "conversation_58k", "TextCaps_0.1_train", "ocrvqa"])
 def test_a_file_of_another_set_is_refused(name, other, build_infos):
-    info, file = json.loads(json.dumps(build_infos[name])), str(FILES / f"{other}.json")
-    if file in json.dumps(info) or "splitBy" in info:
+    info, file = build_infos[name], str(FILES / f"{other}.json")
+    if "splitBy" in info or file == str(annotation_file(info)):
         return
     key = "annotations.train.storage" if "annotations" in info else "ann_path"
-    info |= {"annotations": {"train": {"storage": file}}} if "annotations" in info else {"ann_path": file}
-    message = refused(name, info)
+    message = refused(name, with_annotations(info, file))
     assert f"datasets.{name}.build_info.{key}" in message and file in message and "expected" in message
 
 
