@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minigpt4.common.errors import UserError
+from minigpt4.datasets.builders.base_dataset_builder import create_builder
 from minigpt4.datasets.datasets.instructions import CONNECT_SYM, FORMATS
 from minigpt4.datasets.loader import LOADER_KEY
 from minigpt4.doctor.findings import OK
@@ -215,6 +216,16 @@ def test_missing_images(tmp_path, caplog):
     (tmp_path / "58.jpg").symlink_to(FILES / "images" / "58.jpg")
     assert len(build_set("flickr_ObjectToPhrase", info | {"image_path": str(tmp_path)})) == 1
     assert "2 of 3 images are missing" in caplog.text and "left out" in caplog.text
+
+
+def test_own_boxes_under_a_name_of_ones_own(tmp_path):
+    rows = [{"image_id": "a.png", "phrase": "the red ball", "bbox": "{<12><30><57><99>}"}]
+    (tmp_path / "phrases.json").write_text(json.dumps(rows))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    info = {"image_path": str(tmp_path), "ann_path": f"{tmp_path}/phrases.json"}
+    section = {"builder": "flickr_ObjectToPhrase", "build_info": info}
+    sample = create_builder("my_boxes", section, "minigpt_v2").build_datasets()["train"][0]
+    assert sample["answer"] == "<p>the red ball</p> {<12><30><57><99>}" and sample["image"].shape == (3, 224, 224)
 
 
 def test_images_in_the_folders_of_coco(tmp_path):

@@ -79,6 +79,10 @@ def coco_names(image: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((name, *(f"{folder}/{name}" for folder in split), image)))
 
 
+def _named(image_id: int | str) -> tuple[str, ...]:
+    return f"{image_id}.jpg", str(image_id)  # the latter in files of one's own
+
+
 def _texts(values: Any, where: str, number: int) -> list[str]:
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
         raise UserError(f"{where}: entry {number} has {values!r:.80}; expected a list of texts, {_SEE}.")
@@ -190,20 +194,20 @@ def inverse(rows: Iterator[Row]) -> Iterator[Row]:
 def flickr_grounded_caption(content: Any, where: str) -> Iterator[Row]:
     """Captions with the boxes of their phrases."""
     for entry in entries(content, where, image_id=(int, str), grounded_caption=str):
-        yield Row((f"{entry['image_id']}.jpg",), "", entry["grounded_caption"], entry["image_id"])
+        yield Row(_named(entry["image_id"]), "", entry["grounded_caption"], entry["image_id"])
 
 
 def flickr_caption_to_phrase(content: Any, where: str) -> Iterator[Row]:
     """Captions, and the same with the boxes of their phrases."""
     for entry in entries(content, where, image_id=(int, str), caption=str, output=str):
-        yield Row((f"{entry['image_id']}.jpg",), entry["caption"], entry["output"], entry["image_id"])
+        yield Row(_named(entry["image_id"]), entry["caption"], entry["output"], entry["image_id"])
 
 
 def flickr_object_to_phrase(content: Any, where: str) -> Iterator[Row]:
     """Phrases and their boxes."""
     for entry in entries(content, where, image_id=(int, str), phrase=str, bbox=str):
         answer = f"<p>{entry['phrase']}</p> {entry['bbox']}"
-        yield Row((f"{entry['image_id']}.jpg",), entry["phrase"], answer, entry["image_id"])
+        yield Row(_named(entry["image_id"]), entry["phrase"], answer, entry["image_id"])
 
 
 # captions
@@ -219,7 +223,7 @@ def coco_caption(content: Any, where: str) -> Iterator[Row]:
 def textcaps(content: Any, where: str) -> Iterator[Row]:
     """Captions of TextCaps."""
     for entry in entries(_field(content, "data", list, where), where, image_id=str, caption_str=str):
-        yield Row((f"{entry['image_id']}.jpg",), "", entry["caption_str"])
+        yield Row(_named(entry["image_id"]), "", entry["caption_str"])
 
 
 # questions
