@@ -18,6 +18,13 @@ from minigpt4.common.utils import parse_json
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
 LM_SIZES = {4096: "7B", 5120: "13B", 6656: "30B", 8192: "65B"}  # by hidden width
 VOCABULARIES = {32001: "Vicuna v0", 32000: "LLaMA, or Vicuna from v1.1 on"}
+# By width of the projection's input and whether there is LoRA: what a checkpoint is, and the YAML file of its chat.
+_MEMBERS = {
+    (768, False): ("MiniGPT-4", "minigpt4_eval.yaml"),
+    (5632, False): ("the Llama-2 variant of MiniGPT-4", "minigpt4_llama2_eval.yaml"),
+    (5632, True): ("MiniGPT-v2", "minigptv2_eval.yaml"),
+}
+_DERIVATIVES = (("video_Qformer.", "video_query_tokens"), ("llama_proj2.",), ("audio_",))  # with parts of their own
 _KINDS = (  # prefixes of names -> what such a file is; the first that matches
     (("tok_embeddings.", "layers.0.attention.wq"), "LLaMA in Meta's own form, which has to be converted first"),
     (("transformer.h.", "gpt_neox.", "model.decoder.layers."), "a language model that is no Llama"),
@@ -162,10 +169,14 @@ def describe_weights(content: Mapping[str, Any]) -> str:
     if has_lora and "llama_proj.weight" not in shapes:
         return "a LoRA adapter, which has to be merged into its base model first"
     if projection := shapes.get("llama_proj.weight"):
-        if projection[-1] == 5632:
-            return "a MiniGPT-4 checkpoint of the Llama-2 variant, which has no Q-Former"
         size = f"{LM_SIZES.get(projection[0], f'{projection[0]} wide')} LM{' with LoRA' * has_lora}"
-        return f"a MiniGPT-4 checkpoint for a {size} (model.ckpt)"
+        if any(name.startswith(prefixes) for prefixes in _DERIVATIVES for name in shapes):
+            return (
+                f"a checkpoint of a model derived from MiniGPT-4 for a {size}, with parts that MiniGPT-4 does not have"
+            )
+        member, yaml = _MEMBERS.get((projection[-1], has_lora and projection[-1] == 5632), ("MiniGPT-4", ""))
+        advice = f"; eval_configs/{yaml} has its settings" * (projection[-1] == 5632)
+        return f"a checkpoint of {member} for a {size} (model.ckpt{advice})"
     if any(name.startswith(("model.embed_tokens.", "model.layers.")) for name in shapes):
         rows, width = (*shapes.get("model.embed_tokens.weight", ()), 0, 0)[:2]
         size = f" {LM_SIZES.get(width, f'{width} wide')}, vocabulary {rows}" if rows else ", one part of several"

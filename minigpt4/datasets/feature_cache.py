@@ -265,7 +265,7 @@ def fingerprint(cfg: Any, name: str, split: str, dataset: Any, crops: int) -> di
 
     model_cfg, section = read_section(ModelConfig, cfg.model_cfg, "model"), cfg.to_dict()["datasets"][name]
     settings, paths = asdict(model_cfg), locate_vision(model_cfg)
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.iterdir()))]
+    files = [file for path in paths if path for file in ([path] if path.is_file() else sorted(path.iterdir()))]
     is_random = crops > 1 or not isinstance(dataset.vis_processor, Blip2ImageEvalProcessor)
     parts = {
         "weights": [_digest(file) for file in files if file.suffix in (".safetensors", ".bin", ".pth", ".pt")],

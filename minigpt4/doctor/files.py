@@ -44,7 +44,7 @@ class ModelFiles:
     def check(self) -> list[Finding]:
         """Every file of the section, in the order in which a run reads them."""
         findings = []
-        for name in FILES:
+        for name in FILES if self.cfg.has_qformer else [name for name in FILES if name != "q_former_model"]:
             findings += collect(f"model.{name}", self._locate, name) if getattr(self.cfg, name) is not None else []
         if self.config_folder is not None:
             try:

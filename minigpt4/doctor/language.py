@@ -170,6 +170,9 @@ def version_check(cfg: ModelConfig, model_type: str, vocab_size: int) -> Finding
     kind = VOCABULARIES.get(vocab_size, "no Vicuna") if model_type == "llama" else model_type
     prompts = cfg.conversation or cfg.prompt_template.strip() or "of the tokenizer"
     evidence = f"{vocab_size} tokens ({kind}), prompts {prompts}"
+    if model_type == "llama" and vocab_size == 32001 and "[INST]" in cfg.prompt_template:
+        remedy = "Use Llama 2 chat, whose vocabulary has 32000, or the YAML file of a checkpoint for Vicuna v0."
+        return Finding("Vicuna version", ERROR, f"{evidence}, which are those of Llama 2", remedy + _VERSION)
     if not (model_type == "llama" and vocab_size == 32000 and is_v0_prompt):
         return Finding("Vicuna version", OK, evidence)
     evidence += ", which are those of Vicuna v0 (32001)"

@@ -65,7 +65,8 @@ def _space(check: str, folder: str, needed: float, message: str) -> Finding:
 def feature_cache(cfg: Any, files: ModelFiles, part: SampleStats) -> Finding:
     """The run's own check of a data set's feature cache, and how much of it is there."""
     check = f"{KEY}, {part.name}"
-    if files.paths["vit_weights"] is None or files.paths["q_former_model"] is None:
+    needed = ("vit_weights", "q_former_model") if files.cfg.has_qformer else ("vit_weights",)
+    if any(files.paths[name] is None for name in needed):
         message = "whether its features are those of this run can be told when the vision weights are on this machine"
         return Finding(check, WARNING, message, "First download them.")
     expected, _ = check_cache(cfg, *part.name.rsplit("/", 1), part.dataset)

@@ -132,6 +132,9 @@ def trained_state(model: nn.Module, path: Path, needs_lora: bool = False) -> dic
     if weight.shape != model.llama_proj.weight.shape:
         raise UserError(_explain_projection(model, weight, path))
     own = {n: v for n, v in model.state_dict().items() if not n.startswith("llama_model.")}
+    if model.lora is None and not model.has_qformer and any(map(is_lora, state)):
+        cause = "holds LoRA weights and belongs to MiniGPT-v2, whose settings are in eval_configs/minigptv2_eval.yaml"
+        raise UserError(f"{CKPT}: {path} {cause}; set model.arch: minigpt_v2 and model.lora_r as trained (64).")
     lora = match_lora(model.lora, state, f"{CKPT}: {path}", _lora_alpha(path), needs_lora)
     state = {name: value for name, value in state.items() if ".lora_" not in name}
     for name, value in state.items():
@@ -155,13 +158,15 @@ def _lora_alpha(path: Path) -> int | None:
 def _explain_projection(model: nn.Module, weight: Tensor, path: Path) -> str:
     lm_width, q_width = model.llama_proj.weight.shape
     rows, columns = weight.shape if weight.ndim == 2 else (weight.numel(), 0)
-    if columns == 5632:
-        cause = "It is the Llama-2 variant, which has no Q-Former and another architecture; it cannot be used."
+    if columns != q_width and columns in (768, 5632):
+        cause = f"It is {weights.describe_weights(weights.read_state_dict(path, CKPT))}; take the YAML of that model."
     elif rows != lm_width:
         made_for, given = (weights.LM_SIZES.get(width, f"{width} wide") for width in (rows, lm_width))
         cause = f"The projection was made for a {made_for} LM, model.llama_model is {given}: take the matching one."
-    else:
+    elif model.has_qformer:
         cause = "model.qformer_config describes another Q-Former than the one it was trained with."
+    else:
+        cause = "This model has no Q-Former; the checkpoint was trained with one, or with another model.vit_config."
     shapes = f"llama_proj.weight in {path} is {list(weight.shape)}, expected [{lm_width}, {q_width}]"
     return f"{CKPT}: {shapes}. {cause}" + see("a-projection-for-another-language-model")
 

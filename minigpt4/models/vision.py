@@ -46,6 +46,7 @@ class VisionEncoder(nn.Module):
         Qformer: queries [B, Q, H] and tokens [B, N, W] to [B, Q, H]; None for groups of four patches.
         num_query_token: Q.
         feature_width: H.
+        has_qformer: whether features are those of a Q-Former, which is absent where they come from a cache.
         freeze_vit, freeze_qformer: frozen parts stay in eval mode and their parameters get no gradients.
         vit_dtype: autocast dtype of the vision encoder; with float32 it uses the autocast of the caller, if any.
     """
@@ -56,19 +57,21 @@ class VisionEncoder(nn.Module):
         Qformer: QFormer | None,
         num_query_token: int = 32,
         feature_width: int = 768,
+        has_qformer: bool = True,
         freeze_vit: bool = True,
         freeze_qformer: bool = True,
         vit_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.num_query_token, self.feature_width, self.vit_dtype = num_query_token, feature_width, vit_dtype
+        self.has_qformer = has_qformer
         self.frozen_parts: list[nn.Module] = []
         if visual_encoder is None:
             return
         self.visual_encoder = visual_encoder
         self.ln_vision = LayerNorm(visual_encoder.num_features, eps=1e-5)
         self.frozen_parts += [visual_encoder, self.ln_vision] if freeze_vit else []
-        if Qformer is not None:
+        if has_qformer:
             self.Qformer = Qformer
             self.query_tokens = nn.Parameter(torch.zeros(1, num_query_token, Qformer.config.hidden_size))
             nn.init.normal_(self.query_tokens, std=0.02)
@@ -78,7 +81,7 @@ class VisionEncoder(nn.Module):
     def _freeze(self) -> None:
         for module in self.frozen_parts:
             module.requires_grad_(False)
-        if hasattr(self, "Qformer"):
+        if self.has_qformer:
             self.query_tokens.requires_grad = self.Qformer not in self.frozen_parts
 
     @classmethod
@@ -111,7 +114,7 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"Images are {list(image.shape)}; the vision encoder expects {expected}.")
         with devices.autocast(image.device, self.vit_dtype):
             image_tokens = self.ln_vision(self.visual_encoder(image))  # [B, N, W]
-            if not hasattr(self, "Qformer"):
+            if not self.has_qformer:
                 return image_tokens[:, 1:].unflatten(1, (-1, 4)).flatten(2)
             return self.Qformer(self.query_tokens.expand(len(image), -1, -1), image_tokens)
 
@@ -133,7 +136,7 @@ def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
 
 def vision_settings(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     """The constructor's arguments other than the parts, from a ``model`` section."""
-    settings = {name: getattr(cfg, name) for name in ("freeze_vit", "freeze_qformer")}
+    settings = {name: getattr(cfg, name) for name in ("freeze_vit", "freeze_qformer", "has_qformer")}
     num_patches, width = (cfg.image_size // cfg.vit_config.patch_size) ** 2, cfg.vit_config.embed_dim
     shape = (cfg.num_query_token, cfg.qformer_config.hidden_size) if cfg.has_qformer else (num_patches // 4, 4 * width)
     settings |= zip(("num_query_token", "feature_width"), shape, strict=True)
