@@ -1,6 +1,5 @@
 """Job ids, texts and JSON."""
 
-import io
 import json
 from collections.abc import Iterator
 from datetime import datetime
@@ -39,11 +38,12 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 def read_json_lines(file: Path, key: str) -> Iterator[tuple[str, Any]]:
     """Returns (location, value) of each line that is not blank; a UserError with the location if one is invalid."""
-    text = decode_text(file.read_bytes(), f"{key}: {file}")
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):  # splitlines() would also split at U+2028
-        if line.strip():
-            where = f"{key}: line {number} of {file}"
-            yield where, parse_json(line, where)
+    decode_text(file.read_bytes(), f"{key}: {file}")  # reports what is not UTF-8
+    with file.open(encoding="utf-8-sig") as lines:  # one by one, as files may have gigabytes
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{key}: line {number} of {file}"
+                yield where, parse_json(line, where)
 
 
 def read_json_object(file: Path, key: str) -> dict[str, Any]:

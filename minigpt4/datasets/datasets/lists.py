@@ -126,6 +126,7 @@ def _read_json(file: Path, key: str, folder: Path) -> Iterator[Row]:
     except UserError:
         if text[0] == "[" or not text.partition("\n")[0].rstrip().endswith("}"):  # else it is JSONL
             raise
+    del text  # which may be of gigabytes
     if isinstance(content, Mapping) and "annotations" in content:
         yield from _read_coco(content, file, key, folder)
     elif isinstance(content, list):
