@@ -4,6 +4,10 @@
 # CANN is searched below ASCEND_ROOT (/usr/local/Ascend), first where CANN 9 installs it, then where earlier releases do.
 # Variables that are already set keep their values.
 
+if [ -z "${BASH_VERSION:-}" ]; then
+    echo "env_npu.sh: this shell is no bash; start bash, then: source scripts/env_npu.sh" >&2
+    return 1 2>/dev/null || exit 1
+fi
 if ! (return 0 2>/dev/null); then
     echo "env_npu.sh: it sets variables of the shell, so it has to be sourced: source scripts/env_npu.sh" >&2
     exit 1

@@ -60,6 +60,9 @@ FORMS = {  # a row, the names of its images, its turns, its system text
          "history": [["Hi", "Ho"]]},
         [A], [("Hi", "Ho"), (f"{HERE}\nWhat?\nLook.", "A dog.")], "",
     ),
+    "lists of roles and of texts": (
+        {"conversations": {"from": ["human", "gpt"], "value": ["Sure?", "Yes."]}}, [], [("Sure?", "Yes.")], "",
+    ),
     "text only, with an empty image": ({"image": "", "conversations": MORE}, [], [("Sure?", "Yes.")], ""),
     "the image in this project's tags": (
         {"image": A, "conversations": [{"from": "human", "value": f"<Img>{HERE}</Img> What?"}, TURNS[1]]},

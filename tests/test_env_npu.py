@@ -1,6 +1,7 @@
 """scripts/env_npu.sh with a tree of folders in place of CANN, and an emulated NPU: no card is involved."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,12 @@ def test_what_is_missing_is_one_sentence(source, files, message):
 def test_it_has_to_be_sourced(source):
     result = source({}, "bash scripts/env_npu.sh")
     assert result.returncode == 1 and "has to be sourced: source scripts/env_npu.sh" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("dash") is None, reason="needs dash")
+def test_it_needs_bash(source):
+    result = source({}, "dash -c '. scripts/env_npu.sh'")
+    assert result.returncode == 1 and "is no bash" in result.stderr and "dash:" not in result.stderr
 
 
 @pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")

@@ -187,6 +187,9 @@ def test_other_tables_are_told(tmp_path, monkeypatch):
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(file.read_bytes()[:-50] + b"\0" * 50)
     told(lambda: build_datasets(damaged), str(damaged), "cannot be read as a table")
+    for state in ('{"_data_files": [{}]}', '{"_data_files": 5}', "[]", "{"):
+        (tmp_path / "dict" / "train" / "state.json").write_text(state)
+        told(lambda: build_datasets(tmp_path / "dict" / "train"), "state.json")
 
 
 def test_lists_of_something_else(tmp_path):

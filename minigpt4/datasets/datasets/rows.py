@@ -79,6 +79,9 @@ def read_row(row: Any, where: Location) -> Pair | Dialogue:
 
 def _read_messages(row: Mapping[str, Any], messages: Any, where: Location) -> Dialogue:
     """LLaVA's and ShareGPT's from and value, OpenAI's role and content, and LLaMA-Factory's forms of both."""
+    if isinstance(messages, dict) and all(isinstance(values, list) for values in messages.values()):
+        # As the package datasets stores a Sequence of dicts.
+        messages = [dict(zip(messages, values, strict=False)) for values in zip(*messages.values(), strict=False)]
     if not isinstance(messages, list):
         raise where.error(f"has conversations of type {type(messages).__name__}; expected a list of turns")
     system, texts, images = row.get("system") or "", [], _row_images(row, where)

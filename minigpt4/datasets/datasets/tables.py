@@ -73,8 +73,12 @@ def find_tables(folder: Path, key: str) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(str(path.parent) for path in sorted(folder.glob("*/dataset_info.json")))
         raise UserError(f"{key}: {folder} holds several splits; name the folder of one of them: {splits}.")
-    if files := read_json_object(folder / "state.json", key).get("_data_files"):  # others there are caches
-        return [folder / file["filename"] for file in files]
+    state = folder / "state.json"
+    if files := read_json_object(state, key).get("_data_files"):  # others there are caches
+        try:
+            return [folder / file["filename"] for file in files]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{key}: {state} names no files; save the data set again with save_to_disk.") from error
     named = [(re.sub(r"-\d{5}-of-\d{5}.*", "", file.stem), file) for file in sorted(folder.glob("*.parquet"))]
     has_splits = any(name != file.stem for name, file in named)
     return choose_split(named, key, folder) if has_splits else [file for _, file in named]
