@@ -134,6 +134,20 @@ def test_the_shared_beginning_is_computed_again_where_a_longer_context_joins_bes
     assert answer.ids == alone
 
 
+def test_questions_about_one_image_share_what_comes_before_them(new_chat, prefilled):
+    """Prefilled once for each image and owner; an image that was seen before is in the prefix of its chat."""
+    alone, together, texts = new_chat(0), new_chat(0), ("What is it?", "Who?", "Why?", "Is there a car in the image?")
+    questions = [(text, image, owner) for image, owner in ((1, "a"), (2, "a"), (2, "b")) for text in texts]
+    expected = [list(alone.stream(*asked(alone, *question), GREEDY))[-1].ids for question in questions]
+    prefilled.clear()
+    batch = AnswerBatch(together)
+    answers = [add(batch, *asked(together, *question)) for question in questions]
+    finish(batch)
+    assert [answer.ids for answer in answers] == expected and not any(answer.cached_tokens for answer in answers)
+    num_all = sum(answer.prompt_tokens for answer in answers)
+    assert sum(rows * positions for rows, positions in prefilled if positions > 1) < 0.7 * num_all
+
+
 def test_room_is_what_the_longest_rows_may_need_to_their_end(new_chat):
     chat = new_chat()
     batch = AnswerBatch(chat, max_tokens=200)

@@ -21,12 +21,13 @@ from minigpt4.conversation.context import Context, build_context
 from minigpt4.conversation.generation import DecodingState, Logprobs, Token, tokens_of
 from minigpt4.conversation.prefix_cache import Prefix
 from minigpt4.conversation.sampling import Generated, GenerationOptions
-from minigpt4.models.growing_cache import join_caches, new_cache
+from minigpt4.models.growing_cache import copy_cache, join_caches, new_cache
 from minigpt4.models.language_model import next_token_logits
 
 if TYPE_CHECKING:
     from minigpt4.conversation.conversation import Chat
 
+MIN_SHARED_TOKENS = 128  # that rows with a common beginning save together, if it is prefilled apart
 PREFILL_TOKENS = 512  # of a step: longer contexts are prefilled in parts, so that answers continue in between
 NUM_USUAL_TOKENS = 256  # with ``shortens_answers``, turns are left out for so many and not for the longest answer
 
@@ -129,6 +130,7 @@ class AnswerBatch:
         model = self.chat.model
         self._state = DecodingState(model.llama_model, model.bos_ids, model.eos_ids)
         self._waiting: deque[_Row] = deque()  # to be prefilled
+        self._shared: Prefix | None = None  # the common beginning of the latest contexts
         self._searching: deque[tuple[_Row, Generator[None, None, Generated]]] = deque()  # with beams
         self._running: dict[int, _Row] = {}  # by their numbers in the state
         self._turns = deque([
@@ -223,6 +225,7 @@ class AnswerBatch:
         """Prefills the first waiting contexts, together if they are short; returns their first tokens."""
         first = self._waiting.popleft()
         self._start(first)
+        self._share(first)
         if first.num_remaining > PREFILL_TOKENS:
             done = first.prefix.cache.get_seq_length()
             part = first.embeds[:, done : done + PREFILL_TOKENS]
@@ -239,8 +242,8 @@ class AnswerBatch:
         group, longest = [first], first.num_remaining
         while self._waiting and self._waiting[0].plan.options.num_beams == 1:
             self._start(row := self._waiting[0])
-            longest = max(longest, row.num_remaining)
-            if (1 + len(group)) * longest > PREFILL_TOKENS:
+            apart, longest = len(group) * longest + row.num_remaining, max(longest, row.num_remaining)
+            if (1 + len(group)) * longest > min(PREFILL_TOKENS, 2 * apart):
                 break
             group.append(self._waiting.popleft())
         return self._join(group)
@@ -249,10 +252,40 @@ class AnswerBatch:
         """Prepares what is needed to prefill a context, once."""
         if row.prefix is not None:
             return
-        row.prefix = self.chat.prefixes.take(row.ids, row.images, row.conv.owner)
-        row.answer.cached_tokens = len(row.prefix.ids)
+        length = self._shared_length(row)
+        if length > self.chat.prefixes.cached_length(row.ids, row.images, row.conv.owner):
+            row.prefix = self._copy_shared(length)
+        else:
+            row.prefix = self.chat.prefixes.take(row.ids, row.images, row.conv.owner)
+            row.answer.cached_tokens = len(row.prefix.ids)
         ids = torch.tensor([row.ids], device=self.chat.device)
         row.embeds = self.chat.model.embed_inputs(ids, torch.cat(row.images) if row.images else None)
+
+    def _share(self, first: _Row) -> None:
+        """Prefills what a context has in common with the next ones, where that saves enough; they get copies of it."""
+        num_known, length, num_others = len(first.prefix.ids), 0, 0
+        whole = Prefix(first.ids[:-1], first.images, owner=first.conv.owner)
+        for row in self._waiting:
+            common = whole.common_length(row.ids[:-1], row.images) if row.conv.owner == whole.owner else 0
+            if row.prefix is not None or common < length:
+                break
+            length, num_others = length or common, num_others + 1
+        if (length - num_known) * num_others < MIN_SHARED_TOKENS or length - num_known > PREFILL_TOKENS:
+            return
+        mask, cache = torch.ones(1, length, dtype=torch.long), first.prefix.cache
+        next_token_logits(self.chat.model.llama_model, first.embeds[:, num_known:length], mask, cache)
+        self._shared = Prefix(first.ids[:length], first.images, cache, first.conv.owner)
+        first.prefix = self._copy_shared(length)
+
+    def _shared_length(self, row: _Row) -> int:
+        """Leading positions of a context that are known from the ones before it."""
+        is_known = self._shared is not None and self._shared.owner == row.conv.owner
+        return min(self._shared.common_length(row.ids, row.images), len(row.ids) - 1) if is_known else 0
+
+    def _copy_shared(self, length: int) -> Prefix:
+        shared = self._shared
+        cache = copy_cache(shared.cache, positions=slice(length))
+        return Prefix(shared.ids[:length], shared.images, cache, shared.owner)
 
     def _join(self, group: list[_Row]) -> list[tuple[_Row, Token]]:
         """Prefills the last positions of several contexts, which then are decoded.

@@ -61,11 +61,9 @@ class PrefixCache:
         A chat that the context continues is removed until ``put`` stores it again. One that shares only its beginning,
         such as the system text, stays, and the caller gets a copy.
         """
-        own = [prefix for prefix in self._prefixes if prefix.owner == owner]
-        lengths = [min(prefix.common_length(ids, images), len(ids) - 1) for prefix in own]
-        if not (length := max(lengths, default=0)):
+        length, prefix = self._find(ids, images, owner)
+        if prefix is None:
             return Prefix(owner=owner)
-        prefix = own[lengths.index(length)]
         has_all_images = ids[:length].count(IMAGE_TOKEN_INDEX) == prefix.ids.count(IMAGE_TOKEN_INDEX)
         if not has_all_images or 2 * length <= len(prefix.ids):
             return Prefix(prefix.ids[:length], prefix.images, copy_cache(prefix.cache, positions=slice(length)), owner)
@@ -73,6 +71,16 @@ class PrefixCache:
         if length < len(prefix.ids):
             prefix.cache.crop(length - len(prefix.ids))
         return Prefix(prefix.ids[:length], prefix.images, prefix.cache, owner)
+
+    def cached_length(self, ids: Sequence[int], images: Sequence[Tensor], owner: str = "") -> int:
+        """The length of the prefix that ``take`` would return."""
+        return self._find(ids, images, owner)[0]
+
+    def _find(self, ids: Sequence[int], images: Sequence[Tensor], owner: str) -> tuple[int, Prefix | None]:
+        own = [prefix for prefix in self._prefixes if prefix.owner == owner]
+        lengths = [min(prefix.common_length(ids, images), len(ids) - 1) for prefix in own]
+        length = max(lengths, default=0)
+        return length, own[lengths.index(length)] if length else None
 
     def put(self, prefix: Prefix, ids: Sequence[int], images: Sequence[Tensor]) -> None:
         """Stores a chat; ``ids`` are all its tokens, of which the last ones may be missing in its cache."""
