@@ -242,11 +242,11 @@ def test_candidates_are_ranked_by_the_losses_of_training(chat, world):
 
 
 def test_ranks_by_the_reference_and_per_token():
-    batch = [Given(losses=(4.0, 6.0), num_tokens=(2, 6), row_lengths=(11, 21))]
+    batch = [Given(losses=(4.0, 6.0), num_tokens=(2, 6), target_lengths=(2, 12, 3), prompt_length=9)]
     assert ranks(batch, "sum", 10) == [[0, 1]] and ranks(batch, "per_token", 10) == [[1, 0]]
     assert ranks(batch, "reference", 10) == [[1, 0]]  # 4 / 10 and 6 / 20
-    longer = Given(losses=(1.0, 1.0), num_tokens=(2, 2), row_lengths=(101, 21))
-    assert ranks([*batch, longer], "reference", 10)[0] == [0, 1]  # the longest row of the batch at this place
+    longer = Given(losses=(1.0,), num_tokens=(2,), target_lengths=(32, 3), prompt_length=9)
+    assert ranks([*batch, longer], "reference", 10)[0] == [0, 1]  # 4 / 40 and 6 / 20: the longest of the batch counts
     assert ranks([*batch, longer], "reference", 1)[0] == [1, 0]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import httpx
+from torch import Tensor
 from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
@@ -25,6 +26,7 @@ from minigpt4.serve.batch import Question, stream_answers
 
 AskAgain = Callable[[str, str], str | None]  # question and answer to the next question
 MAX_ROUNDS = 1 + NUM_FREE_ROUNDS
+_FILLER = "none"  # the candidate with which the reference fills up rows that have fewer than others
 _RETRIES, _TIMEOUT_SECONDS = 5, 300.0
 
 
@@ -101,19 +103,18 @@ class LocalModel:
                 for item in batch
             ]
 
-    def _rank_candidates(self, item: Item, embeds: object, section: BenchmarkConfig) -> Row:
-        model = self.chat.model
-        rows = model.tokenize_rows(item.candidates, [self._prompt(item, section)] * len(item.candidates))
-        losses = candidate_losses(model, rows, embeds)
-        num_tokens = [sum(label >= 0 for label in row.labels) for row in rows]
+    def _rank_candidates(self, item: Item, embeds: Tensor, section: BenchmarkConfig) -> Row:
+        model, prompt = self.chat.model, self._prompt(item, section)
+        texts = [*item.candidates, _FILLER]
+        rows = model.tokenize_rows(texts, [prompt] * len(texts))
+        prompt_length = len(model.bos_ids) + len(model.tokenize_prompt(prompt))
+        lengths = [len(row.ids) - prompt_length for row in rows]
+        losses = candidate_losses(model, rows[:-1], embeds)
+        num_tokens = [sum(label >= 0 for label in row.labels) for row in rows[:-1]]
         answer = item.candidates[min(range(len(losses)), key=lambda i: losses[i] / num_tokens[i])]
-        lengths = [len(row.ids) for row in rows]
         return {
-            "question_id": item.id,
-            "answer": answer,
-            "losses": losses,
-            "num_tokens": num_tokens,
-            "row_lengths": lengths,
+            **{"question_id": item.id, "answer": answer, "losses": losses, "num_tokens": num_tokens},
+            **{"target_lengths": lengths, "prompt_length": prompt_length},
         }
 
 

@@ -103,8 +103,8 @@ def collect(items: Sequence[Item], rows: Mapping[tuple[str, int], Row]) -> list[
             texts.append(str(row.get("answer", "")))
             number += 1
             row = rows.get((item.id, number))
-        names = ("losses", "num_tokens", "row_lengths")
-        given.append(Given(tuple(texts), *(tuple(first.get(name, ())) for name in names)))
+        lists = (tuple(first.get(name, ())) for name in ("losses", "num_tokens", "target_lengths"))
+        given.append(Given(tuple(texts), *lists, first.get("prompt_length", 0)))
     return given
 
 

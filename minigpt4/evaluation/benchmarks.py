@@ -32,7 +32,8 @@ class Given:
     texts: tuple[str, ...] = ("",)
     losses: tuple[float, ...] = ()  # sums over the candidate's tokens
     num_tokens: tuple[int, ...] = ()
-    row_lengths: tuple[int, ...] = ()  # tokens of prompt and candidate
+    target_lengths: tuple[int, ...] = ()  # tokens of each candidate, and of the reference's filler "none"
+    prompt_length: int = 0
 
     @property
     def text(self) -> str:
@@ -142,8 +143,9 @@ def _easy_vqa_kind(item: Item) -> str:
 def ranks(given: Sequence[Given], variant: str, batch_size: int) -> list[list[int]]:
     """The candidates of each row, the best first.
 
-    ``reference`` divides a candidate's loss by the length of the longest row that its batch has at this place, less
-    one; ``per_token`` by the candidate's own tokens; ``sum`` does not divide.
+    ``reference`` divides a candidate's loss by the padded length of its batch, which are the candidates of all rows at
+    the same place, less one: the longest prompt and the longest candidate. Rows with fewer have "none" there.
+    ``per_token`` divides by the candidate's own tokens, ``sum`` by nothing.
     """
     found = []
     for start in range(0, len(given), batch_size):
@@ -156,8 +158,10 @@ def ranks(given: Sequence[Given], variant: str, batch_size: int) -> list[list[in
             elif variant == "per_token":
                 found.append(exact.rank([a / b for a, b in zip(own.losses, own.num_tokens, strict=True)]))
             else:
-                lengths = [max(r.row_lengths[i] for r in batch if i < len(r.losses)) for i in range(len(own.losses))]
-                found.append(exact.rank([a / (b - 1) for a, b in zip(own.losses, lengths, strict=True)]))
+                rows = [row for row in batch if row.losses]
+                prompt = max(row.prompt_length for row in rows)
+                targets = [max(r.target_lengths[min(i, len(r.losses))] for r in rows) for i in range(len(own.losses))]
+                found.append(exact.rank([a / (prompt + b - 1) for a, b in zip(own.losses, targets, strict=True)]))
     return found
 
 
