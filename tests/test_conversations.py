@@ -95,6 +95,14 @@ def test_truncation_never_splits_an_image(model, monkeypatch, limit):
         assert len(row.ids) in num_turns
 
 
+@pytest.mark.parametrize("name", ["max_context_len", "max_txt_len"])
+def test_truncation_of_the_later_family_never_splits_an_image(build, name):
+    model = build(conversation="minigpt_v2", prompt_template="[INST] {} [/INST]", end_sym="</s>", max_txt_len=400)
+    for limit in range(2, 60):
+        setattr(model, name, limit)
+        assert model.tokenize_conversation(CONVERSATION).ids.count(IMAGE_TOKEN_INDEX) in (0, 8, 16)
+
+
 def batch_of(turns_of_rows, model):
     counts = [sum(question.count(HERE) for question, _ in turns) for turns in turns_of_rows]
     return {

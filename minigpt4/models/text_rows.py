@@ -121,14 +121,17 @@ class TextRows:
         if is_truncated:
             fitting = bisect.bisect_right(range(1, number), limit, key=lambda n: len(tokenize(n)))
             number = max(1, fitting)
-            ids = tokenize(number)[:limit]
-            num_cut = ids.count(IMAGE_TOKEN_INDEX) % self.num_query_token  # of an image that would be split
-            ids = ids[: len(ids) - num_cut]
+            ids = self._cut(tokenize(number), limit)
         labels = [IGNORE_INDEX] * len(ids)
         for i in range(number):  # a tokenizer may join the ends of two texts, so the common ids decide
             begin, end = (_num_common(ids, tokenize(i + 1 - is_open, is_open)) for is_open in (True, False))
             labels[begin:end] = ids[begin:end]
         return TextRow(ids, labels, num_images, is_truncated)
+
+    def _cut(self, ids: list[int], limit: int) -> list[int]:
+        """The first ids, without those of an image that would be split."""
+        ids = ids[:limit]
+        return ids[: len(ids) - ids.count(IMAGE_TOKEN_INDEX) % self.num_query_token]
 
     def _tokenize_turns(self, turns: Sequence[tuple[str, str]], system: str, num_images: int) -> TextRow:
         """The training row of a conversation in Llama-2's form, as the reference has it.
@@ -153,7 +156,7 @@ class TextRows:
             ids += question + answer
             labels += [IGNORE_INDEX] * len(question) + answer
         is_truncated = len(first) > self.max_context_len or len(ids) > self.max_txt_len
-        before, ids = self.bos_ids + first[: self.max_context_len], ids[: self.max_txt_len]
+        before, ids = self.bos_ids + self._cut(first, self.max_context_len), self._cut(ids, self.max_txt_len)
         hidden = tuple(len(before) + i for i, token in enumerate(ids) if token == self.pad_id)
         labels = [IGNORE_INDEX] * len(before) + labels[: len(ids)]
         return TextRow(before + ids, labels, num_images, is_truncated, hidden)
