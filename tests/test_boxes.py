@@ -33,6 +33,7 @@ def test_an_answer_as_the_evaluation_reads_it(row):
 def test_iou():
     for row in RECORDED["iou"]:
         assert boxes.box_iou(row["a"], row["b"]) == row["iou"], row
+    assert boxes.box_iou((0, 0, 1, 1), (3, 0, 0, 1)) == 0  # areas of 4 and -4 pixels
 
 
 @pytest.mark.parametrize("row", DEMO["rows"], ids=lambda row: row["generation"])

@@ -82,7 +82,8 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     left, top = max(first[0], second[0]), max(first[1], second[1])
     right, bottom = min(first[2], second[2]), min(first[3], second[3])
     common = max(0, right - left + 1) * max(0, bottom - top + 1)
-    return common / (area(*first) + area(*second) - common)
+    union = area(*first) + area(*second) - common
+    return common / union if union else 0.0  # swapped corners may leave nothing
 
 
 def is_hit(answer: str, xywh: Sequence[float], width: float, height: float) -> bool:
