@@ -24,7 +24,9 @@ def test_an_answer_as_the_evaluation_reads_it(row):
     size, xywh = (row["width"], row["height"]), row["ground_truth_xywh"]
     found = boxes.answer_box(row["answer"], *size)
     assert (found and list(found)) == row.get("box")
-    assert boxes.is_hit(row["answer"], xywh, *size) == row.get("hit", False)
+    assert boxes.is_hit(found, xywh) == row.get("hit", False)
+    assert boxes.clean_answer(row["answer"]) == row["normalised"]
+    assert boxes.begins_with_box(row["normalised"]) == row["accepted"]
     if found:
         truth = xywh[0], xywh[1], xywh[0] + xywh[2], xywh[1] + xywh[3]
         assert boxes.box_iou(found, truth) == row["iou"]

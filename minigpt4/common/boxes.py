@@ -60,17 +60,29 @@ def is_outside(box: Sequence[float]) -> bool:
     return left >= SCALE or top >= SCALE or right < 0 or bottom < 0 or right < left or bottom < top
 
 
-def answer_box(answer: str, width: float, height: float) -> Box | None:
-    """The pixel box of an answer to ``[refer]`` as benchmarks read it: one box at its beginning, and no other number.
+def clean_answer(answer: str) -> str:
+    """An answer without "<unk>" and spaces, as benchmarks read it."""
+    return answer.replace("<unk>", "").replace(" ", "").strip()
 
-    None where the answer has another form.
-    """
-    answer = answer.replace("<unk>", "").replace(" ", "").strip()
-    numbers = re.findall(r"\d+", answer)
-    if not _ANSWER.match(answer) or len(numbers) != 4:
+
+def begins_with_box(answer: str) -> bool:
+    """Whether a clean answer begins with a box of numbers below 1,000."""
+    return _ANSWER.match(answer) is not None
+
+
+def number_box(answer: str, width: float, height: float) -> Box | None:
+    """The pixel box of the four numbers in an answer, in an image of a size; None where there are more or fewer."""
+    numbers = [int(number) / SCALE for number in re.findall(r"\d+", answer)]
+    if len(numbers) != 4:
         return None
-    left, top, right, bottom = (int(number) / SCALE for number in numbers)
+    left, top, right, bottom = numbers
     return left * width, top * height, right * width, bottom * height
+
+
+def answer_box(answer: str, width: float, height: float) -> Box | None:
+    """The pixel box of an answer to ``[refer]`` as benchmarks read it: one box at its beginning, no other number."""
+    answer = clean_answer(answer)
+    return number_box(answer, width, height) if begins_with_box(answer) else None
 
 
 def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
@@ -86,10 +98,10 @@ def box_iou(first: Sequence[float], second: Sequence[float]) -> float:
     return common / union if union else 0.0  # swapped corners may leave nothing
 
 
-def is_hit(answer: str, xywh: Sequence[float], width: float, height: float) -> bool:
-    """Whether an answer's box matches the true one (left, top, width, height), in pixels of an image of a size."""
-    found, (left, top, box_width, box_height) = answer_box(answer, width, height), xywh
-    return found is not None and box_iou(found, (left, top, left + box_width, top + box_height)) > IOU_THRESHOLD
+def is_hit(found: Box | None, xywh: Sequence[float]) -> bool:
+    """Whether a box that was found, if any, matches the true one (left, top, width, height), both in pixels."""
+    left, top, width, height = xywh
+    return found is not None and box_iou(found, (left, top, left + width, top + height)) > IOU_THRESHOLD
 
 
 def phrase_texts(text: str) -> list[str]:
