@@ -47,7 +47,6 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     from minigpt4.common.config import Config
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.schema import RunConfig, read_section
-    from minigpt4.evaluation.report import table
     from minigpt4.evaluation.tasks import answer, find_work, score_all
 
     setup_logger()
@@ -62,9 +61,6 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         answer(work, out, settings, build, args.resample)
         dist_utils.gather_objects(None)  # waits until all questions have answers
     rows = dist_utils.run_on_main(lambda: score_all(work, out, args.score_only))
-    if dist_utils.is_main_process():
-        print(table(rows))
-        print(f"\n{out / 'results.json'} has settings and versions.")
     dist_utils.shutdown()
     return rows
 
@@ -111,7 +107,11 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"error: {error}")
     try:
-        evaluate(args)
+        rows = evaluate(args)
+        if int(os.environ.get("RANK", 0)) == 0:
+            from minigpt4.evaluation.report import table
+
+            print(table(rows))
     except UserError as error:
         dist_utils.abort(str(error))
     except RuntimeError as error:

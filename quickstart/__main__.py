@@ -17,6 +17,7 @@ import matplotlib
 import torch
 from PIL import Image
 
+from evaluate import evaluate
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import CONV_VISION, Chat
@@ -26,6 +27,7 @@ from minigpt4.models import MiniGPT4
 from minigpt4.processors import eval_image_processor
 from minigpt4.runners.checkpoints import newest
 from quickstart import scenes
+from quickstart.benchmarks import write_benchmarks
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -41,7 +43,9 @@ def write_data() -> list[scenes.Scene]:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     scenes.write_shards(OUTPUT / "shards", num_shards=8, scenes_per_shard=1000, seed=1)
     scenes.write_alignment(OUTPUT / "align", num_scenes=2000, seed=2)
-    return scenes.write_alignment(OUTPUT / "held_out", num_scenes=NUM_HELD_OUT, seed=3, held_out=True)
+    held_out = scenes.write_alignment(OUTPUT / "held_out", num_scenes=NUM_HELD_OUT, seed=3, held_out=True)
+    write_benchmarks(OUTPUT / "benchmarks", held_out)
+    return held_out
 
 
 def train(stage: int) -> None:
@@ -84,6 +88,16 @@ def measure(
     return {"name": name, "loss": loss / len(pairs), "share": share, "num_invented": num_invented, "answers": answers}
 
 
+def run_benchmarks(name: str, ckpt: Path | None) -> dict[str, float]:
+    """POPE's accuracy on random objects, CHAIRi and CIDEr on the held-out scenes, by evaluate.py."""
+    flags = dict.fromkeys(("resample", "score_only", "api_url", "api_model", "gpu_id"))
+    flags |= {"cfg_path": ROOT / "eval_configs" / "quickstart_benchmarks.yaml", "dataset": "pope,chair,coco_caption"}
+    options = [f"model.ckpt={ckpt if ckpt else 'null'}", "evaluation_datasets.pope.splits=[scenes_random]"]
+    rows = evaluate(argparse.Namespace(**flags, options=options, out=OUTPUT / "evaluation" / name.replace(" ", "_")))
+    chosen = {"accuracy": "official", "CHAIRi": "lemma_table", "CIDEr": "simple"}
+    return {row["metric"]: row["value"] or 0.0 for row in rows if chosen.get(row["metric"]) == row["variant"]}
+
+
 def draw_losses(path: Path) -> None:
     """Plots the training loss of both stages, from their metrics.jsonl."""
     figure, axes = pyplot.subplots(figsize=(7, 4))
@@ -121,11 +135,12 @@ def main() -> None:
     start = time.time()
     try:
         held_out = write_data()
-        rows = [measure("before training", None, held_out)]
-        train(1)
-        rows.append(measure("after stage 1", OUTPUT / "stage1" / "checkpoint.pth", held_out))
-        train(2)
-        rows.append(measure("after stage 2", OUTPUT / "stage2" / "checkpoint.pth", held_out))
+        rows = []
+        for stage, name in enumerate(("before training", "after stage 1", "after stage 2")):
+            if stage:
+                train(stage)
+            ckpt = OUTPUT / f"stage{stage}" / "checkpoint.pth" if stage else None
+            rows.append(measure(name, ckpt, held_out) | run_benchmarks(name, ckpt))
     except UserError as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
@@ -134,9 +149,12 @@ def main() -> None:
     draw_sheet(OUTPUT / "answers.png", held_out, rows[-1]["answers"])
     num_objects = sum(len(scene.things) for scene in held_out)
     print(f"\n{NUM_HELD_OUT} held-out scenes with {num_objects} objects:\n")
-    print("| | held-out loss | objects fully right | objects invented |\n|---|---|---|---|")
+    columns = "held-out loss", "objects fully right", "objects invented", "POPE accuracy", "CHAIRi", "CIDEr"
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in rows:
-        print(f"| {row['name']} | {row['loss']:.3f} | {row['share']:.1%} | {row['num_invented']} |")
+        values = [f"{row['loss']:.3f}", f"{row['share']:.1%}", row["num_invented"]]
+        values += [f"{row['accuracy']:.1%}", f"{row['CHAIRi']:.1%}", f"{row['CIDEr']:.2f}"]
+        print(f"| {row['name']} | {' | '.join(map(str, values))} |")
     ceilings = json.loads((ROOT / "quickstart" / "weights" / "pretraining.json").read_text(encoding="utf-8"))
     for side in ("vision", "text"):
         print(f"\nCeiling of the frozen {side} side alone: {ceilings[side]['ceiling on held-out objects']:.1%}", end="")
