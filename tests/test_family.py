@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from family import MEMBERS, images, load, recorded, section, shared, tensors
-from golden_data import close
+from family import FAMILY, MEMBERS, images, load, recorded, section, shared, tensors
+from golden_data import close, read_json
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.common.errors import UserError
 from minigpt4.models import MiniGPT4
 from minigpt4.models import language_model as lm
-from minigpt4.models.lora import checkpoint_name
+from minigpt4.models.lora import checkpoint_name, lora_parameters
 from minigpt4.models.text_rows import IGNORE_INDEX
 
 CASES = [(member, case) for member in MEMBERS for case in recorded(member, "forward")]
@@ -174,3 +174,46 @@ def test_forward(case, monkeypatch):
         assert gradient.norm().item() == pytest.approx(norm or 0, rel=1e-4), key
         if f"grad.{key}" in golden:
             assert (gradient - golden[f"grad.{key}"]).norm() < 1e-4 * norm
+
+
+def encode_first(model, member):
+    with torch.no_grad():
+        return model.encode_img(images(member, range(3)))[0]
+
+
+def load_scale(model):
+    """The scale of ln_vision that the Q-Former's file holds, which is not of these members."""
+    state = torch.load(FAMILY / "blip2_pretrained.pth", weights_only=True)["model"]
+    model.ln_vision.load_state_dict({name: state[f"ln_vision.{name}"] for name in ("weight", "bias")})
+
+
+def drop_lora(model):
+    for parameter in lora_parameters(model.llama_model).values():
+        parameter.data.zero_()
+
+
+MISTAKES = [
+    ("llama2", "ln_vision_loaded_from_the_qformer_file", load_scale),
+    ("v2", "ln_vision_loaded_from_the_qformer_file", load_scale),
+    ("v2", "lora_absent", drop_lora),
+    ("v2", "chat_template_off", lambda model: setattr(model, "chat_template", False)),
+    ("v2", "end_sym_absent", lambda model: setattr(model, "end_sym", "")),
+]
+
+
+@pytest.mark.parametrize(
+    ("member", "name", "mistake"), MISTAKES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_mistakes_change_what_is_recorded(member, name, mistake):
+    """The recorded effects show that a rule is kept: without it, numbers are off by exactly so much."""
+    expected = read_json("noise.json", FAMILY)["perturbations"][member][name]
+    case = recorded(member, "forward")["instruction"]
+    samples = case["samples"] | {"image": images(member, case["samples"]["image"]["images"])}
+    model = load(member)
+    before = encode_first(model, member)
+    mistake(model)
+    with torch.no_grad():
+        change = abs(model(samples)["loss"].item() - case["loss"][0])
+    assert change == pytest.approx(expected["loss_abs"], abs=2e-5)
+    moved = (encode_first(model, member) - before).abs().max().item()
+    assert moved == pytest.approx(expected.get("encode_img_max_abs", 0), abs=1e-4)

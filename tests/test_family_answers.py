@@ -6,6 +6,7 @@ from family import FAMILY, MEMBERS, images, load, recorded, section, shared, ten
 from golden_data import close, read_json
 
 from minigpt4.common.errors import UserError
+from minigpt4.conversation.conversation import Chat
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import merge_lora
 
@@ -128,8 +129,9 @@ def test_lora_is_counted(tmp_path, change, words):
     path = written(tmp_path, change)
     if "no LoRA" in words:  # as of stage 1, from which a training may start; a chat needs trained ones
         model = load("v2", ckpt=path)
-        with pytest.raises(UserError, match=words):
-            merge_lora(model.llama_model, model.lora)
+        for use in (lambda: merge_lora(model.llama_model, model.lora), lambda: Chat(model, None)):
+            with pytest.raises(UserError, match=words):
+                use()
         return
     if not words:
         assert MiniGPT4.from_config(section("v2", ckpt=path), device="meta")

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
-from minigpt4.common.schema import ModelConfig
-from minigpt4.doctor import memory
+from minigpt4.common.schema import ModelConfig, RunConfig
+from minigpt4.doctor import memory, resources
 from minigpt4.doctor.files import ModelFiles
+from minigpt4.doctor.findings import OK
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import add_lora, checkpoint_name, lora_settings
 from minigpt4.models.vision import build_vision, vision_settings
@@ -135,6 +136,20 @@ def test_a_chat_of_7b_fits_on_one_card(tmp_path, is_int8, card):
         totals.append(sum(parts.values()))
     needed = totals[0] + 31 * (totals[1] - totals[0])
     assert (10e9 if is_int8 else 16e9) < needed < 0.9 * card
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_memory_of_a_training_is_predicted(member):
+    """For the longest texts, and for each recorded batch, as measured steps compare it."""
+    files, run_cfg = ModelFiles(section(member), torch.device("cpu")), RunConfig()
+    files.check()
+    finding = resources.training_memory(run_cfg, files, [], 2, resources.memory_capacity(files.device, 1e9))
+    assert finding.verdict == OK and finding.numbers["activations"] > 0
+    for case in recorded(member, "training")["runs"][0]["batches"]:
+        pixels = {"image": images(member, case["image"]["idx"])} if "image" in case else {}
+        texts = resources.texts_of({**case, **pixels, "epoch": 0})
+        assert sum(texts["num_images"]) == len(pixels.get("image", ()))
+        assert resources.predict(run_cfg, files, files.build(), texts)["activations"] > 0
 
 
 @pytest.mark.parametrize("member", MEMBERS)

@@ -30,6 +30,7 @@ from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.conversation.prefix_cache import PrefixCache
 from minigpt4.conversation.sampling import OWN_OPTIONS
 from minigpt4.conversation.stopping import StoppingCriteriaSub, StopStringCriteria, hold_back_partial_stop
+from minigpt4.models.lora import check_trained
 from minigpt4.models.mini_gpt4 import MiniGPT4
 
 __all__ = [
@@ -51,6 +52,8 @@ class Chat:
         stopping_criteria: further ends of answers beside the end token and the template's stop string.
         template: the conversation that new chats start from.
         num_kept_chats: number of chats whose key-value caches are kept for their next turn.
+
+    Raises UserError for a model whose LoRA weights were never trained: its checkpoint holds none.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class Chat:
     ) -> None:
         self.device = model.device if device is None else devices.pick(str(device))
         self.model = model.to(self.device).eval()
+        if getattr(model, "lora", None):
+            check_trained(model.llama_model, model.lora)
         self.vis_processor = vis_processor
         self.template = template
         self._template_stop = StopStringCriteria(model.llama_tokenizer, template.stop_string)

@@ -22,6 +22,7 @@ from minigpt4.conversation.answer_batch import PREFILL_TOKENS
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.language_model import next_token_logits
 from minigpt4.models.lora import is_lora
+from minigpt4.models.text_rows import captions_of
 
 PARTS = {"llama_model": "language model", "llama_proj": "projection"}  # by attribute; the others are vision
 
@@ -79,10 +80,10 @@ def training(
         model: without weights, in the precisions of the run; afterwards its parameters are fake.
         device, amp: of the run; ``amp`` is the precision of autocast.
         image_size: S.
-        samples: ``text_input`` and perhaps ``instruction``, ``conversation`` and ``num_images`` of a batch.
+        samples: texts of a batch, as the model's ``forward`` takes them, and perhaps ``num_images``.
     """
     device, parts = _computing(device), weight_bytes(model)
-    num_images = sum(samples.get("num_images") or [1] * len(samples["text_input"]))
+    num_images = sum(samples.get("num_images") or [1] * len(captions_of(samples)))
     if getattr(model, "prompt_list", None):  # of which a step draws one
         model.prompt_list = [max(model.prompt_list, key=len)]
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -19,6 +19,7 @@ from minigpt4.common import device as devices
 from minigpt4.common.errors import see
 from minigpt4.common.optims import freeze_parts
 from minigpt4.common.schema import RunConfig
+from minigpt4.common.templates import IMAGE_MESSAGE
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.datasets.feature_cache import KEY, FeatureDataset, check_cache, num_samples
 from minigpt4.doctor import memory
@@ -27,6 +28,7 @@ from minigpt4.doctor.findings import ERROR, OK, WARNING, Finding, size
 from minigpt4.doctor.samples import SampleStats
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
+from minigpt4.models.text_rows import captions_of
 
 # Share of a card that is not present for its context and libraries, for fragmentation, and for errors of prediction.
 RESERVE = 0.1
@@ -105,6 +107,8 @@ def longest_batch(files: ModelFiles, drawn: Sequence[SampleStats], rows: int) ->
     captions = max((part.captions for part in drawn if not part.conversations), key=len, default=[])
     words = " ".join(captions) or "a picture of something"
     pair = {"text_input": [(words + " ") * (files.cfg.max_txt_len // max(1, len(words) // 8) + 1)] * rows}
+    if files.cfg.chat_template:
+        pair["instruction_input"] = [f"{IMAGE_MESSAGE} describe this image in detail "] * rows
     length = {id(c): len(files.model.tokenize_conversation(**c).ids) for part in drawn for c in part.conversations}
     conversations = [conversation for part in drawn for conversation in part.conversations]
     longest = max(conversations, key=lambda conversation: length[id(conversation)], default=None)
@@ -141,6 +145,13 @@ def training_memory(
     elif total > 0.9 * capacity:
         verdict = WARNING
     return Finding("memory, training", verdict, evidence, (remedy + _OUT_OF_MEMORY * (verdict != OK)).strip(), parts)
+
+
+def texts_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch without its tensors, and the number of images of each row."""
+    texts = {name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)}
+    num_rows, images = len(captions_of(batch)), batch.get("image", batch.get("features", ()))
+    return {"num_images": texts.pop("length", [len(images) // num_rows] * num_rows)} | texts
 
 
 def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Mapping[str, Any]) -> dict[str, int]:
@@ -192,8 +203,7 @@ def timed_steps(run_cfg: RunConfig, cfg: Any, files: ModelFiles, num_steps: int)
             loss = runner.train_step(batch, is_update=True)
             devices.synchronize(files.device)
             seconds.append(time.perf_counter() - start)
-            texts = ("text_input", "instruction", "conversation", "num_images")
-            batches.append({name: batch[name] for name in texts if name in batch})
+            batches.append(texts_of(batch))
     step, wait = statistics.median(seconds[1:] or seconds), statistics.median(waits[1:] or waits)
     left, loss = runner.max_epoch * runner.iters_per_epoch, loss.item()
     duration = timedelta(seconds=round(step * left))

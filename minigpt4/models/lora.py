@@ -170,16 +170,22 @@ def lora_delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return scaling * (b.float() @ a.float())
 
 
+def check_trained(llm: nn.Module, settings: LoraSettings) -> None:
+    """Raises UserError where LoRA weights were never trained, as where the checkpoint of a chat holds none."""
+    changed = [parameter.any() for name, parameter in lora_parameters(llm).items() if ".lora_B." in name]
+    if changed and not any(changed):
+        problem = f"model.lora_r is {settings.r}, but model.ckpt holds no LoRA weights"
+        raise UserError(f"{problem}; remove model.lora_r, or set model.ckpt to a checkpoint of a run with LoRA.")
+
+
 @torch.no_grad()
 def merge_lora(llm: nn.Module, settings: LoraSettings) -> None:
     """Adds trained LoRA weights to those of their layers, in place, and removes them; 8-bit layers keep theirs.
 
-    Raises UserError if they were never trained, as where the checkpoint of a chat holds none.
+    Raises UserError if they were never trained.
     """
+    check_trained(llm, settings)
     parameters = lora_parameters(llm)
-    if not any(parameter.any() for name, parameter in parameters.items() if ".lora_B." in name):
-        problem = f"model.lora_r is {settings.r}, but model.ckpt holds no LoRA weights"
-        raise UserError(f"{problem}; remove model.lora_r, or set model.ckpt to a checkpoint of a run with LoRA.")
     for name in settings.layers:
         parent, _, leaf = name.rpartition(".")
         layer = llm.get_submodule(name).base_layer

@@ -193,7 +193,7 @@ class TextRows:
 
 def captions_of(samples: Mapping[str, Any]) -> Sequence[str]:
     """The texts that are to be learned, one for each row of a batch."""
-    return samples["text_input"] if "text_input" in samples else samples["answer"]
+    return next(samples[name] for name in ("text_input", "answer", "conv_a") if name in samples)
 
 
 def _split_turns(samples: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
