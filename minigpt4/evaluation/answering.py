@@ -14,6 +14,7 @@ import httpx
 from torch import Tensor
 from tqdm import tqdm
 
+from minigpt4.common.dist_utils import is_main_process
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.conversation.conversation import Chat
@@ -195,7 +196,8 @@ def answer_all(
     asked = list(items)
     for number in range(MAX_ROUNDS if ask_again else 1):
         waiting = by_image([item for item in asked if (item.id, number) not in file.rows])
-        with tqdm(total=len(asked), initial=len(asked) - len(waiting), unit="question") as bar:
+        places = {"total": len(asked), "initial": len(asked) - len(waiting), "disable": not is_main_process()}
+        with tqdm(**places, unit="question", desc=file.name) as bar:
             for rows in answerer(waiting, section) if waiting else ():
                 file.append([row | {"round": number} for row in rows] if number else rows)
                 bar.update(len(rows))

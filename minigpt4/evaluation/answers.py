@@ -25,7 +25,7 @@ class AnswerFile:
     """
 
     def __init__(self, folder: Path, name: str, rank: int = 0, world_size: int = 1) -> None:
-        self._folder, self._name, self._settings_file = folder, name, folder / f"{name}.settings.json"
+        self._folder, self.name = folder, name
         self._settings: Mapping[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / (f"{name}.rank{rank}.jsonl" if world_size > 1 else f"{name}.jsonl")
@@ -40,7 +40,7 @@ class AnswerFile:
         except OSError:  # a file system without locks
             pass
         self._truncate()
-        self.rows = self.read()
+        self.rows = read_rows(folder, name)
 
     def _truncate(self) -> None:
         """Removes a partial last row."""
@@ -48,38 +48,23 @@ class AnswerFile:
         data = self._stream.read()
         self._stream.truncate(data.rfind(b"\n") + 1)
 
-    def read(self) -> dict[tuple[str, int], Row]:
-        """The rows of all parts, by question and round."""
-        rows = {}
-        for file in sorted({*self._folder.glob(f"{self._name}.rank*.jsonl"), self._folder / f"{self._name}.jsonl"}):
-            data = file.read_bytes() if file.is_file() else b""
-            for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
-                where = f"line {number} of {file}"
-                row = parse_json(line, where)
-                if not isinstance(row, dict) or "question_id" not in row:
-                    raise UserError(f"{where} is no answer; remove the file, or give another --out.")
-                rows[str(row["question_id"]), int(row.get("round", 0))] = row
-        return rows
-
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """Raises UserError if the rows were answered with other settings; new rows are written with these."""
         self._settings = settings = json.loads(json.dumps(settings, default=str))
-        written = self.read_settings()
+        written = read_settings(self._folder, self.name)
         names = [name for name, value in settings.items() if self.rows and written.get(name) != value]
         if names:
             changes = "; ".join(f"{name} was {written.get(name)!r} and is {settings[name]!r}" for name in names)
             raise UserError(f"{self._file.parent} has answers with other settings ({changes}); give another --out.")
-
-    def read_settings(self) -> dict[str, Any]:
-        """What the rows were answered with."""
-        return read_json_object(self._settings_file, "--out")
 
     def append(self, rows: Sequence[Row]) -> None:
         """Writes rows to the end, the settings before the first one."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             if not self.rows:
-                self._settings_file.write_text(json.dumps(self._settings, indent=1), encoding="utf-8")
+                _settings_file(self._folder, self.name).write_text(
+                    json.dumps(self._settings, indent=1), encoding="utf-8"
+                )
             self._stream.write(data.encode("utf-8", errors="backslashreplace"))
         except OSError as error:
             raise UserError(
@@ -90,6 +75,29 @@ class AnswerFile:
     def close(self) -> None:
         """Releases the file."""
         self._stream.close()
+
+
+def read_rows(folder: Path, name: str) -> dict[tuple[str, int], Row]:
+    """The rows of all parts of an ``AnswerFile``, by question and round; without a partial row at the end."""
+    rows = {}
+    for file in sorted({*folder.glob(f"{name}.rank*.jsonl"), folder / f"{name}.jsonl"}):
+        data = file.read_bytes() if file.is_file() else b""
+        for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
+            where = f"line {number} of {file}"
+            row = parse_json(line, where)
+            if not isinstance(row, dict) or "question_id" not in row:
+                raise UserError(f"{where} is no answer; remove the file, or give another --out.")
+            rows[str(row["question_id"]), int(row.get("round", 0))] = row
+    return rows
+
+
+def read_settings(folder: Path, name: str) -> dict[str, Any]:
+    """What the rows of an ``AnswerFile`` were answered with."""
+    return read_json_object(_settings_file(folder, name), "--out")
+
+
+def _settings_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.settings.json"
 
 
 def collect(items: Sequence[Item], rows: Mapping[tuple[str, int], Row]) -> list[Given]:

@@ -10,7 +10,7 @@ from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.common.schema import read_section
 from minigpt4.evaluation.answering import Answerer, answer_all, by_image
-from minigpt4.evaluation.answers import AnswerFile, collect, read_answers
+from minigpt4.evaluation.answers import AnswerFile, collect, read_answers, read_rows, read_settings
 from minigpt4.evaluation.benchmarks import Benchmark, find_benchmark
 from minigpt4.evaluation.items import BenchmarkConfig, Item, Row, check_images, select
 from minigpt4.evaluation.report import score, write_results, write_submission
@@ -106,9 +106,8 @@ def score_all(work: Sequence[Work], out: Path, answers: str | None = None) -> li
         if answers:
             rows, own = read_answers(Path(answers), part.items), {"answers": answers}
         else:
-            file = AnswerFile(out / "answers", part.file_name)
-            rows, own = file.rows, file.read_settings()
-            file.close()
+            place = out / "answers", part.file_name
+            rows, own = read_rows(*place), read_settings(*place)
         given = collect(part.items, rows)
         num_errors = sum("error" in rows[item.id, 0] for item in part.items)
         table += score(part.name, part.split, part.benchmark, part.section, part.items, given, num_errors)
