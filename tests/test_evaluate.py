@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 
+import family
 import pytest
 from golden_evaluation import read_json, read_text
 from serving import Server as ApiServer
@@ -11,11 +12,12 @@ import demo
 import evaluate
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
+from minigpt4.conversation.conversation import Chat
 from minigpt4.evaluation.answering import LocalModel, Server, prompt_of
-from minigpt4.evaluation.answers import read_answers
 from minigpt4.evaluation.benchmarks import BENCHMARKS, Given, ranks
 from minigpt4.evaluation.items import BenchmarkConfig, Item
 from minigpt4.evaluation.tasks import answer, find_work, score_all
+from minigpt4.processors import Blip2ImageEvalProcessor
 from quickstart import scenes
 from quickstart.benchmarks import write_benchmarks
 
@@ -241,6 +243,24 @@ def test_candidates_are_ranked_by_the_losses_of_training(chat, world):
         assert loss == pytest.approx((expected["loss"] * count).item(), rel=1e-2)  # bf16 of other batch shapes
 
 
+def test_the_later_family_is_asked_and_ranked_as_the_reference_does():
+    item = Item("0", str(family.picture(0)), "What is item 0 in the picture?", {}, ("yes", "no", "a cake"))
+    section = BenchmarkConfig(prompt=BENCHMARKS["gqa"].prompt)
+    local = {}
+    for member in ("v2", "llama2"):
+        model = family.shared(member)
+        processor = Blip2ImageEvalProcessor(family.DIMS["image_size"][member])
+        local[member] = LocalModel(Chat(model, processor, model.device, template=model.template))
+    assert local["v2"].example(item, section) == read_json("exact/golden.json")["gqa"]["first_prompts"][0]
+    chat, prompt = local["llama2"].chat, local["llama2"].example(item, section)
+    ((row,),) = local["llama2"]([item], section)
+    lengths = [row["prompt_length"] + length - 1 for length in row["target_lengths"][:-1]]
+    own = [loss / length for loss, length in zip(row["losses"], lengths, strict=True)]
+    answers = [[candidate] for candidate in item.candidates]
+    expected = chat.model.candidate_losses(chat.preprocess_image(item.image)[None], [prompt], answers)
+    assert own == pytest.approx(expected[0].tolist(), rel=1e-5)
+
+
 def test_ranks_by_the_reference_and_per_token():
     batch = [Given(losses=(4.0, 6.0), num_tokens=(2, 6), target_lengths=(2, 12, 3), prompt_length=9)]
     assert ranks(batch, "sum", 10) == [[0, 1]] and ranks(batch, "per_token", 10) == [[1, 0]]
@@ -248,67 +268,6 @@ def test_ranks_by_the_reference_and_per_token():
     longer = Given(losses=(1.0,), num_tokens=(2,), target_lengths=(32, 3), prompt_length=9)
     assert ranks([*batch, longer], "reference", 10)[0] == [0, 1]  # 4 / 40 and 6 / 20: the longest of the batch counts
     assert ranks([*batch, longer], "reference", 1)[0] == [1, 0]
-
-
-POPE_ROW = {"question_id": 1, "image": "a.jpg", "text": "Is there a car?", "label": "yes"}
-WRONG_FILES = {
-    "a file of another benchmark": ([{"image": "a.jpg", "question": "?", "answer": "x"}], "no 'question_id'"),
-    "an object": ({"info": 1}, "expected a list"),
-    "duplicates": ([POPE_ROW, POPE_ROW], "question 1 occurs twice"),
-    "no rows": ([], "no rows to evaluate"),
-    "another label": ([POPE_ROW | {"label": "maybe"}], "expected yes or no"),
-    "a missing image": ([POPE_ROW], "1 of 1 images are missing.*a.jpg"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_FILES)
-def test_wrong_annotations_are_refused(case, tmp_path):
-    content, message = WRONG_FILES[case]
-    (tmp_path / "file.json").write_text(json.dumps(content))
-    section = {"eval_file_path": str(tmp_path / "file.json"), "img_path": str(tmp_path)}
-    with pytest.raises(UserError, match=message):
-        find_work(Configuration(pope=section), None)
-
-
-def test_wrong_sections_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"evaluation_datasets.pop: 'pop' is no benchmark.*pope"):
-        find_work(Configuration(pop={}), None)
-    with pytest.raises(UserError, match=r"--dataset.*'gqa'.*pope"):
-        find_work(Configuration(pope={}), "gqa")
-    with pytest.raises(UserError, match="there is no file"):
-        find_work(Configuration(pope={"eval_file_path": str(tmp_path / "none.json")}), None)
-    with pytest.raises(UserError, match=r"'ofical'.*official"):
-        find_work(Configuration(pope={"variants": ["ofical"]}), None)
-    with pytest.raises(UserError, match=r"imgpath.*img_path"):
-        find_work(Configuration(pope={"imgpath": "x"}), None)
-    (tmp_path / "subset.json").write_text("[77]")
-    (tmp_path / "file.json").write_text(json.dumps([POPE_ROW]))
-    section = {"eval_file_path": str(tmp_path / "file.json"), "subset": str(tmp_path / "subset.json")}
-    with pytest.raises(UserError, match="no rows to evaluate"):
-        find_work(Configuration(pope=section), None)
-
-
-WRONG_ANSWERS = {
-    "unknown question": ('{"question_id": 1, "answer": "no"}\n{"question_id": 9, "answer": "no"}', "question 9, which"),
-    "duplicate": (
-        '{"question_id": 1, "answer": "no"}\n{"question_id": 1, "answer": "yes"}',
-        "two answers to question 1",
-    ),
-    "missing": ('{"question_id": 1, "answer": "no"}', "no answer to 1 of 2 questions, such as 2"),
-    "truncated": ('{"question_id": 1, "answer": "no"}\n{"question_id": 2, "ans', "line 2 of"),
-    "without ids": ('{"answer": "no"}', "1 rows without ids for 2 questions"),
-    "without an answer": ('{"question_id": 1, "reply": "no"}', "question 1 has no answer"),
-    "empty": ("", "holds no rows"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_ANSWERS)
-def test_wrong_answer_files_are_refused(case, tmp_path):
-    text, message = WRONG_ANSWERS[case]
-    (tmp_path / "answers.jsonl").write_text(text)
-    items = [Item(name, "a.jpg", "?", {}) for name in ("1", "2")]
-    with pytest.raises(UserError, match=message):
-        read_answers(tmp_path / "answers.jsonl", items)
 
 
 def test_a_damaged_image_is_a_counted_row(run, world, tmp_path):

@@ -1,0 +1,78 @@
+"""What evaluate.py refuses before anything is answered or scored: annotations, sections and answers that are wrong."""
+
+import json
+
+import pytest
+
+from minigpt4.common.errors import UserError
+from minigpt4.evaluation.answers import read_answers
+from minigpt4.evaluation.items import Item
+from minigpt4.evaluation.tasks import find_work
+
+
+class Configuration:
+    """Sections of benchmarks as ``find_work`` reads them."""
+
+    def __init__(self, **sections):
+        self.config = {"evaluation_datasets": sections}
+
+
+POPE_ROW = {"question_id": 1, "image": "a.jpg", "text": "Is there a car?", "label": "yes"}
+WRONG_FILES = {
+    "a file of another benchmark": ([{"image": "a.jpg", "question": "?", "answer": "x"}], "no 'question_id'"),
+    "an object": ({"info": 1}, "expected a list"),
+    "duplicates": ([POPE_ROW, POPE_ROW], "question 1 occurs twice"),
+    "no rows": ([], "no rows to evaluate"),
+    "another label": ([POPE_ROW | {"label": "maybe"}], "expected yes or no"),
+    "a missing image": ([POPE_ROW], "1 of 1 images are missing.*a.jpg"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_wrong_annotations_are_refused(case, tmp_path):
+    content, message = WRONG_FILES[case]
+    (tmp_path / "file.json").write_text(json.dumps(content))
+    section = {"eval_file_path": str(tmp_path / "file.json"), "img_path": str(tmp_path)}
+    with pytest.raises(UserError, match=message):
+        find_work(Configuration(pope=section), None)
+
+
+def test_wrong_sections_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"evaluation_datasets.pop: 'pop' is no benchmark.*pope"):
+        find_work(Configuration(pop={}), None)
+    with pytest.raises(UserError, match=r"--dataset.*'gqa'.*pope"):
+        find_work(Configuration(pope={}), "gqa")
+    with pytest.raises(UserError, match="there is no file"):
+        find_work(Configuration(pope={"eval_file_path": str(tmp_path / "none.json")}), None)
+    with pytest.raises(UserError, match=r"'ofical'.*official"):
+        find_work(Configuration(pope={"variants": ["ofical"]}), None)
+    with pytest.raises(UserError, match=r"imgpath.*img_path"):
+        find_work(Configuration(pope={"imgpath": "x"}), None)
+    (tmp_path / "subset.json").write_text("[77]")
+    (tmp_path / "file.json").write_text(json.dumps([POPE_ROW]))
+    section = {"eval_file_path": str(tmp_path / "file.json"), "subset": str(tmp_path / "subset.json")}
+    with pytest.raises(UserError, match="no rows to evaluate"):
+        find_work(Configuration(pope=section), None)
+
+
+WRONG_ANSWERS = {
+    "unknown question": ('{"question_id": 1, "answer": "no"}\n{"question_id": 9, "answer": "no"}', "question 9, which"),
+    "duplicate": (
+        '{"question_id": 1, "answer": "no"}\n{"question_id": 1, "answer": "yes"}',
+        "two answers to question 1",
+    ),
+    "missing": ('{"question_id": 1, "answer": "no"}', "no answer to 1 of 2 questions, such as 2"),
+    "truncated": ('{"question_id": 1, "answer": "no"}\n{"question_id": 2, "ans', "line 2 of"),
+    "without ids": ('{"answer": "no"}', "1 rows without ids for 2 questions"),
+    "without an answer": ('{"question_id": 1, "reply": "no"}', "question 1 has no answer"),
+    "empty": ("", "holds no rows"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ANSWERS)
+def test_wrong_answer_files_are_refused(case, tmp_path):
+    text, message = WRONG_ANSWERS[case]
+    (tmp_path / "answers.jsonl").write_text(text)
+    items = [Item(name, "a.jpg", "?", {}) for name in ("1", "2")]
+    with pytest.raises(UserError, match=message):
+        read_answers(tmp_path / "answers.jsonl", items)
