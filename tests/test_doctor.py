@@ -239,7 +239,7 @@ def test_7_data_that_can_be_read_and_is_no_good(diagnose, world, tmp_path, damag
 
 def test_8_a_stage_1_file_as_language_model(diagnose, world):
     found = diagnose(f"model.llama_model={world}/checkpoint_3.pth")
-    told = the_error(found, "model.llama_model", "MiniGPT-4 checkpoint", "(model.ckpt)", "Expected the folder")
+    told = the_error(found, "model.llama_model", "a checkpoint of MiniGPT-4", "(model.ckpt)", "Expected the folder")
     assert "#weights-that-do-not-fit" in told.remedy
     assert found["model.vit_weights"].verdict == found["model.q_former_model"].verdict == OK
 
