@@ -257,18 +257,17 @@ def test_the_tunnel_of_share_is_opened_before_the_model_is_loaded(run_server, en
     assert end_of("--share", "--port", "0").startswith("error: --share: no public tunnel can be opened (division")
 
 
-def test_the_terminal_reads_any_bytes_and_ends_with_the_reader_of_its_output():
+def test_the_terminal_reads_any_bytes_and_ends_with_the_reader_of_its_output(programs, tmp_path):
     options = ["--options", "model.ckpt=null", "run.device=cpu"]
-    command = [sys.executable, "demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", "--terminal", *options]
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) as process:
-        process.stdin.write(b"What is \xff?\n" + 50 * b"Why?\n")
-        process.stdin.close()
-        assert process.stdout.read(1)
-        process.stdout.close()
-        errors = process.stderr.read().decode()
-    assert process.returncode == 141 and "Traceback" not in errors, errors
+    command = ["demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", "--terminal", *options]
+    files = [tmp_path / name for name in ("typed", "shown", "errors")]
+    files[0].write_bytes(b"What is \xff?\n" + 50 * b"Why?\n")
+    os.mkfifo(files[1])
+    pid = programs.start(command, files)
+    with files[1].open("rb", buffering=0) as shown:
+        assert shown.read(1)
+    status, errors = programs.wait(pid), files[2].read_text()
+    assert status == 141 and "Traceback" not in errors, errors
 
 
 @pytest.mark.parametrize("mode", [["--terminal"], ["--ask", "Why?"]])

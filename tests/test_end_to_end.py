@@ -21,41 +21,25 @@ def world(tmp_path_factory):
     return folder
 
 
-def run(*command, **kwargs):
+def run(*command):
+    """Starts Python anew, as a user does; the other tests here use ``programs``."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment, **kwargs
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment
     )
 
 
-def train(world, stage, *options, launcher=()):
-    storage = (
-        {1: f"datasets.cc_sbu.build_info.storage={world}/shards/*.tar"}
-        | {2: f"datasets.cc_sbu_align.build_info.storage={world}/align"}
-    )[stage]
-    short = (
-        f"run.max_epoch={3 - stage}",
-        "run.iters_per_epoch=4",
-        "run.warmup_steps=0",
-        "run.batch_size_train=8",
-        "run.log_freq=1",
-        f"run.output_dir={world}/stage{stage}",
-    )
-    return run(
-        *launcher,
-        "train.py",
-        "--cfg-path",
-        f"train_configs/quickstart_stage{stage}.yaml",
-        "--options",
-        storage,
-        *short,
-        *options,
-    )
+def train(world, stage, *options):
+    """The arguments of a short run."""
+    data = {1: f"cc_sbu.build_info.storage={world}/shards/*.tar", 2: f"cc_sbu_align.build_info.storage={world}/align"}
+    short = [f"max_epoch={3 - stage}", "iters_per_epoch=4", "warmup_steps=0", "batch_size_train=8", "log_freq=1"]
+    fixed = [f"datasets.{data[stage]}", f"run.output_dir={world}/stage{stage}", *(f"run.{option}" for option in short)]
+    return ["train.py", "--cfg-path", f"train_configs/quickstart_stage{stage}.yaml", "--options", *fixed, *options]
 
 
 @pytest.fixture(scope="module")
 def stage1(world):
-    result = train(world, 1, "run.num_workers=2")
+    result = run(*train(world, 1, "run.num_workers=2"))
     assert result.returncode == 0, result.stderr
     (folder,) = (world / "stage1").iterdir()
     return folder
@@ -69,13 +53,13 @@ def test_stage_1_learns_and_writes(stage1):
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
 
 
-def test_resume_repeats_the_losses_bit_for_bit(world, stage1):
+def test_resume_repeats_the_losses_bit_for_bit(world, stage1, programs):
     options = (
         "run.num_workers=2",
         f"run.resume_ckpt_path={stage1}/checkpoint_0.pth",
         f"run.output_dir={world}/resumed",
     )
-    result = train(world, 1, *options)
+    result = programs.run(train(world, 1, *options))
     assert result.returncode == 0, result.stderr
     (folder,) = (world / "resumed").iterdir()
     losses = [
@@ -85,9 +69,9 @@ def test_resume_repeats_the_losses_bit_for_bit(world, stage1):
     assert losses[1] == losses[0][4:]
 
 
-def test_stage_2_on_two_ranks_then_chat(world, stage1):
+def test_stage_2_on_two_ranks_then_chat(world, stage1, programs):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    result = train(world, 2, f"model.ckpt={stage1}/checkpoint_1.pth", launcher=launcher)
+    result = run(*launcher, *train(world, 2, f"model.ckpt={stage1}/checkpoint_1.pth"))
     assert result.returncode == 0, result.stderr
     (folder,) = (world / "stage2").iterdir()
     assert [f.name for f in folder.glob("*.pth")] == ["checkpoint_0.pth"]
@@ -96,7 +80,8 @@ def test_stage_2_on_two_ranks_then_chat(world, stage1):
     picture = world / "align" / "image" / "0.jpg"
     answer = run(*demo, "--image", picture, "--ask", "How many objects are there?", *ckpt)
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
-    chat = run(*demo, "--terminal", *ckpt, input=f"/image {picture}\nHow many objects are there?\n/image nowhere.jpg\n")
+    typed = f"/image {picture}\nHow many objects are there?\n/image nowhere.jpg\n"
+    chat = programs.run([*demo, "--terminal", *ckpt], typed)
     assert chat.stdout.splitlines()[0] == "Received."
     assert chat.stdout.splitlines()[1] == answer.stdout.strip()
     assert "error: 'nowhere.jpg' cannot be read as an image" in chat.stderr
@@ -111,12 +96,8 @@ def test_stage_2_on_two_ranks_then_chat(world, stage1):
         (["run"], "'run' is not of the form"),
     ],
 )
-def test_a_mistake_ends_in_one_line(world, options, told):
-    result = (
-        train(world, 1, *options)
-        if options != ["run"]
-        else run("train.py", "--cfg-path", "train_configs/quickstart_stage1.yaml", "--options", "run.seed=1", "run")
-    )
+def test_a_mistake_ends_in_one_line(world, programs, options, told):
+    result = programs.run(train(world, 1, *options))
     last = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 1 and last.startswith("error: ") and told in last
     assert "Traceback" not in result.stderr

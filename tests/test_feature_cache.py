@@ -192,13 +192,13 @@ def test_two_ranks_fill_a_cache_together_and_a_run_goes_on_in_it(world, tmp_path
     assert [row["loss"] for row in again] == [json.loads(line)["loss"] for line in rows.splitlines()]
 
 
-def test_the_command_fills_a_cache_ahead(world, tmp_path):
+def test_the_command_fills_a_cache_ahead(programs, world, tmp_path):
     storage = f"datasets.cc_sbu.build_info.storage={world}/shards/*.tar"
-    command = [sys.executable, "-m", "minigpt4.tools.cache_features"]
+    command = ["-m", "minigpt4.tools.cache_features"]
     command += ["--cfg-path", "train_configs/quickstart_stage1.yaml", "--options", storage, "run.device=cpu"]
-    done = subprocess.run([*command, f"run.feature_cache={tmp_path}/cache"], capture_output=True, text=True)
+    done = programs.run([*command, f"run.feature_cache={tmp_path}/cache"])
     assert done.returncode == 0 and "features of 18 samples" in done.stderr, done.stderr
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = programs.run(command)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: run.feature_cache is not set")
     assert dist_utils.get_world_size() == 1
 

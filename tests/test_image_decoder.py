@@ -42,26 +42,35 @@ def decoder(new_decoder):
     return new_decoder()
 
 
-def workers():
+@pytest.fixture(scope="module")
+def shared_decoder():
+    """One for tests that leave its processes as they are."""
+    decoder = ImageDecoder()
+    yield decoder
+    decoder.close()
+
+
+def workers(others=()):
+    """The processes that decode images, without those that were there before."""
     found = []
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error):  # it has ended
             found += [child] if "image_worker" in " ".join(child.cmdline()) else []
-    return found
+    return [child for child in found if child not in others]
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_the_same_pixels_as_without_a_process(chat, decoder, name):
+def test_the_same_pixels_as_without_a_process(chat, shared_decoder, name):
     data, size = READABLE[name], chat.vis_processor.first_size
-    image = decoder.decode(data)
+    image = shared_decoder.decode(data)
     assert (image.mode, image.size, image.tobytes()) == ("RGB", (direct := read_image(data)).size, direct.tobytes())
-    assert torch.equal(chat.preprocess_image(decoder.decode(data, size=size)), chat.preprocess_image(data))
+    assert torch.equal(chat.preprocess_image(shared_decoder.decode(data, size=size)), chat.preprocess_image(data))
 
 
-def test_a_photo_gives_the_same_tensor(chat, decoder):
+def test_a_photo_gives_the_same_tensor(chat, shared_decoder):
     data = picture_kinds.saved(Image.effect_mandelbrot((900, 700), (-2, -1, 1, 1), 50).convert("RGB"), "JPEG")
     expected = chat.preprocess_image(data)
-    assert torch.equal(chat.preprocess_image(decoder.decode(data, size=chat.vis_processor.first_size)), expected)
+    assert torch.equal(chat.preprocess_image(shared_decoder.decode(data, size=chat.vis_processor.first_size)), expected)
 
 
 def test_an_own_processor_gets_the_whole_image():
@@ -93,9 +102,9 @@ def test_the_api_uses_the_tensor_of_the_chat(chat, scene_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_unreadable_images_have_the_same_messages(decoder, name):
+def test_unreadable_images_have_the_same_messages(shared_decoder, name):
     data, messages = UNREADABLE[name], []
-    for read in (decoder.decode, read_image):
+    for read in (shared_decoder.decode, read_image):
         with pytest.raises(UserError) as error:
             read(data, "'a.png'")
         messages.append(str(error.value))
@@ -184,9 +193,9 @@ def test_a_closed_decoder_refuses_waiting_and_later_images(monkeypatch, new_deco
 
 
 def test_an_image_that_is_being_decoded_is_refused_at_the_end(new_decoder):
-    decoder = new_decoder()
+    others, decoder = workers(), new_decoder()
     image = decoder.submit(LARGE)
-    while not workers():
+    while not workers(others):
         time.sleep(0.01)
     decoder.close()
     with pytest.raises(UserError, match="The server is ending"):
@@ -204,12 +213,13 @@ def test_an_image_is_not_kept_after_its_answer(decoder):
         time.sleep(0.01)
 
 
-def test_cancelling_ends_the_process(decoder, scene_folder):
+def test_cancelling_ends_the_process(new_decoder, scene_folder):
+    others, decoder = workers(), new_decoder()
     future = decoder.submit(LARGE)
-    while not workers():
+    while not workers(others):
         time.sleep(0.01)
     time.sleep(0.2)
-    running = workers()
+    running = workers(others)
     assert future.cancel()
     _, alive = psutil.wait_procs(running, timeout=10)
     assert not alive and decoder.decode((scene_folder / "0.png").read_bytes())

@@ -3,8 +3,6 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -95,6 +93,7 @@ def test_a_user_error_in_a_worker_arrives_as_it_is(tmp_path, num_workers):
 
 
 PROGRAM = """
+import os
 import sys
 import tempfile
 import time
@@ -110,9 +109,12 @@ except test_loader_errors.UserError as error:
 """
 
 
-def run_program(dataset, num_workers=2, inside="pass"):
-    program = PROGRAM.format(dataset=dataset, num_workers=num_workers, inside=inside)
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def run_program(programs):
+    def run(dataset, num_workers=2, inside="pass"):
+        return programs.run(["-c", PROGRAM.format(dataset=dataset, num_workers=num_workers, inside=inside)])
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -123,21 +125,28 @@ def run_program(dataset, num_workers=2, inside="pass"):
         ("test_loader_errors.BrokenStream()", "error: Data set mine failed with OSError"),
     ],
 )
-def test_a_failure_in_a_worker_ends_the_process(dataset, words):
+def test_a_failure_in_a_worker_ends_the_process(run_program, dataset, words):
     done = run_program(dataset)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(words), done.stderr
 
 
-def test_a_killed_worker_ends_the_process():
+def test_a_killed_worker_ends_the_process(run_program):
     """Where torch notices it differs: in the loader, or by a signal anywhere in the main thread."""
     done = run_program("test_loader_errors.Broken('a signal')")
     assert done.returncode == 1
     assert any(words in done.stderr for words in ("The loader of data set mine failed", "is killed by signal"))
 
 
-def test_an_exception_ends_the_process_and_its_workers():
+def test_an_exception_ends_the_process_and_its_workers(run_program):
     done = run_program("test_loader_errors.Stream(8)", inside="raise RuntimeError('something else')")
     assert done.returncode == 1 and done.stderr.rstrip().endswith("RuntimeError: something else")
+
+
+def test_a_fork_that_ends_does_not_end_workers(run_program):
+    inside = "os.fork() or sys.exit()\n        os.wait()\n        break\n    else:\n        sys.exit('no batch')\n"
+    inside += "    dataset = list(make_loader({'mine': dataset}, num_workers=1, iters_per_epoch=3).iter_epoch(0))\n"
+    done = run_program("test_loader_errors.Numbers(40)", inside=inside + "    print(len(dataset))")
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr
 
 
 class Spawned(Exception):

@@ -4,8 +4,7 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
+import signal
 import termios
 import time
 from pathlib import Path
@@ -23,21 +22,14 @@ ROOT = Path(__file__).parents[1]
 class Terminal:
     """demo.py --terminal behind a pseudo-terminal; it uses an untrained projection."""
 
-    def __init__(self, home, *arguments):
-        self.master, slave = pty.openpty()
-        termios.tcsetwinsize(slave, (40, 200))
+    def __init__(self, programs, home, *arguments):
+        self.master, self.slave = pty.openpty()
+        termios.tcsetwinsize(self.slave, (40, 200))
         options = ["--options", "model.ckpt=null", "run.device=cpu"]
-        command = [sys.executable, "demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", "--terminal"]
-        environment = os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-
-        def take_terminal():
-            os.setsid()
-            os.close(os.open(os.ttyname(slave), os.O_RDWR))  # becomes the controlling terminal: Ctrl-C is a SIGINT
-
-        files = {"stdin": slave, "stdout": slave, "stderr": slave}
-        environment = {"env": environment, "cwd": ROOT, "preexec_fn": take_terminal}
-        self.process = subprocess.Popen([*command, *arguments, *options], **files, **environment)
-        os.close(slave)
+        command = ["demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", "--terminal", *arguments, *options]
+        environment = {"XDG_STATE_HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.programs, files = programs, 3 * [os.ttyname(self.slave)]
+        self.pid = programs.start(command, files, is_session=True, **environment)  # so that Ctrl-C is a SIGINT
         self.text = ""
 
     def type(self, text):
@@ -61,19 +53,26 @@ class Terminal:
         self.text += re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\x1b[=>]|\r", "", data.decode(errors="replace"))
         return bool(data)
 
+    def wait(self, seconds=30):
+        """The exit status."""
+        status = self.programs.wait(self.pid, seconds)
+        self.pid = self.pid if status is None else None
+        return status
+
     def close(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
+        if self.pid and self.wait(0) is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+        os.close(self.slave)
         os.close(self.master)
 
 
 @pytest.fixture
-def terminal(tmp_path):
+def terminal(programs, tmp_path):
     opened = []
 
     def open_terminal(*arguments):
-        opened.append(Terminal(tmp_path / "state", *arguments))
+        opened.append(Terminal(programs, tmp_path / "state", *arguments))
         return opened[-1]
 
     yield open_terminal
@@ -99,7 +98,7 @@ def test_a_chat_in_a_terminal(terminal, scene_folder, tmp_path):
     shown.wait_for("\n>")
     shown.type("\x03\x03//\x03")
     shown.type("\x04")  # Ctrl-D
-    assert shown.process.wait(timeout=30) == 0
+    assert shown.wait() == 0
     history = (tmp_path / "state" / "minigpt4" / "terminal_history").read_text(encoding="utf-8")
     assert "+What is it?" in history and f"+/image {image}" in history and "half" not in history
 

@@ -6,6 +6,7 @@ continue with exactly the batches of a run that was never interrupted.
 
 import atexit
 import copy
+import functools
 import logging
 import math
 import mmap
@@ -18,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -45,17 +45,28 @@ Batch = dict[str, Any]
 # In a training batch: {"source": name of the data set, "num_sources": of the run, "skipped": counts by kind}.
 LOADER_KEY = "loader"
 
-_is_exiting = mmap.mmap(-1, 1)  # shared with forked workers
-atexit.register(_is_exiting.write, b"\1")  # before multiprocessing terminates them, and waits for them
+
+@functools.cache
+def _exit_flag(pid: int) -> mmap.mmap:
+    """Whether a rank is exiting: a byte that it shares with its forked workers."""
+    flag = mmap.mmap(-1, 1)
+
+    def mark() -> None:  # before multiprocessing terminates the workers, and waits for them
+        if os.getpid() == pid:  # and not that of a fork
+            flag[0] = 1
+
+    atexit.register(mark)
+    return flag
 
 
 def _init_worker(rank_pid: int, _: int) -> None:
     """Ties a worker's life to its rank's (on Linux)."""
+    is_exiting = _exit_flag(rank_pid)
     folder = multiprocessing.util.get_temp_dir()  # created now: an ending worker could not remove a later one
 
     def on_sigterm(*_: Any) -> None:
         # A scheduler sends SIGTERM to all processes, but the rank still finishes its step and saves a checkpoint.
-        if _is_exiting[0] or os.getppid() != rank_pid:
+        if is_exiting[0] or os.getppid() != rank_pid:
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(0)
 
@@ -70,6 +81,7 @@ def _init_worker(rank_pid: int, _: int) -> None:
 def _load(
     name: str, batches: Dataset, places: Iterable[list[Place]] | None, num_workers: int, pin_memory: bool, seed: int
 ) -> Iterator[LoadedBatch]:
+    _exit_flag(os.getpid())  # made before workers are forked
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -77,7 +89,7 @@ def _load(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=partial(_init_worker, os.getpid()),
+        worker_init_fn=functools.partial(_init_worker, os.getpid()),
         # Workers have to be children of this process, and not of a fork server.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         generator=torch.Generator().manual_seed(seed),  # its own: a resumed loader must not advance the model's
@@ -220,13 +232,15 @@ class TrainLoader:
             places = training_places(name, len(dataset), pass_size, self.seed, starts, batch_size)
             return _load(name, MapBatches(name, dataset, self.seed, is_train=True), places, *settings)
         if hasattr(dataset, "iter_train"):
-            resume = partial(_resume, dataset, self._positions.get(name, {}), self._shuffle_key)
+            resume = functools.partial(_resume, dataset, self._positions.get(name, {}), self._shuffle_key)
             first_worker = num_done % max(1, self.num_workers)
             batches = StreamBatches(name, dataset, resume, worker, batch_size, num_batches, first_worker)
             return _load(name, batches, None, *settings)
         if name not in self._iterables:
             worker = WorkerInfo(derive_seed(self.seed, "step", step), worker.rank, worker.world_size)
-            batches = StreamBatches(name, dataset, partial(repeat_iterable, name, dataset), worker, batch_size)
+            batches = StreamBatches(
+                name, dataset, functools.partial(repeat_iterable, name, dataset), worker, batch_size
+            )
             self._iterables[name] = _load(name, batches, None, *settings)
         return self._iterables[name]
 
@@ -300,7 +314,7 @@ class EvalLoader:
             batches: Dataset = MapBatches(self.name, self.dataset, self.worker.seed, is_train=False)
             places: list[list[Place]] | None = self._places()
         else:
-            open_stream = getattr(self.dataset, "iter_eval", partial(_iterate, self.dataset))
+            open_stream = getattr(self.dataset, "iter_eval", functools.partial(_iterate, self.dataset))
             batches, places = StreamBatches(self.name, self.dataset, open_stream, self.worker, self.batch_size), None
         for loaded in _load(self.name, batches, places, self.num_workers, self.pin_memory, self.worker.seed):
             self.skipped.update(loaded.skipped)
