@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,8 @@ ROOT = Path(__file__).parents[1]
 IMPORTED = [
     "minigpt4.common.torch_setup", "minigpt4.common.dist_utils", "minigpt4.common.logger",
     "minigpt4.conversation.conversation", "minigpt4.datasets.builders", "minigpt4.doctor.checks", "minigpt4.models",
-    "minigpt4.processors", "minigpt4.runners", "minigpt4.serve.terminal", "minigpt4.tasks", "accelerate",
-    "matplotlib.backends.backend_agg", "matplotlib.figure", "peft", "torch.distributed.device_mesh",
+    "minigpt4.processors", "minigpt4.runners", "minigpt4.serve.server", "minigpt4.serve.terminal", "minigpt4.tasks",
+    "accelerate", "matplotlib.backends.backend_agg", "matplotlib.figure", "peft", "torch.distributed.device_mesh",
     "torch.distributed.fsdp", "torch.nn.parallel", "transformers.models.llama.modeling_llama",
 ]  # fmt: skip
 
@@ -62,6 +63,10 @@ class Programs:
         """The exit status, negative where a signal ended the program; None if it goes on for so many seconds."""
         return self._ask({"pid": pid, "seconds": seconds})
 
+    def running(self, arguments, errors=None):
+        """A program that runs beside the caller, to the end of a ``with`` block; its errors may go to a file."""
+        return Running(self, arguments, errors)
+
     def run(self, arguments, input="", folder=ROOT, **environment):
         """Runs a program to its end; returns what ``subprocess.run`` would."""
         (done,) = self.run_ranks([arguments], input, folder, **environment)
@@ -88,10 +93,43 @@ class Programs:
             texts = [[file.read_text(encoding="utf-8") for file in own[1:]] for own in files]
             for pid, status, text in zip(pids, statuses, texts, strict=True):
                 if status is None:
-                    os.kill(pid, 9)
+                    os.kill(pid, signal.SIGKILL)
                     raise TimeoutError(f"{each}: {text}")
         rows = zip(each, statuses, texts, strict=True)
         return [subprocess.CompletedProcess(arguments, status, *text) for arguments, status, text in rows]
+
+
+class Running:
+    """A program that runs beside the caller: ``stdin`` for it, ``stdout`` with what it writes."""
+
+    def __init__(self, programs, arguments, errors):
+        self._programs = programs
+        (theirs_in, ours_in), (ours_out, theirs_out) = os.pipe(), os.pipe()
+        files = [f"/proc/{os.getpid()}/fd/{number}" for number in (theirs_in, theirs_out)]
+        self.pid = programs.start(arguments, [*files, errors or files[1]])
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.stdin, self.stdout = os.fdopen(ours_in, "w"), os.fdopen(ours_out)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.pid:
+            self.send_signal(signal.SIGKILL)
+            self.wait()
+        self.stdin.close()
+        self.stdout.close()
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, seconds=20):
+        """The exit status."""
+        status = self._programs.wait(self.pid, seconds)
+        assert status is not None
+        self.pid = None
+        return status
 
 
 def serve():
@@ -105,8 +143,14 @@ def serve():
         request = json.loads(line)
         if "pid" in request:
             answer = wait(request["pid"], request["seconds"])
-        elif not (answer := os.fork()):
-            return request
+        else:
+            ready, request["is_ready"] = os.pipe()
+            if not (answer := os.fork()):
+                os.close(ready)
+                return request
+            os.close(request["is_ready"])
+            os.read(ready, 1)  # ends once the program has opened its files
+            os.close(ready)
         print(json.dumps(answer), flush=True)
     os._exit(0)
 
@@ -119,7 +163,7 @@ def wait(pid, seconds):
     return os.waitstatus_to_exitcode(ended[1]) if ended[0] else None
 
 
-def become(arguments, files, folder, environment, is_session):
+def become(arguments, files, folder, environment, is_session, is_ready):
     """Runs as ``python ARGUMENTS`` would in a new process."""
     os.environ.clear()
     os.environ.update(environment)
@@ -128,6 +172,7 @@ def become(arguments, files, folder, environment, is_session):
         os.setsid()  # the terminal that is opened next becomes its own
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY, 0o600), number)
+    os.close(is_ready)
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
     if arguments[0] == "-W":

@@ -1,7 +1,6 @@
 """demo.py: its command line, which processor it uses, and which mode it runs."""
 
 import inspect
-import os
 import socket
 import subprocess
 import sys
@@ -260,13 +259,12 @@ def test_the_tunnel_of_share_is_opened_before_the_model_is_loaded(run_server, en
 def test_the_terminal_reads_any_bytes_and_ends_with_the_reader_of_its_output(programs, tmp_path):
     options = ["--options", "model.ckpt=null", "run.device=cpu"]
     command = ["demo.py", "--cfg-path", "eval_configs/quickstart_eval.yaml", "--terminal", *options]
-    files = [tmp_path / name for name in ("typed", "shown", "errors")]
-    files[0].write_bytes(b"What is \xff?\n" + 50 * b"Why?\n")
-    os.mkfifo(files[1])
-    pid = programs.start(command, files)
-    with files[1].open("rb", buffering=0) as shown:
-        assert shown.read(1)
-    status, errors = programs.wait(pid), files[2].read_text()
+    with programs.running(command, tmp_path / "errors") as process:
+        process.stdin.buffer.write(b"What is \xff?\n" + 50 * b"Why?\n")
+        process.stdin.close()
+        assert process.stdout.read(1)
+        process.stdout.close()
+        status, errors = process.wait(), (tmp_path / "errors").read_text()
     assert status == 141 and "Traceback" not in errors, errors
 
 

@@ -3,8 +3,6 @@
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -49,9 +47,8 @@ STALLED = [
 
 
 @pytest.mark.parametrize("requests", [[], STALLED], ids=["no clients", "stalled clients"])
-def test_sigterm_ends_the_server_with_status_0(requests):
-    command = [sys.executable, "-c", SCRIPT]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+def test_sigterm_ends_the_server_with_status_0(programs, requests):
+    with programs.running(["-c", SCRIPT]) as process:
         port = int(re.search(r":(\d+)$", process.stdout.readline()).group(1))
         clients = []
         for data in requests:
@@ -59,13 +56,10 @@ def test_sigterm_ends_the_server_with_status_0(requests):
             clients[-1].sendall(data)
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        try:
-            output, _ = process.communicate(timeout=20)
-        finally:
-            process.kill()
-            for client in clients:
-                client.close()
-    assert process.returncode == 0 and output.endswith("ended\n") and "Traceback" not in output
+        status, output = process.wait(), process.stdout.read()
+        for client in clients:
+            client.close()
+    assert status == 0 and output.endswith("ended\n") and "Traceback" not in output
 
 
 ENDING = """
@@ -99,12 +93,10 @@ print("left", flush=True)
 
 
 @pytest.fixture
-def ending_server():
+def ending_server(programs):
     """A server whose streams end when it reads a line, and its URL."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen([sys.executable, "-c", ENDING], cwd=ROOT, text=True, **pipes) as process:
+    with programs.running(["-c", ENDING]) as process:
         yield process, process.stdout.readline().strip()
-        process.kill()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -122,11 +114,11 @@ def test_running_streams_end_and_new_requests_are_refused(ending_server, sign):
         process.stdin.write("\n")
         process.stdin.flush()
         assert next(lines) == "ended"
-    output, _ = process.communicate(timeout=20)
+    status, output = process.wait(), process.stdout.read()
     if sign == signal.SIGTERM:
-        assert (process.returncode, output) == (0, "127.0.0.1 GET /read: 503 The server is ending.\nleft\n")
+        assert (status, output) == (0, "127.0.0.1 GET /read: 503 The server is ending.\nleft\n")
     else:
-        assert process.returncode != 0 and "KeyboardInterrupt" in output
+        assert status != 0 and "KeyboardInterrupt" in output
 
 
 def test_a_second_signal_ends_the_server_at_once(ending_server):
@@ -138,8 +130,8 @@ def test_a_second_signal_ends_the_server_at_once(ending_server):
         for _ in range(2):
             process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
-        output, _ = process.communicate(timeout=20)
-    assert process.returncode == 0 and output.endswith("left\n") and "Traceback" not in output
+        status, output = process.wait(), process.stdout.read()
+    assert status == 0 and output.endswith("left\n") and "Traceback" not in output
     assert time.monotonic() - begin < 15  # and not a minute
 
 
@@ -169,10 +161,8 @@ print(metrics.text().decode())
 """
 
 
-def test_requests_that_the_server_refuses_are_in_the_log_and_the_metrics_of_an_api():
-    script, pipes = ENDING.partition("server.serve(")[0] + LOGGED, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.STDOUT, **pipes) as process:
+def test_requests_that_the_server_refuses_are_in_the_log_and_the_metrics_of_an_api(programs):
+    with programs.running(["-c", ENDING.partition("server.serve(")[0] + LOGGED]) as process:
         url = process.stdout.readline().strip()
         others = [socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) for _ in range(3)]
         assert httpx.get(f"{url}/read").status_code == 503
@@ -182,12 +172,14 @@ def test_requests_that_the_server_refuses_are_in_the_log_and_the_metrics_of_an_a
         while httpx.get(f"{url}/read").status_code != 200 and time.monotonic() < deadline:
             time.sleep(0.02)
         with httpx.stream("GET", f"{url}/stream", timeout=20) as stream:
-            assert next(stream.iter_lines()) == "begun"
+            lines = stream.iter_lines()  # its end would close the connection
+            assert next(lines) == "begun"
             process.send_signal(signal.SIGTERM)
             while httpx.get(f"{url}/read").status_code == 200 and time.monotonic() < deadline:
                 time.sleep(0.02)
             process.send_signal(signal.SIGTERM)  # which cuts the stream off
-            output, _ = process.communicate(timeout=20)
+            process.wait()
+        output = process.stdout.read()
     lines = output.splitlines()
     num_refused = sum("GET /read: 503 unavailable, " in line for line in lines)
     assert num_refused >= 2 and sum("GET /stream: 200 disconnected, " in line for line in lines) == 1
