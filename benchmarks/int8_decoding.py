@@ -19,13 +19,14 @@ from benchmarks import hardware
 from benchmarks.models import PRESETS, Preset, build_language_model
 from minigpt4.common import device as devices
 from minigpt4.models import language_model as lm
+from minigpt4.models.growing_cache import new_cache
 
 WIDE = Preset((64, 2, 4, 4.0), (64, 2, 4), (2048, 8, 16, 5504))
 
 
 def make_decoder(llm: nn.Module, context: int, device: torch.device) -> Callable[[], None]:
     """A function that decodes one more token greedily, after a context of ``context`` random embeddings."""
-    cache, embedding = lm.new_cache(), llm.get_input_embeddings()
+    cache, embedding = new_cache(), llm.get_input_embeddings()
     embeds = 0.02 * torch.randn(1, context, embedding.weight.shape[1], device=device).to(embedding.weight.dtype)
     lengths = itertools.count(context)
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.models.mini_gpt4 import IMAGE_PLACEHOLDER
+from minigpt4.models.text_rows import shared_length
 
 IMAGES = read_tensors("vision")["image"]
 CAPTIONS = ["a dog", "a very long caption of many words indeed", "x y"]
@@ -76,7 +77,7 @@ def test_a_language_model_without_begin_token_gets_none(build, tmp_path):
     model = build(llama_model=str(folder), ckpt=None)
     assert model.bos_ids == [] and model.llama_tokenizer.eos_token_id == 96
     row = model.tokenize_rows(["ab"], [IMAGE_PLACEHOLDER])[0]
-    assert row.ids == [-1] * 8 + [vocabulary["a"], vocabulary["b"], 95] and model._shared_prefix([row]) == ()
+    assert row.ids == [-1] * 8 + [vocabulary["a"], vocabulary["b"], 95] and shared_length([row, row]) == 0
     loss = model({"image": IMAGES[:1], "text_input": ["ab"]})["loss"]
     plain = model.llama_model(
         inputs_embeds=model.embed_inputs(torch.tensor([row.ids]), model.encode_img(IMAGES[:1])[0]),

@@ -11,14 +11,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from minigpt4.common.errors import UserError
-from minigpt4.models.growing_cache import MIN_ROOM, copy_cache
+from minigpt4.models.growing_cache import MIN_ROOM, copy_cache, new_cache
 from minigpt4.models.language_model import (
-    compute_prefix_kv,
     decoder_layers,
     last_hidden_states,
     lm_head,
     load_language_model,
-    new_cache,
     next_token_logits,
 )
 from minigpt4.models.packed_attention import PackedBatch, next_token_loss, recompute_layers
@@ -54,8 +52,9 @@ def test_packed_loss_and_gradients_equal_plain_transformers(both, prefix):
     expected = plain_loss(plain, expected_rows, targets, prefix)
     expected.backward()
     packed = torch.cat(rows(llm)).requires_grad_()
-    batch = PackedBatch(LENGTHS, compute_prefix_kv(llm, prefix))
-    loss = next_token_loss(last_hidden_states(llm, packed, batch), lm_head(llm), targets, chunk=4)
+    embeds = torch.cat([llm.get_input_embeddings()(torch.tensor(prefix, dtype=torch.long)), packed])
+    hidden = last_hidden_states(llm, embeds, PackedBatch(LENGTHS, len(prefix)))[len(prefix) :]
+    loss = next_token_loss(hidden, lm_head(llm), targets, chunk=4)
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(packed.grad, torch.cat([row.grad for row in expected_rows]), atol=1e-5, rtol=1e-4)
@@ -146,7 +145,8 @@ def test_recomputed_layers_give_the_same_gradients(both):
     results = []
     for _ in range(2):
         embeds = torch.cat(rows(llm)).requires_grad_()
-        last_hidden_states(llm, embeds, PackedBatch(LENGTHS, compute_prefix_kv(llm, PREFIX))).square().sum().backward()
+        lengths = [LENGTHS[0] - len(PREFIX), *LENGTHS[1:]]
+        last_hidden_states(llm, embeds, PackedBatch(lengths, len(PREFIX))).square().sum().backward()
         results.append(embeds.grad)
         recompute_layers(decoder_layers(llm))
     torch.testing.assert_close(*results)

@@ -62,14 +62,13 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tens
     found = attention_forward(layer, *last, visible[:, :, -1:].to(device))[0].transpose(1, 2)
     yield "next token", found, formula(query[:, :, -1:], key, value, visible[:, :, -1:])
 
-    before = _heads(random, dtype, 1, _PREFIX, **_LLAMA)[1:]
-    query, key, value = packed = _heads(random, dtype, 1, sum(_LENGTHS), **_LLAMA)
-    batch = PackedBatch(_LENGTHS, [tuple(part.to(device) for part in before)], device)
-    found = batch.attend(0, tuple(part.to(device) for part in packed), None, scaling=None, softcap=None)
-    expected = []
-    for row in zip(*(part.split(_LENGTHS, 2) for part in packed), strict=True):
-        keys, values = (torch.cat(parts, 2) for parts in zip(before, row[1:], strict=True))
-        expected.append(formula(row[0], keys, values, causal[_PREFIX : _PREFIX + row[0].shape[2], : keys.shape[2]]))
+    packed = _heads(random, dtype, 1, _PREFIX + sum(_LENGTHS), **_LLAMA)
+    batch = PackedBatch(_LENGTHS, _PREFIX, device)
+    found = batch.attend(tuple(part.to(device) for part in packed), None, scaling=None, softcap=None)
+    prefix, *rows = zip(*(part.split([_PREFIX, *_LENGTHS], 2) for part in packed), strict=True)
+    wholes = [[torch.cat(parts, 2) for parts in zip(prefix, row, strict=True)] for row in rows]
+    expected = [formula(*whole, causal[: whole[0].shape[2], : whole[0].shape[2]]) for whole in wholes]
+    expected = [expected[0][:, :, :_PREFIX], *(row[:, :, _PREFIX:] for row in expected)]
     yield "packed rows behind a prefix", found.transpose(1, 2), torch.cat(expected, 2)
 
     tower = _heads(random, dtype, _ROWS, 257, **_EVA)

@@ -73,12 +73,13 @@ def _packs_rows(llm: Any) -> bool:
     prefix, rows = [1], [[5, 7, 6], [6, 9, 8, 5, 7]]
     embedding = llm.get_input_embeddings()
     try:
-        batch = PackedBatch([len(row) for row in rows], lm.compute_prefix_kv(llm, prefix), embedding.weight.device)
-        embeds = embedding(torch.tensor([token for row in rows for token in row], device=embedding.weight.device))
+        batch = PackedBatch([len(row) for row in rows], len(prefix), embedding.weight.device)
+        embeds = embedding(torch.tensor(sum(rows, prefix), device=embedding.weight.device))
         packed = lm.last_hidden_states(llm, embeds, batch)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
-    whole = [llm.base_model(input_ids=torch.tensor([prefix + row], device=embeds.device))[0][0, 1:] for row in rows]
+    whole = [llm.base_model(input_ids=torch.tensor([prefix + row], device=embeds.device))[0][0] for row in rows]
+    whole = [whole[0][: len(prefix)], *(row[len(prefix) :] for row in whole)]
     difference = (packed - torch.cat(whole)).float().norm() / torch.cat(whole).float().norm()
     return difference.item() < (1e-3 if embeds.dtype == torch.float32 else 0.1)
 

@@ -23,7 +23,6 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import read_json_object
 from minigpt4.models import llama_tokenizer
-from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.packed_attention import NAME, PackedBatch
 from minigpt4.models.parallel import local_shard
@@ -101,22 +100,10 @@ def _cache_argument(llm_class: type[PreTrainedModel]) -> str:
     return "cache" if "cache" in inspect.signature(llm_class.forward).parameters else "past_key_values"
 
 
-@torch.inference_mode(False)  # the result is used in training later
-@torch.no_grad()
-def compute_prefix_kv(llm: PreTrainedModel, ids: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [1, G, P, D] of each layer for P tokens that training rows begin with; none for no tokens."""
-    if not ids:
-        return []
-    cache, embedding = new_cache(), llm.get_input_embeddings()
-    embeds = embedding(torch.tensor([ids], device=embedding.weight.device))
-    next_token_logits(llm, embeds, torch.ones(1, len(ids), dtype=torch.long), cache)
-    return [(layer.keys, layer.values) for layer in cache.layers]
-
-
 def last_hidden_states(llm: PreTrainedModel, embeds: Tensor, batch: PackedBatch, is_packed: bool = True) -> Tensor:
-    """Embeddings [N, L] of a batch's rows, one after the other, to the decoder's last hidden states [N, L].
+    """Embeddings [N, L] of the prefix and of a batch's rows, in this order, to the decoder's last hidden states [N, L].
 
-    ``is_packed=False`` computes padded rows without shared prefix, for architectures with an attention of their own.
+    ``is_packed=False`` computes padded rows, for architectures with an attention of their own.
     """
     if is_packed:
         mask = embeds.new_zeros(1, 1, 1, 1)  # transformers returns masks of four dimensions as they are

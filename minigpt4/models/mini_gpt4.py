@@ -28,7 +28,7 @@ from minigpt4.models.loading import ModelFiles
 from minigpt4.models.lora import LoraSettings, checkpoint_name, lora_settings, train_dropout
 from minigpt4.models.packed_attention import PackedBatch, exclude_from_compilation, next_token_loss, recompute_layers
 from minigpt4.models.Qformer import QFormer
-from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow
+from minigpt4.models.text_rows import IGNORE_INDEX, IMAGE_TOKEN_INDEX, TextRow, shared_length
 from minigpt4.models.vision import VisionEncoder, build_vision, vision_settings
 
 Section = Mapping[str, Any] | ModelConfig
@@ -87,7 +87,6 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         self.max_context_len = min(max_context_len, getattr(llama_model.config, "max_position_embeddings", 2**31))
         self.lora = lora
         self.packs_rows = True  # False for architectures whose attention cannot compute packed rows
-        self._prefix_kv: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] | None = None
         self.frozen_parts.append(llama_model.requires_grad_(False))
         self.train()
 
@@ -152,7 +151,6 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
 
     def compile_parts(self) -> None:
         """Compiles the decoder layers, for any number of tokens, and the vision side, whose shapes never change."""
-        self.compute_prefixes()  # before, as a growing cache would compile each layer anew
         exclude_from_compilation()
         for layer in lm.decoder_layers(self.llama_model):
             layer.compile(dynamic=True)
@@ -248,9 +246,10 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         """
         rows = self.training_rows(samples)
         image_embeds = self._image_embeds(samples, rows)  # [m, L]
-        prefix = self._shared_prefix(rows)
-        ids = [token for row in rows for token in row.ids[len(prefix) :]]  # N, the rows one after the other
-        labels = [label for row in rows for label in (*row.labels[len(prefix) + 1 :], IGNORE_INDEX)]  # of the next
+        shared = shared_length(rows) if self.packs_rows else 0  # P
+        ids = rows[0].ids[:shared] + [token for row in rows for token in row.ids[shared:]]  # N
+        following = [label for row in rows for label in (*row.labels[shared + 1 :], IGNORE_INDEX)]
+        labels = [IGNORE_INDEX] * shared + following  # of the next token
         image_positions = [i for i, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX]
         target_positions = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
 
@@ -260,9 +259,8 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         ids, image_positions, target_positions, labels = on_device
         embeds = self.embed_tokens(ids)  # [N, L]
         embeds = embeds.index_copy(0, image_positions, image_embeds.to(embeds.dtype))
-        lengths = [len(row.ids) - len(prefix) for row in rows]
-        hidden = [[position - len(prefix) for position in row.hidden] for row in rows]
-        batch = PackedBatch(lengths, self._prefix_kv[prefix] if prefix else [], embeds.device, hidden)
+        hidden = [[position - shared for position in row.hidden] for row in rows]
+        batch = PackedBatch([len(row.ids) - shared for row in rows], shared, embeds.device, hidden)
         hidden = lm.last_hidden_states(self.llama_model, embeds, batch, self.packs_rows)  # [N, L]
         hidden, targets = (part.index_select(0, target_positions) for part in (hidden, labels))
         loss = next_token_loss(hidden, lm.lm_head(self.llama_model), targets)
@@ -307,24 +305,3 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         starts = [0, *accumulate(count * self.num_query_token for count in given)]
         shown = [range(start, start + row.ids.count(IMAGE_TOKEN_INDEX)) for start, row in zip(starts, rows)]  # noqa: B905
         return embeds[torch.tensor(list(chain(*shown)), dtype=torch.long, device=embeds.device)]
-
-    def _shared_prefix(self, rows: Sequence[TextRow]) -> tuple[int, ...]:
-        """The tokens before the image where all rows agree in them and their keys and values are known, else none."""
-        if self._prefix_kv is None:
-            self.compute_prefixes()
-        first = rows[0].ids
-        prefix = tuple(first[: first.index(IMAGE_TOKEN_INDEX)]) if IMAGE_TOKEN_INDEX in first else ()
-        is_shared = prefix in self._prefix_kv and all(tuple(row.ids[: len(prefix)]) == prefix for row in rows)
-        return prefix if is_shared and self.packs_rows else ()
-
-    def compute_prefixes(self) -> None:
-        """Computes keys and values of everything that may precede the images of a batch, where they never change."""
-        if self.lora:  # they depend on trained weights: such rows are computed whole, with exact gradients
-            self._prefix_kv = {}
-            return
-        # All at once, as a forward of a sharded LM involves all ranks, which draw different prompts.
-        prompts = self.prompt_list or [IMAGE_PLACEHOLDER]
-        prompts = prompts + [self.prompt_template.format(f"<Img>{IMAGE_PLACEHOLDER}")] * ("{}" in self.prompt_template)
-        ids = [self.bos_ids + self.tokenize_prompt(prompt) for prompt in prompts]
-        prefixes = sorted({tuple(row[: row.index(IMAGE_TOKEN_INDEX)]) for row in ids})
-        self._prefix_kv = {prefix: lm.compute_prefix_kv(self.llama_model, list(prefix)) for prefix in prefixes}

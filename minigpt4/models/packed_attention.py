@@ -1,12 +1,12 @@
 """Attention of the frozen language model: packed training rows behind a shared prefix, and padded rows of a chat.
 
 Everything but attention works token by token, so the tokens of all rows are stored one after the other, without
-padding. transformers' decoders call ``attention_forward``, registered under ``NAME``. Given a ``PackedBatch`` it lays
-the tokens out in a grid, where right padding is invisible under causal attention, and prepends the keys and values of
-the prefix that all rows share. Without one it is PyTorch's scaled dot-product attention, as transformers calls it.
+padding, after the prefix that all rows share. transformers' decoders call ``attention_forward``, registered under
+``NAME``. Given a ``PackedBatch`` it lays the tokens out in a grid of whole rows, where right padding is invisible under
+causal attention. Without one it is PyTorch's scaled dot-product attention, as transformers calls it.
 
-Shapes: B rows, T tokens of the longest row, N tokens of all rows, P tokens of the prefix, H query heads, G key and
-value heads, D width of a head, L width of the LM, V vocabulary.
+Shapes: B rows, P tokens of the prefix, T tokens of the longest row after it, N tokens of prefix and all rows, H query
+heads, G key and value heads, D width of a head, L width of the LM, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,68 +26,69 @@ Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value
 
 
 class PackedBatch:
-    """Positions of B rows of different lengths in one sequence of N tokens.
+    """Positions of B rows of different lengths in one sequence of N tokens, which begins with what all rows begin with.
+
+    Everything but attention computes those P tokens once, with exact gradients. Attention computes them for each row,
+    so that it is plain causal attention of whole rows.
 
     Args:
         lengths: number of tokens of each row, without the prefix.
-        prefix: keys and values [1, G, P, D] of each layer for what all rows begin with.
+        prefix_length: P.
         device: of the tokens.
-        hidden: positions of each row that nothing attends to, not even themselves.
+        hidden: positions of each row, from the end of the prefix, that nothing attends to, not even themselves.
     """
 
     def __init__(
         self,
         lengths: list[int],
-        prefix: Sequence[tuple[Tensor, Tensor]] = (),
+        prefix_length: int = 0,
         device: torch.device | str = "cpu",
         hidden: Sequence[Sequence[int]] = (),
     ) -> None:
-        self.lengths, self.prefix, self.device = lengths, prefix, device
+        self.lengths, self.prefix_length, self.device = lengths, prefix_length, device
         self.longest = max(lengths)
-        self.prefix_length = prefix[0][0].shape[2] if prefix else 0
         indices = [row * self.longest + torch.arange(length) for row, length in enumerate(lengths)]
-        self.indices = torch.cat(indices).to(device, non_blocking=True)  # [N], into the flattened grid [B * T]
-        self.visible: Tensor | None = None  # bool [B, T], where something is hidden
+        self.indices = torch.cat(indices).to(device, non_blocking=True)  # [N - P], into the flattened grid [B * T]
+        self.visible: Tensor | None = None  # bool [B, P + T], where something is hidden
         if any(hidden):
-            self.visible = torch.ones(len(lengths), self.longest, dtype=torch.bool, device=device)
+            self.visible = torch.ones(len(lengths), prefix_length + self.longest, dtype=torch.bool, device=device)
             for row, positions in enumerate(hidden):
-                self.visible[row, list(positions)] = False
-        self._masks: dict[int, Tensor | None] = {}
+                self.visible[row, [prefix_length + position for position in positions]] = False
+        self._masks: dict[int, Tensor] = {}
 
     @property
     def position_ids(self) -> Tensor:
         """Position of each token in its row, prefix included, int64 [1, N]."""
-        return (self.indices % self.longest + self.prefix_length)[None]
+        prefix = torch.arange(self.prefix_length, device=self.device)
+        return torch.cat((prefix, self.indices % self.longest + self.prefix_length))[None]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[N, ...] to [B, T, ...], zero where there is no token."""
-        grid = packed.new_zeros(len(self.lengths) * self.longest, *packed.shape[1:])
+        """[N, ...] to whole rows [B, P + T, ...], zero where there is no token."""
+        num_rows, prefix, rows = len(self.lengths), packed[: self.prefix_length], packed[self.prefix_length :]
+        grid = packed.new_zeros(num_rows * self.longest, *packed.shape[1:])
         # index_copy would keep the packed tensor for the backward pass.
-        return grid.index_put((self.indices,), packed).unflatten(0, (len(self.lengths), self.longest))
+        grid = grid.index_put((self.indices,), rows).unflatten(0, (num_rows, self.longest))
+        return torch.cat((prefix.expand(num_rows, *prefix.shape), grid), 1) if self.prefix_length else grid
 
     def pack(self, grid: Tensor) -> Tensor:
-        """[B, T, ...] to [N, ...]."""
-        return grid.flatten(0, 1).index_select(0, self.indices)
+        """[B, P + T, ...] to [N, ...]."""
+        rows = grid[:, self.prefix_length :].flatten(0, 1).index_select(0, self.indices)
+        return torch.cat((grid[0, : self.prefix_length], rows)) if self.prefix_length else rows
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """Which keys a query sees, bool [T, P + T] or [B, 1, T, P + T]; None where it is plain causal attention."""
-        before, total = self.prefix_length, self.prefix_length + self.longest
-        window = min(window or total, total)
+        """Which keys a query sees, bool [1 or B, 1, P + T, P + T]; None where it is plain causal attention."""
+        length = self.prefix_length + self.longest
+        window = min(window or length, length)
+        if window == length and self.visible is None:
+            return None
         if window not in self._masks:
-            visible = torch.ones(self.longest, total, dtype=torch.bool, device=self.device)
-            is_plain = not before and window == total and self.visible is None
-            mask = None if is_plain else visible.tril(before).triu(before - window + 1)
-            if self.visible is not None:
-                mask = mask & nn.functional.pad(self.visible, (before, 0), value=True)[:, None, None]
-            self._masks[window] = mask
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=self.device).tril().triu(1 - window)
+            self._masks[window] = mask if self.visible is None else mask & self.visible[:, None, None]
         return self._masks[window]
 
-    def attend(self, layer_idx: int, heads: Heads, window: int | None, **settings: Any) -> Tensor:
+    def attend(self, heads: Heads, window: int | None, **settings: Any) -> Tensor:
         """Queries [1, H, N, D], keys and values [1, G, N, D] of a layer to [1, N, H, D]."""
         query, key, value = (self.unpack(part[0].transpose(0, 1)).transpose(1, 2) for part in heads)
-        if self.prefix:
-            before = (part.expand(len(self.lengths), -1, -1, -1) for part in self.prefix[layer_idx])
-            key, value = (torch.cat(parts, 2) for parts in zip(before, (key, value), strict=True))
         mask = self.mask(window)
         mixed, _ = _attention((query, key, value), mask, is_causal=mask is None, **settings)
         return self.pack(mixed.transpose(1, 2))[None]
@@ -115,7 +116,7 @@ def attention_forward(
     if packed is not None:
         if unsupported := [name for name in ("s_aux", "position_bias") if settings.get(name) is not None]:
             raise NotImplementedError(f"attention with {unsupported[0]} is not supported for packed rows")
-        return packed.attend(module.layer_idx, heads, settings.get("sliding_window"), **formula), None
+        return packed.attend(heads, settings.get("sliding_window"), **formula), None
     if formula["softcap"] is None and not settings.get("output_attentions"):
         return sdpa_attention_forward(module, *heads, attention_mask, **settings)
     is_causal = attention_mask is None and query.shape[2] > 1

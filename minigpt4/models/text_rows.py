@@ -211,6 +211,21 @@ def _split_turns(samples: Mapping[str, Any]) -> list[list[tuple[str, str]]]:
     return rows
 
 
+def shared_length(rows: Sequence[TextRow], has_same_images: bool = False) -> int:
+    """How many tokens several rows begin with in common, before any prediction of a target; 0 for one row.
+
+    Images are part of it where they are the same ones in all rows.
+    """
+    longest = min(len(row.ids) for row in rows) - 1 if len(rows) > 1 else 0
+    for i in range(longest):
+        token = rows[0].ids[i]
+        is_image = token == IMAGE_TOKEN_INDEX and not has_same_images
+        ends = (row.ids[i] != token or row.labels[i + 1] != IGNORE_INDEX or i in row.hidden for row in rows)
+        if is_image or any(ends):
+            return i
+    return longest
+
+
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
     """How many ids two sequences begin with in common."""
     pairs = zip(first, second, strict=False)
