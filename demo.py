@@ -208,9 +208,11 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
 
 def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
     """Name, device and precision of the model in one line."""
+    from minigpt4.models.quantization import QuantizedLinear
+
     lm = next(chat.model.llama_model.parameters())
-    layers = {type(module).__name__ for module in chat.model.llama_model.modules()}
-    precision = "8 bit" if "Int8Linear" in layers else str(lm.dtype).removeprefix("torch.")
+    quantized = (module.name for module in chat.model.llama_model.modules() if isinstance(module, QuantizedLinear))
+    precision = next(quantized, str(lm.dtype).removeprefix("torch."))
     return f"{Path(args.cfg_path).stem} · {chat.device} · LM {precision}"
 
 

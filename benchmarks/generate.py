@@ -96,7 +96,7 @@ def main() -> None:
     device, preset = devices.pick(args.device), PRESETS[args.preset]
     torch.manual_seed(0)
     dtype = devices.default_dtype(device)
-    llms = {"ours": (ours, build_language_model(preset, device, dtype, args.llm_precision == "int8"))}
+    llms = {"ours": (ours, build_language_model(preset, device, dtype, args.llm_precision))}
     if args.compare:
         llms["plain"] = plain, build_plain_language_model(preset, device, dtype)
     bandwidth = hardware.measured_bandwidth(device)

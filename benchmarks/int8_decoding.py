@@ -55,7 +55,7 @@ def main() -> None:
     about = hardware.describe(device)
     torch.manual_seed(0)
     llms = {
-        "int8": build_language_model(preset, device, torch.bfloat16, is_int8=True),
+        "int8": build_language_model(preset, device, torch.bfloat16, kind="int8"),
         "bf16": build_language_model(preset, device, torch.bfloat16),
     }
     decoders = {name: make_decoder(llm, args.context, device) for name, llm in llms.items()}

@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.models import language_model as lm
 from minigpt4.models.eva_vit import build_eva_vit, round_vit_weights
-from minigpt4.models.int8 import to_int8
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.mini_gpt4 import IGNORE_INDEX, IMAGE_TOKEN_INDEX, MiniGPT4
 from minigpt4.models.Qformer import QFormer, QFormerConfig
+from minigpt4.models.quantization import quantize_layers
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = "###Human: {} ###Assistant: "
@@ -54,7 +55,9 @@ def llama_settings(preset: Preset) -> dict[str, int]:
     return sizes | {"intermediate_size": inner, "vocab_size": preset.vocabulary}
 
 
-def build_language_model(preset: Preset, device: torch.device, dtype: torch.dtype, is_int8: bool = False) -> nn.Module:
+def build_language_model(
+    preset: Preset, device: torch.device, dtype: torch.dtype, kind: str | None = None
+) -> nn.Module:
     """The preset's frozen LM as a run builds it, its random weights created on the device."""
     from transformers import LlamaConfig
 
@@ -64,7 +67,7 @@ def build_language_model(preset: Preset, device: torch.device, dtype: torch.dtyp
         (path / "model.safetensors").touch()  # a folder without weights is refused
         llm = lm.build_language_model(path, dtype)
     tensors = {name: random_weight(value.shape, device, dtype) for name, value in llm.state_dict().items()}
-    lm.fill_weights(llm, tensors, dtype, device, path, to_int8 if is_int8 else None)
+    lm.fill_weights(llm, tensors, dtype, device, path, partial(quantize_layers, kind=kind) if kind else None)
     return llm
 
 
@@ -89,7 +92,7 @@ def build_minigpt4(
     dtype: torch.dtype,
     stage: int = 1,
     has_vision: bool = True,
-    is_int8: bool = False,
+    kind: str | None = None,
 ) -> MiniGPT4:
     """MiniGPT-4 in the precisions of a run: LM and vision transformer in ``dtype``, the rest float32."""
     vit_width, vit_depth, vit_heads, ratio = preset.vit
@@ -97,7 +100,7 @@ def build_minigpt4(
     vit_config = {"embed_dim": vit_width, "depth": vit_depth, "num_heads": vit_heads, "mlp_ratio": ratio}
     sizes = {"hidden_size": q_width, "num_hidden_layers": q_depth, "num_attention_heads": q_heads}
     q_config = QFormerConfig(**sizes, intermediate_size=4 * q_width, encoder_width=vit_width)
-    llm = build_language_model(preset, device, dtype, is_int8)
+    llm = build_language_model(preset, device, dtype, kind)
     with device:
         vit = build_eva_vit(preset.image, vit_config=vit_config) if has_vision else None
         model = MiniGPT4(

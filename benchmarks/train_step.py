@@ -133,7 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--caption-tokens", type=int, help="mean length; default 12 in stage 1, 80 in stage 2")
     parser.add_argument("--feature-cache", action="store_true", help="train from features, without the vision side")
     parser.add_argument("--dtype", choices=devices.DTYPES, help="precision; default: the device's")
-    parser.add_argument("--llm-precision", choices=("int8",), help="8-bit weights of the LM's layers")
+    parser.add_argument("--llm-precision", choices=("int8", "nf4"), help="quantised weights of the LM's layers")
     parser.add_argument("--compile", action="store_true", help="torch.compile the LM's layers and the vision side")
     parser.add_argument("--compare", nargs="+", choices=(*ATTENTION, "uncompiled", "fp32"), default=[])
     parser.add_argument("--device", default="auto")
@@ -158,7 +158,7 @@ def build_ways(
     """Models and steps by name, ours first, and the batches that ours trains on."""
     images, features = make_batches(args, preset, device)
     batches = features if args.feature_cache else images
-    settings = (args.stage, not args.feature_cache, args.llm_precision == "int8")
+    settings = (args.stage, not args.feature_cache, args.llm_precision)
     models: dict[str, nn.Module] = {OURS: build_minigpt4(preset, device, dtype, *settings)}
     steps = {OURS: make_step(models[OURS], batches, dtype, models[OURS])}
     for name in args.compare:

@@ -1,5 +1,7 @@
 """The decoding loop against transformers and against loops over whole forwards: rows join, leave and are penalised."""
 
+from functools import partial
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, write_language_model
@@ -8,8 +10,8 @@ from decoding import BOS, EOS, LENGTHS, NO_EOS, by_transformers, context, contex
 from minigpt4.conversation import generation
 from minigpt4.conversation.generation import DecodingState, GenerationOptions
 from minigpt4.models.growing_cache import new_cache
-from minigpt4.models.int8 import to_int8
 from minigpt4.models.language_model import load_language_model, next_token_logits
+from minigpt4.models.quantization import quantize_layers
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -149,7 +151,9 @@ def test_two_answers_at_once_do_not_disturb_each_other(llm):
 
 
 def test_eight_bit_rows_together_and_alone(tmp_path):
-    llm = load_language_model(write_language_model(tmp_path, "llama2"), torch.float32, prepare=to_int8)
+    llm = load_language_model(
+        write_language_model(tmp_path, "llama2"), torch.float32, prepare=partial(quantize_layers, kind="int8")
+    )
     embeds, mask = contexts(llm)
     together = [row.ids for row in generate(llm, embeds, mask, greedy(8), BOS, EOS)]
     rows = [(embeds[i : i + 1, 9 - n :], mask[i : i + 1, 9 - n :]) for i, n in enumerate(LENGTHS)]

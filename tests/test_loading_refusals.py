@@ -219,7 +219,7 @@ def test_other_sizes_than_the_file(build):
     assert_words(str(error.value), "missing", "blocks.4.")
 
 
-@pytest.mark.parametrize("change", [{"low_resource": True}, {"llm_precision": "int8"}], ids=str)
+@pytest.mark.parametrize("change", [{"low_resource": True}, {"llm_precision": "nf4"}], ids=str)
 def test_sharded_8_bit_weights(tiny_config, change):
     """Also without the check of a whole configuration."""
     with pytest.raises(UserError, match=r"run\.parallel: fsdp and model\.\w+: \w+ exclude each other"):

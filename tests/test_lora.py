@@ -75,6 +75,15 @@ def test_8_bit_layers_get_the_same_gradients_within_their_precision(build):
     assert (actual - expected).norm() / expected.norm() < 0.1
 
 
+def test_nf4_layers_get_the_gradients_of_their_dequantised_weights(build):
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    nf4, plain = (trained(build, lora_target_modules=every, llm_precision=p) for p in ("nf4", "half"))
+    for name in nf4.lora.layers:
+        layer, dense = (model.llama_model.get_submodule(name).base_layer for model in (nf4, plain))
+        dense.weight.data = layer(torch.eye(layer.in_features)).T.contiguous()  # a mapped file is not written to
+    torch.testing.assert_close(gradients(nf4), gradients(plain), rtol=1e-4, atol=1e-6)
+
+
 def test_half_precision_keeps_lora_weights_in_float32(build):
     model = trained(build, llm_dtype="bf16")
     assert {parameter.dtype for parameter in lora_parameters(model.llama_model).values()} == {torch.float32}
@@ -82,7 +91,7 @@ def test_half_precision_keeps_lora_weights_in_float32(build):
     assert (gradients(model) - expected).norm() / expected.norm() < 0.1
 
 
-@pytest.mark.parametrize("precision", ["half", "int8"])
+@pytest.mark.parametrize("precision", ["half", "int8", "nf4"])
 def test_resumed_run_equals_the_uninterrupted_one(make_runner, precision):
     settings = run_of("stage1", iters_per_epoch=3, accum_grad_iters=2)
     section = {"lora_r": 4, "lora_dropout": 0.2, "llm_precision": precision}
@@ -118,10 +127,11 @@ def test_merged_weights_answer_as_the_layers_did(build):
     merge_lora(model.llama_model, model.lora)
     assert not lora_parameters(model.llama_model)
     assert model(SAMPLES)["loss"].item() == pytest.approx(expected, abs=1e-5)
-    quantized = trained(build, llm_precision="int8").eval()
-    expected = quantized(SAMPLES)["loss"].item()
-    merge_lora(quantized.llama_model, quantized.lora)  # 8 bits would not hold the sum
-    assert lora_parameters(quantized.llama_model) and quantized(SAMPLES)["loss"].item() == expected
+    for precision in ("int8", "nf4"):
+        quantized = trained(build, llm_precision=precision).eval()
+        expected = quantized(SAMPLES)["loss"].item()
+        merge_lora(quantized.llama_model, quantized.lora)  # so few bits would not hold the sum
+        assert lora_parameters(quantized.llama_model) and quantized(SAMPLES)["loss"].item() == expected
 
 
 # checkpoints

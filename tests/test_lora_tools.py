@@ -1,6 +1,7 @@
 """LoRA in the doctor, the demo and the merge tool, on the small world."""
 # ruff: noqa: F811  (fixtures are imported by name)
 
+import sys
 from argparse import Namespace
 
 import pytest
@@ -32,9 +33,9 @@ def checkpoint(tmp_path_factory):
     return file, model
 
 
-@pytest.mark.parametrize("precision", ["half", "int8"])
+@pytest.mark.parametrize("precision", ["half", "int8", "nf4"])
 def test_the_doctor_predicts_what_lora_needs(diagnose, precision):
-    """Also beside 8-bit layers, whose files are compared before they are quantised."""
+    """Also beside quantised layers, whose files are compared before they are quantised."""
     option = f"model.llm_precision={precision}"
     plain, found = diagnose(option), diagnose(option, *LORA)
     assert not errors_of(plain) and not errors_of(found)
@@ -43,7 +44,7 @@ def test_the_doctor_predicts_what_lora_needs(diagnose, precision):
     assert after["LoRA"] == lora and after["language model"] == before["language model"]
     assert after["gradients"] == before["gradients"] + lora and after["optimizer"] == before["optimizer"] + 2 * lora
     assert after["activations"] > before["activations"]
-    assert ("LoRA" in found["memory, chat"].numbers) == (precision == "int8")  # otherwise it is merged
+    assert ("LoRA" in found["memory, chat"].numbers) == (precision != "half")  # otherwise it is merged
 
 
 def test_the_doctor_compares_checkpoints_with_lora(diagnose, checkpoint, monkeypatch):
@@ -51,6 +52,11 @@ def test_the_doctor_compares_checkpoints_with_lora(diagnose, checkpoint, monkeyp
     found = diagnose(*LORA, f"model.ckpt={file}")
     assert not errors_of(found) and "LM with LoRA (model.ckpt)" in found["model.ckpt"].evidence
     the_error(diagnose(f"model.ckpt={file}"), "model.ckpt", "holds LoRA weights, but model.lora_r is 0", "lora_r: 8")
+
+
+def test_the_doctor_names_the_package_that_nf4_needs(diagnose, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    the_error(diagnose("model.llm_precision=nf4"), "model.llm_precision", "pip install bitsandbytes")
 
 
 def answers(chat, image):
@@ -65,12 +71,12 @@ def test_the_demo_merges_lora_into_half_precision(checkpoint):
     file, model = checkpoint
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     expected = answers(Namespace(model=model), image)
-    for precision in ("half", "int8"):
+    for precision, limit in {"half": 0.1, "int8": 0.1, "nf4": 0.3}.items():
         options = [f"model.ckpt={file}", f"model.llm_precision={precision}", "run.device=cpu", *LORA]
         chat = build_chat(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, gpu_id=None, seed=1))
-        assert bool(lora_parameters(chat.model.llama_model)) == (precision == "int8")
+        assert bool(lora_parameters(chat.model.llama_model)) == (precision != "half")
         error = (answers(chat, image) - expected).norm() / expected.norm()
-        assert error < 0.1, precision
+        assert error < limit, precision
 
 
 @torch.no_grad()

@@ -55,9 +55,9 @@ def is_prompt_template(template: str) -> bool:
 
 def sharding_problem(model: ModelConfig) -> str | None:
     """Why the language model cannot be sharded over ranks; None where it can."""
-    if not (model.low_resource or model.llm_precision == "int8"):
+    if not model.quantization:
         return None
-    key = "low_resource: True" if model.low_resource else "llm_precision: int8"
+    key = "low_resource: True" if model.llm_precision == "half" else f"llm_precision: {model.llm_precision}"
     return f"run.parallel: fsdp and model.{key} exclude each other; choose one of the two."
 
 

@@ -166,8 +166,8 @@ def has_fused_optimizer(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def has_int8(device: torch.device) -> bool:
-    """Whether 8-bit weights are known to work there."""
+def has_quantization(device: torch.device) -> bool:
+    """Whether weights of 8 and 4 bits are known to work there."""
     return device.type in ("cpu", "cuda", "meta")
 
 

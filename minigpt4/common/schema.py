@@ -65,7 +65,9 @@ class ModelConfig:
     qformer_config: QFormerSettings = key(QFormerSettings, "Another size of the Q-Former.")
     llama_model: str = key("/path/to/vicuna/weights/", "Language model: folder or Hugging Face id.")
     llm_dtype: Precision | None = key(None, "Precision of the language model; null: the best of the device.")
-    llm_precision: Literal["half", "int8"] = key("half", "`int8`: layers of the language model hold 8-bit weights.")
+    llm_precision: Literal["half", "int8", "nf4"] = key(
+        "half", "Weights of the language model's layers: `half`, `int8`, or `nf4`, 4 bits through bitsandbytes."
+    )
     llm_grad_checkpoint: bool = key(False, "Gradient checkpointing of the language model: less memory, more time.")
     low_resource: bool = key(False, "The reference's name for `llm_precision: int8`.")
     device_8bit: int = key(0, _UNUSED)
@@ -89,6 +91,12 @@ class ModelConfig:
             object.__setattr__(self, "has_qformer", not is_v2)
         if is_v2 and not self.prompt_template:
             object.__setattr__(self, "prompt_template", "[INST] {} [/INST]")
+
+    @property
+    def quantization(self) -> str | None:
+        """The kind of quantised layers that the language model should have; None for half precision."""
+        kind = "int8" if self.low_resource and self.llm_precision == "half" else self.llm_precision
+        return None if kind == "half" else kind
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from minigpt4.doctor.findings import OK, WARNING, Finding, collect, refused, siz
 from minigpt4.doctor.language import tokenizer_check, version_check
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
-from minigpt4.models.int8 import to_int8
 from minigpt4.models.lora import add_lora, is_lora
 from minigpt4.models.mini_gpt4 import MiniGPT4
+from minigpt4.models.quantization import quantize_layers
 from minigpt4.models.vision import VisionEncoder, build_vision, round_vision, vision_settings
 
 FILES = loading.ModelFiles._fields
@@ -48,6 +48,7 @@ class ModelFiles:
             findings += collect(f"model.{name}", self._locate, name) if getattr(self.cfg, name) is not None else []
         if self.config_folder is not None:
             try:
+                loading.quantization(self.cfg, self.device)
                 self.model = self._build_as_stored()
             except UserError as error:
                 key = re.match(r"model\.\w+", str(error))
@@ -84,7 +85,7 @@ class ModelFiles:
         return model
 
     def _build_as_stored(self, has_vision: bool = True) -> MiniGPT4:
-        """The model as its files describe it: without 8-bit layers and LoRA."""
+        """The model as its files describe it: without quantised layers and LoRA."""
         files = loading.ModelFiles(**self.paths | {"llama_model": self.config_folder})
         model = MiniGPT4.build(self.cfg, files, self.device, has_vision)
         if has_vision:
@@ -92,8 +93,8 @@ class ModelFiles:
         return model
 
     def _adapt_language_model(self, model: MiniGPT4, has_lora: bool = True) -> None:
-        if loading.is_int8(self.cfg, self.device):
-            to_int8(model.llama_model)
+        if kind := loading.quantization(self.cfg, self.device):
+            quantize_layers(model.llama_model, kind)
         if model.lora and has_lora:
             add_lora(model.llama_model, model.lora)
 

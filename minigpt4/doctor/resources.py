@@ -163,7 +163,7 @@ def predict(run_cfg: RunConfig, files: ModelFiles, model: nn.Module, samples: Ma
 
 def chat_memory(files: ModelFiles, is_training: bool, capacity: Capacity) -> Finding:
     """Memory of a full chat, compared with the device's."""
-    has_lora = loading.is_int8(files.cfg, files.device)  # into other layers the weights are merged
+    has_lora = bool(loading.quantization(files.cfg, files.device))  # into other layers the weights are merged
     parts = memory.chat(files.build(has_lora=has_lora), files.device, files.cfg.image_size, CHAT_TOKENS)
     stored = size(parts["keys and values"])
     evidence = f"{_listed(parts, capacity)} (a chat of {CHAT_TOKENS} tokens; each further one that is kept {stored})"

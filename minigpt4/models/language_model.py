@@ -23,9 +23,9 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.utils import read_json_object
 from minigpt4.models import llama_tokenizer
-from minigpt4.models.int8 import Int8Linear
 from minigpt4.models.packed_attention import NAME, PackedBatch
 from minigpt4.models.parallel import local_shard
+from minigpt4.models.quantization import QuantizedLinear
 
 KEY = "model.llama_model"
 MAX_LAYERS = 1000  # building more takes minutes, whatever the files hold
@@ -184,7 +184,7 @@ def fill_weights(
             cause = "the files are damaged, copy them again." + see("nan")
             raise UserError(f"{KEY}: '{name}' in {folder} holds NaN; {cause}")
         value = value.to(dtype)
-        if isinstance(module, Int8Linear) and leaf == "weight":
+        if isinstance(module, QuantizedLinear) and leaf == "weight":
             module.quantize(value)
         elif leaf in dict(module.named_buffers(recurse=False)):
             module.register_buffer(leaf, value)

@@ -21,9 +21,9 @@ from minigpt4.common.files import locate
 from minigpt4.common.schema import ModelConfig
 from minigpt4.common.utils import IMAGE_PLACEHOLDER, decode_text
 from minigpt4.models import language_model as lm
-from minigpt4.models.int8 import to_int8
 from minigpt4.models.lora import add_lora, is_lora, lora_parameters, match_lora
 from minigpt4.models.parallel import shard_language_model
+from minigpt4.models.quantization import quantize_layers
 from minigpt4.models.vision import Q_FORMER, VIT, States, load_vision, locate_vision, q_former_state, vit_state
 
 CKPT, PROMPTS = "model.ckpt", "model.prompt_path"
@@ -78,18 +78,31 @@ def language_model_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
     return devices.DTYPES[cfg.llm_dtype] if cfg.llm_dtype else devices.default_dtype(device)
 
 
-def is_int8(cfg: ModelConfig, device: torch.device) -> bool:
-    """Whether the LM's layers hold 8-bit weights: asked for, and supported by the device."""
-    return (cfg.low_resource or cfg.llm_precision == "int8") and devices.has_int8(device)
+def quantization(cfg: ModelConfig, device: torch.device) -> str | None:
+    """The kind of quantised layers that the LM has on a device; None where they stay in half precision.
+
+    Raises UserError if NF4 is asked for and not available.
+    """
+    kind = cfg.quantization
+    if kind == "nf4":
+        try:
+            import bitsandbytes  # noqa: F401
+        except Exception as error:  # it loads a library for the device, which may fail in many ways
+            cause = f"needs the package bitsandbytes, which cannot be imported ({error})"
+            raise UserError(f"model.llm_precision: nf4 {cause}; install it: pip install bitsandbytes.") from error
+        if not devices.has_quantization(device):
+            cause = f"needs kernels of bitsandbytes, which has none for {device.type} that are known to work"
+            raise UserError(f"model.llm_precision: nf4 {cause}; use half, on several devices with run.parallel: fsdp.")
+    return kind if devices.has_quantization(device) else None
 
 
 def _preparation(cfg: ModelConfig, device: torch.device, is_sharded: bool) -> lm.Prepare | None:
-    """What happens to the LM before its weights arrive: shards over ranks, 8-bit layers, or nothing."""
+    """What happens to the LM before its weights arrive: shards over ranks, quantised layers, or nothing."""
     if is_sharded:
         return partial(shard_language_model, device=device)
-    if is_int8(cfg, device):
-        return to_int8
-    if cfg.low_resource or cfg.llm_precision == "int8":
+    if kind := quantization(cfg, device):
+        return partial(quantize_layers, kind=kind)
+    if cfg.quantization:
         logging.warning("8-bit weights are not supported on %s; using half precision.", device.type)
     return None
 

@@ -1,7 +1,8 @@
 """LoRA (Hu et al., 2021) on linear layers of the frozen language model, through peft.
 
-Such a layer computes x W^T + (alpha / r) x A^T B^T: W [out, in] is frozen, in any precision, perhaps 8-bit or sharded;
-A [r, in] and B [out, r] are trained in float32, and B begins as zero. Checkpoints hold A and B under peft's names.
+Such a layer computes x W^T + (alpha / r) x A^T B^T: W [out, in] is frozen, in any precision, perhaps quantised or
+sharded; A [r, in] and B [out, r] are trained in float32, and B begins as zero. Checkpoints hold A and B under peft's
+names.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from minigpt4.common.errors import UserError, nearest, see
 from minigpt4.common.schema import ModelConfig
-from minigpt4.models.int8 import Int8Linear
+from minigpt4.models.quantization import QuantizedLinear
 
 TARGETS = "model.lora_target_modules"
 _PREFIX = "llama_model.base_model.model."  # in checkpoints: peft wraps the LM twice
@@ -180,7 +181,7 @@ def check_trained(llm: nn.Module, settings: LoraSettings) -> None:
 
 @torch.no_grad()
 def merge_lora(llm: nn.Module, settings: LoraSettings) -> None:
-    """Adds trained LoRA weights to those of their layers, in place, and removes them; 8-bit layers keep theirs.
+    """Adds trained LoRA weights to those of their layers, in place, and removes them; quantised layers keep theirs.
 
     Raises UserError if they were never trained.
     """
@@ -189,7 +190,7 @@ def merge_lora(llm: nn.Module, settings: LoraSettings) -> None:
     for name in settings.layers:
         parent, _, leaf = name.rpartition(".")
         layer = llm.get_submodule(name).base_layer
-        if isinstance(layer, Int8Linear):  # rounding the sum to 8 bits would lose much of what was trained
+        if isinstance(layer, QuantizedLinear):  # rounding the sum would lose much of what was trained
             continue
         a, b = (parameters[part] for part in tensor_names(name))
         total = (layer.weight.float() + lora_delta(a, b, settings.scaling)).to(layer.weight.dtype)

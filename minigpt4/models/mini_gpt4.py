@@ -105,7 +105,7 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         """Builds the model of a ``model`` section, compares all its files by names and shapes, and loads them.
 
         On the meta device nothing is loaded. Raises UserError if a file is missing or does not match the model, or if
-        8-bit weights are to be sharded.
+        quantised weights are to be sharded.
 
         Args:
             cfg: the section; docs/CONFIGURATION.md describes its keys.
