@@ -176,6 +176,17 @@ def test_forward(case, monkeypatch):
             assert (gradient - golden[f"grad.{key}"]).norm() < 1e-4 * norm
 
 
+@pytest.mark.parametrize(
+    "case", [("v2", "conversation_dollar"), ("vicuna0", "prompt_list")], ids=names_of, indirect=True
+)
+def test_padded_rows_give_the_same_loss(case, monkeypatch):
+    """For language models whose attention cannot compute packed rows."""
+    _, _, info, model, samples = case
+    monkeypatch.setattr(model, "packs_rows", False)
+    with torch.no_grad():
+        assert model(samples)["loss"].item() == pytest.approx(info["loss"][0], abs=1e-5)
+
+
 def encode_first(model, member):
     with torch.no_grad():
         return model.encode_img(images(member, range(3)))[0]

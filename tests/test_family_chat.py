@@ -54,9 +54,7 @@ def test_template(member):
 
 @pytest.fixture
 def chat(member, monkeypatch):
-    return Chat(
-        shared(member), Blip2ImageEvalProcessor(shared(member).visual_encoder.patch_embed.img_size[0]), num_kept_chats=0
-    )
+    return Chat(shared(member), Blip2ImageEvalProcessor(shared(member).visual_encoder.patch_embed.img_size[0]))
 
 
 def up_to_separator(model, conv, ids):
