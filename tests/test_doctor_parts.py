@@ -13,6 +13,7 @@ from minigpt4.common import weights
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
 from minigpt4.doctor.language import check_language_model
+from minigpt4.doctor.resources import timed_steps
 from minigpt4.models import MiniGPT4, loading
 from minigpt4.models.language_model import load_language_model
 from minigpt4.models.llama_tokenizer import load_tokenizer
@@ -105,3 +106,20 @@ def test_every_link_into_the_guide_leads_somewhere():
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= anchors
     for link in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text):
         assert (GUIDE.parent / link).exists(), link
+
+
+def test_steps_are_tried_without_a_tracker(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def runner(cfg, **_):
+        raise Stop(dict(cfg.run_cfg))
+
+    task = Namespace(build_model=lambda cfg: None, build_datasets=lambda cfg: {})
+    monkeypatch.setattr("minigpt4.tasks.setup_task", lambda cfg, device: task)
+    monkeypatch.setattr("minigpt4.runners.RunnerBase", runner)
+    options = ["run.wandb_log=True", "run.tracker=tensorboard"]
+    cfg = Config(Namespace(cfg_path=str(ROOT / "train_configs/quickstart_stage1.yaml"), options=options))
+    with pytest.raises(Stop) as stop:
+        timed_steps(None, cfg, Namespace(device=None), 1)
+    assert not stop.value.args[0]["wandb_log"] and not stop.value.args[0]["tracker"]

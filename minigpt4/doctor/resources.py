@@ -187,7 +187,7 @@ def timed_steps(run_cfg: RunConfig, cfg: Any, files: ModelFiles, num_steps: int)
     from minigpt4.tasks import setup_task
 
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"output_dir": folder, "resume": None, "resume_ckpt_path": None, "tracker": None}
+        changes = {"output_dir": folder, "resume": None, "resume_ckpt_path": None, "tracker": None, "wandb_log": False}
         short = copy.copy(cfg)
         short.config = OmegaConf.merge(cfg.config, {"run": {**changes, "feature_cache": None}})
         task = setup_task(short, files.device)
