@@ -30,6 +30,7 @@ from minigpt4.datasets.datasets.instructions import CONNECT_SYM, FORMATS
 from minigpt4.datasets.loader import LOADER_KEY
 from minigpt4.doctor.findings import OK
 from minigpt4.doctor.samples import check_samples, draw
+from minigpt4.evaluation.benchmarks import BENCHMARKS
 from minigpt4.processors import Blip2ImageEvalProcessor, BlipCaptionProcessor
 
 RECORDED = read_json("dataset_samples.json", FAMILY)
@@ -109,6 +110,13 @@ def test_mixed_batches_of_own_sizes_resume_exactly(build_infos):
     resumed = loader()
     resumed.load_state_dict([batches[10][1]], 0, 11)
     assert [texts(batch) for batch in resumed.iter_epoch(0, 11)] == [batch for batch, _ in batches[11:]]
+
+
+@pytest.mark.parametrize("name", RECORDED["evaluation"])
+def test_benchmarks_ask_as_recorded(name):
+    questions = ("Left bus!", "the man's (tall) tree", "boat, on lake;  right")
+    asked = [BENCHMARKS[name].prompt.format(question=question) for question in questions]
+    assert asked == [row[1] for row in RECORDED["evaluation"][name]]
 
 
 # processors
