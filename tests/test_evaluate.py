@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from random import Random
 
 import family
 import pytest
@@ -18,7 +19,7 @@ from minigpt4.evaluation.benchmarks import BENCHMARKS, Given, ranks
 from minigpt4.evaluation.items import BenchmarkConfig, Item
 from minigpt4.evaluation.tasks import answer, find_work, score_all
 from minigpt4.processors import Blip2ImageEvalProcessor
-from quickstart import scenes
+from quickstart import easy_vqa, scenes
 from quickstart.benchmarks import write_benchmarks
 
 CONFIG = "eval_configs/quickstart_benchmarks.yaml"
@@ -284,3 +285,23 @@ def test_a_damaged_image_is_a_counted_row(run, world, tmp_path):
 def test_every_benchmark_has_a_prompt_and_default_variants():
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.prompt and 0 < benchmark.num_default <= len(benchmark.variants), name
+
+
+def test_easy_vqa_by_kind_of_question_and_its_training_rows(tmp_path):
+    questions = [
+        ["what color is the shape?", "red", 0],
+        ["is there a circle?", "yes", 0],
+        ["what shape is in it?", "circle", 1],
+    ]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    (tmp_path / "answers.jsonl").write_text(
+        "".join(json.dumps({"answer": text}) + "\n" for text in ("Red.", "no", "Circle"))
+    )
+    work = find_work(Configuration(easy_vqa={"eval_file_path": str(tmp_path)}), None, needs_images=False)
+    values = {row["metric"]: row["value"] for row in score_all(work, tmp_path / "out", str(tmp_path / "answers.jsonl"))}
+    kinds = {"accuracy (colour)": 1, "accuracy (yes/no)": 0, "accuracy (shape)": 1}
+    assert values == {"accuracy": pytest.approx(2 / 3)} | kinds
+    rows = easy_vqa.conversations(questions, tmp_path, Random(1))
+    assert [len(row["conversations"]) for row in rows] == [4, 2]
+    assert rows[1]["conversations"][1] == {"from": "gpt", "value": "Circle."}
+    assert rows[1]["conversations"][0]["value"] == "<image>\nwhat shape is in it?"

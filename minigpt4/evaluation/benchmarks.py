@@ -137,7 +137,7 @@ def exact_score(
 
 def _easy_vqa_kind(item: Item) -> str:
     answer = item.row["answer"]
-    return "yes/no" if answer in ("yes", "no") else "shape" if "shape" in item.question else "colour"
+    return "yes/no" if answer in ("yes", "no") else "colour" if "color" in item.question else "shape"
 
 
 def ranks(given: Sequence[Given], variant: str, batch_size: int) -> list[list[int]]:
