@@ -90,17 +90,15 @@ def choose_split(items: Sequence[tuple[str, T]], key: str, where: Path) -> list[
     Raises:
         UserError: there are several splits, none of them for this key.
     """
-    names, wanted = list(dict.fromkeys(name for name, _ in items)), _SPLITS.get(key.rpartition(".")[2], ())
-    if len(names) == 1:
+    names, wanted = list(dict.fromkeys(name for name, _ in items)), _SPLITS.get(key.rpartition(".")[2])
+    if len(names) < 2 or wanted is None:
         return [item for _, item in items]
-    if items and not (chosen := [item for name, item in items if name in wanted]):
-        raise UserError(f"{key}: {where} has the splits {', '.join(names)}; expected one named {' or '.join(wanted)}.")
-    if items:
-        logging.info(
-            "%s: %d of %d parts of %s are used, of the split %s.", key, len(chosen), len(items), where, wanted[0]
-        )
-        return chosen
-    return []
+    chosen = [item for name, item in items if name in wanted]
+    if not chosen:
+        expected = f"expected one named {' or '.join(wanted)}, or files that hold one split each"
+        raise UserError(f"{key}: {where} has the splits {', '.join(names)}; {expected}.")
+    logging.info("%s: %d of %d parts of %s, the split %s, are used.", key, len(chosen), len(items), where, wanted[0])
+    return chosen
 
 
 def read_table(files: Sequence[Path], key: str, folder: Path) -> Iterator[Pair | Dialogue]:
