@@ -1,6 +1,7 @@
 """What evaluate.py refuses before anything is answered or scored: annotations, sections and answers that are wrong."""
 
 import json
+import sys
 
 import pytest
 
@@ -53,6 +54,16 @@ def test_wrong_sections_are_refused(tmp_path):
     section = {"eval_file_path": str(tmp_path / "file.json"), "subset": str(tmp_path / "subset.json")}
     with pytest.raises(UserError, match="no rows to evaluate"):
         find_work(Configuration(pope=section), None)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "variant", "module"),
+    [("chair", "opera_nltk", "nltk"), ("coco_caption", "ptb", "pycocoevalcap.tokenizer.ptbtokenizer")],
+)
+def test_what_a_variant_needs_is_checked_before_anything_is_read(benchmark, variant, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"{variant}.* needs {module.split('.')[0]}.*pip install"):
+        find_work(Configuration(**{benchmark: {"eval_file_path": "none", "variants": [variant]}}), None)
 
 
 WRONG_ANSWERS = {

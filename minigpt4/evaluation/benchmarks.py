@@ -12,7 +12,7 @@ import numpy as np
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.evaluation import boxes, chair, exact, vqa, yes_no
 from minigpt4.evaluation import items as readers
-from minigpt4.evaluation.captions import caption_metrics
+from minigpt4.evaluation.captions import caption_metrics, tokenize_ptb
 from minigpt4.evaluation.chair_files import chair_objects, read_chair
 from minigpt4.evaluation.items import BenchmarkConfig, Item, Reader
 from minigpt4.evaluation.metric import Metric, mean_metric, ratio
@@ -23,6 +23,10 @@ _VIZWIZ_PROMPT = (
     "and reply 'unanswerable' when the provided information is insufficient"
 )
 _HM_PROMPT = "This is an image writting '{question}'. Is this image hateful? Answer yes or no. Answer:"
+
+
+# Variants that need further programs are tried on a word before anything is answered.
+_PROBES = {"ptb": lambda: tokenize_ptb(["word"]), "opera_nltk": lambda: chair.lemmas_by_nltk("word")}
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ class Benchmark:
     ask_again: Callable[[str, str], str | None] | None = None  # of --resample: the next question after an answer
 
     def with_variants(self, section: BenchmarkConfig, where: str) -> BenchmarkConfig:
-        """The section with the variants to compute; UserError for an unknown one."""
+        """The section with the variants to compute; UserError for one that is unknown, or whose program is missing."""
         for name in section.variants:
             if name not in self.variants:
                 hint = nearest(name, self.variants)
                 raise UserError(f"{where}.variants has '{name}'.{hint} Known: {', '.join(self.variants)}.")
+            _PROBES.get(name, bool)()
         return replace(section, variants=section.variants or list(self.variants[: self.num_default]))
 
 
