@@ -108,6 +108,19 @@ def test_responses_have_openais_fields(server):
     assert choice["message"]["role"] == "assistant" and choice["message"]["refusal"] is None
 
 
+def test_messages_of_minigpt_v2_have_boxes(server, image, monkeypatch):
+    assert "boxes" not in answered(server)["choices"][0]["message"]
+    monkeypatch.setattr(server.engine.chat.model, "arch", "minigpt_v2")
+    monkeypatch.setattr(server.engine.chat, "decode_answer", lambda *_, **__: "{<5><30><40><60>}")
+    boxes = [{"phrase": None, "box": [0.05, 0.3, 0.4, 0.6]}]
+    assert server.ask(content(image)).choices[0].message.boxes == boxes
+    *_, last = server.ask(content(image), stream=True)
+    assert last.choices[0].finish_reason and last.choices[0].delta.boxes == boxes
+    outside = {"role": "user", "content": "[identify] {<120><0><130><9>}"}
+    found = post(server, messages=[outside])
+    assert found.status_code == 400 and "lies outside the image" in found.json()["error"]["message"]
+
+
 def test_a_stream_in_bytes(server):
     with httpx.stream(
         "POST", server.url + PATH, json=json.loads(post(server).request.content) | {"stream": True}

@@ -17,6 +17,7 @@ from serving import GREEDY, rows_of
 from minigpt4.common.errors import UserError
 from minigpt4.serve.batch import answer_questions, find_questions
 from minigpt4.serve.batch_output import BatchOutput
+from minigpt4.serve.tables import read_rows
 
 PNG = picture_kinds.saved(Image.new("RGB", (8, 8)), "PNG")
 
@@ -249,3 +250,19 @@ def test_a_target_with_other_rows_is_left_unchanged(chat, tmp_path, case):
     told(lambda: answer(chat, found, tmp_path / "out.jsonl"), "--out", "out.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == FOREIGN_TARGETS[case]
     assert sorted(os.listdir(tmp_path)) == ["a.png", "out.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet"])
+def test_boxes_of_minigpt_v2(chat, scene_folder, tmp_path, monkeypatch, name):
+    boxes = [{"phrase": "a ring", "box": [0.05, 0.3, 0.4, 0.6]}, {"phrase": "a dot", "box": [0.5, 0.5, 0.7, 1.0]}]
+    text = "<p>a ring</p> {<5><30><40><60>}, <p>a dot</p> {<50><50><70><100>}, <p>no</p> {<120><0><130><9>}"
+    monkeypatch.setattr(chat.model, "arch", "minigpt_v2")
+    monkeypatch.setattr(chat, "decode_answer", lambda *_, **__: text)
+    path = str(scene_folder / "0.png")
+    rows = [{"image": path, "boxes": 3}, {"image": path, "boxes": 4, "question": "[identify] {<120><0><130><9>}"}]
+    questions = find_questions(write_rows(tmp_path / "in.jsonl", *rows), "[grounding]")
+    assert answer(chat, questions, tmp_path / name) == 1
+    good, bad = [row for _, row in read_rows(tmp_path / name, "")]
+    assert (json.loads(good["boxes"]) if name == "out.csv" else good["boxes"]) == boxes and good["answer"] == text
+    assert "[120, 0, 130, 9] lies outside the image" in bad["error"] and not bad.get("boxes")
+    assert int(good["input_boxes"]) == 3

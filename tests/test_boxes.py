@@ -97,3 +97,10 @@ def test_escaping():
 )
 def test_outside(box, outside):
     assert boxes.is_outside(box) == outside
+
+
+def test_boxes_of_answers():
+    found = boxes.answer_boxes("<p>a</p> {<5><30><40><60>}<delim>{<120><0><130><9>} and <p>b</p> {<9><9><1><1>}")
+    assert found == [("a", (5, 30, 40, 60))]
+    for text in ("1, 2, 3 and 4 of them", "{<" + 5000 * "9" + "><1><2><3>}", "", "{<1><2><3>}"):
+        assert boxes.answer_boxes(text) == boxes.box_fields(text) == []

@@ -37,6 +37,9 @@ def library_errors(chat, monkeypatch):
     yield message_of(images.read_image, data.getvalue()[:60], "'a.png'")
     conv = chat.template.copy()
     yield message_of(chat.ask, "<ImageHere>", conv)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat.model, "arch", "minigpt_v2")
+        yield message_of(chat.ask, "[identify] {<120><0><130><9>}", conv)
     chat.ask(3000 * "why ", conv)
     yield message_of(chat.check_length, conv, [], GenerationOptions(max_new_tokens=1))
     decoder = image_decoder.ImageDecoder()

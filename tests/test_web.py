@@ -1,87 +1,30 @@
+# ruff: noqa: F811  (fixtures)
 """The page in a browser, with the embedded model before any training: its answers are nonsense, but they stream."""
 
 import base64
 import json
 import re
 import shutil
-import time
-from dataclasses import replace
-from functools import partial
-from random import Random
 
 import page_browser
 import pytest
-from serving import build_chat, served
+from page_visits import (  # noqa: F401
+    OPTIONS,
+    address,
+    browser,
+    engine,
+    images,
+    ratings,
+    slow_chat,
+    visit,
+)  # fmt: skip
+from serving import served
 
-from minigpt4.conversation.sampling import GenerationOptions
-from minigpt4.serve import page_answers
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.page_answers import Job, PageModel
 from minigpt4.serve.web import build_app
-from quickstart.scenes import draw_scene, render
-
-OPTIONS = GenerationOptions(max_new_tokens=200, seed=42)
-SECONDS_PER_STEP = 0.02  # the embedded model is faster than anyone can press Stop
 
 pytestmark = pytest.mark.skipif(not shutil.which(page_browser.CHROMIUM), reason="there is no Chromium")
-
-
-@pytest.fixture(scope="module")
-def slow_chat():
-    chat = build_chat()
-    llm, plain = chat.model.llama_model, chat.model.llama_model.forward
-    llm.forward = lambda *arguments, **named: (time.sleep(SECONDS_PER_STEP), plain(*arguments, **named))[1]
-    chat.template = replace(chat.template, sep="%%")  # a stop string that it never generates
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_answers, "GenerationOptions", partial(GenerationOptions, min_length=1000))
-        yield chat
-
-
-@pytest.fixture(scope="module")
-def engine(slow_chat):
-    engine = Engine(slow_chat)
-    yield engine
-    engine.close(2)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for number in range(2):
-        render(draw_scene(Random(number)), Random(number)).save(folder / f"{number}.png")
-    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ratings(tmp_path_factory):
-    return tmp_path_factory.mktemp("ratings") / "ratings.jsonl"
-
-
-@pytest.fixture(scope="module")
-def address(engine, images, ratings):
-    model = PageModel(engine, "embedded", "Embedded model, CPU")
-    with served(build_app([model], OPTIONS, [images / "0.png"], feedback=ratings)) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with page_browser.browser() as chromium:
-        yield chromium
-
-
-@pytest.fixture
-def visit(browser, address):
-    pages = []
-
-    def new(url=address, **options):
-        pages.append(page_browser.Page(browser, url, **options))
-        return pages[-1]
-
-    yield new
-    for page in pages:
-        page.context.close()
 
 
 def asked(page, question="What is there?"):
@@ -96,6 +39,7 @@ def test_the_first_view_says_what_it_is_and_its_examples_run(visit):
     page = visit()
     text = page.page.inner_text("#page")
     assert "Ask about an image" in text and "Embedded model, CPU" in text
+    assert not page.page.locator("#tasks").count()  # only MiniGPT-v2 has them
     assert page.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
     assert page.page.evaluate("document.documentElement.lang") == "en"
     page.page.click(".example >> nth=0")
@@ -348,3 +292,37 @@ def test_two_models_answer_side_by_side(visit, engine, chat, images):
             boxes = [page.page.locator(f"#chat{i}").bounding_box() for i in range(2)]
             assert (boxes[0]["y"] == boxes[1]["y"]) == (width > 640)  # below each other on a phone
     models[1].engine.close(2)
+
+
+def test_a_drawn_box_becomes_a_question_and_boxes_of_answers_are_drawn(visit, engine, slow_chat, images, monkeypatch):
+    answer = "<p>a ring</p> {<5><30><40><60>} and <p>two <b> dots</p> {<50><50><70><70>}<delim>{<80><10><99><30>}"
+    monkeypatch.setattr(slow_chat.model, "arch", "minigpt_v2")
+    monkeypatch.setattr(slow_chat, "decode_answer", lambda *_, **__: answer)
+    with served(build_app([PageModel(engine, "embedded", "")], OPTIONS)) as url:
+        page = visit(url)
+        page.press("draw")
+        assert "Add an image first." in page.page.inner_text("#note")
+        page.upload(images / "0.png")
+        page.press("task-grounding")
+        assert page.typed == "[grounding] describe this image in detail"
+        page.press("draw")
+        area, mouse = page.page.locator("#drawing section").bounding_box(), page.page.mouse
+        for step, (x, y) in enumerate(((0.805, 0.705), (0.255, 0.205))):
+            mouse.move(area["x"] + x * area["width"], area["y"] + y * area["height"])
+            mouse.up() if step else mouse.down()
+        page.page.fill("#drawing input >> nth=2", "75")
+        page.page.click("#drawing button >> nth=0")
+        question = "[identify] what is this {<25><20><75><70>}"
+        assert page.typed == question
+        assert page.page.get_attribute("#task-identify", "aria-pressed") == "true"
+        page.send(question)
+        page.wait(lambda: page.answer)
+        page.press("Stop")
+        page.wait(lambda: page.page.locator(".grounded img").count())
+        alt = "The image with boxes around: a ring, two <b> dots"
+        assert page.page.get_attribute(".grounded img", "alt") == alt and page.num_images == 2
+        assert page.page.evaluate("document.querySelector('.grounded img').naturalWidth") == 500
+        assert page.page.inner_text(".grounded p").split() == ["a", "ring", "and", "two", "<b>", "dots"]
+        page.press("Edit")
+        page.wait(lambda: page.page.locator("#chat0 textarea").count())
+        page.wait(lambda: page.page.input_value("#chat0 textarea") == question)

@@ -7,7 +7,7 @@ import html
 import itertools
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 from PIL import Image
@@ -20,7 +20,7 @@ COLOURS = (
     (0, 128, 0), (144, 238, 144), (238, 238, 175), (255, 191, 0), (0, 128, 0), (226, 43, 138), (255, 0, 255),
     (0, 215, 255),
 )  # fmt: skip
-_BOX = re.compile(r"\{<(-?\d+)><(-?\d+)><(-?\d+)><(-?\d+)>\}")
+_BOX = re.compile(r"\{<(-?\d{1,9})><(-?\d{1,9})><(-?\d{1,9})><(-?\d{1,9})>\}")
 _ANSWER = re.compile(r"\{<\d{1,3}><\d{1,3}><\d{1,3}><\d{1,3}>\}")
 _PHRASES = re.compile(r"<p>(.*?)\}(?!<)")
 _INTEGERS = re.compile(r"-?\d+")
@@ -123,6 +123,18 @@ def phrase_boxes(text: str) -> list[PhraseBox]:
     if not parts and len(numbers := _INTEGERS.findall(text)) == 4:
         found.append(PhraseBox(None, tuple(map(int, numbers))))
     return found
+
+
+def answer_boxes(text: str) -> list[PhraseBox]:
+    """The boxes of an answer that have a part in the image; four numbers that are not written as a box are none."""
+    if not text_boxes(text) or re.search(r"\d{10}", text):
+        return []
+    return [found for found in phrase_boxes(text) if not is_outside(found.box)]
+
+
+def box_fields(text: str) -> list[dict[str, Any]]:
+    """``answer_boxes`` as JSON: ``phrase``, or null, and ``box``, [left, top, right, bottom] in shares of the sides."""
+    return [{"phrase": phrase, "box": [value / SCALE for value in box]} for phrase, box in answer_boxes(text)]
 
 
 def scale_box(box: Sequence[float], width: float, height: float) -> Box:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from minigpt4.common import device as devices
+from minigpt4.common.boxes import is_outside, text_boxes
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import read_image
 from minigpt4.common.schema import LATER
@@ -76,14 +77,24 @@ class Chat:
         self.stopping_criteria = StoppingCriteriaList([self._template_stop]) if is_default else stopping_criteria
         self.prefixes = PrefixCache(num_kept_chats)
 
+    @property
+    def has_boxes(self) -> bool:
+        """Whether texts hold boxes, see ``common.boxes``: those of MiniGPT-v2's tasks."""
+        return self.model.arch == "minigpt_v2"
+
     def ask(self, text: str, conv: Conversation) -> None:
         """Adds a question; right after an image it joins the image's message. An empty question is accepted.
 
         Raises:
-            UserError: the text contains ``<ImageHere>``, which only an image may add.
+            UserError: the text contains ``<ImageHere>``, which only an image may add, or for MiniGPT-v2 a box that has
+                no part in the image.
         """
         if IMAGE_PLACEHOLDER in text:
             raise UserError(f"A question cannot contain {IMAGE_PLACEHOLDER}; upload the image instead.")
+        outside = filter(is_outside, text_boxes(text) if self.has_boxes else ())
+        if box := next(outside, None):
+            numbers = "its numbers are left, top, right and bottom in hundredths of the image's sides"
+            raise UserError(f"The box {list(box)} lies outside the image. Correct it: {numbers}, from 0 to 100.")
         conv.ask(text)
 
     def upload_img(self, image: ImageSource, conv: Conversation, img_list: list[Tensor]) -> str:

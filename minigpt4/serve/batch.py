@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
+from minigpt4.common.boxes import box_fields
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate
 from minigpt4.common.images import EXTENSIONS
@@ -39,8 +40,8 @@ def find_questions(source: str, question: str) -> list[Question]:
     """Lists the images of a folder (recursively), a glob, or a .jsonl, .csv or .parquet file, in order.
 
     The rows of a file have ``image``, relative to the file, and may have a ``question`` of their own. They keep all
-    their fields; ``answer`` and ``error`` become ``input_answer`` and ``input_error``. Raises UserError if there are no
-    images, or a line is not such a row.
+    their fields; ``answer``, ``error`` and ``boxes`` get ``input_`` in front. Raises UserError if there are no images,
+    or a line is not such a row.
     """
     path = Path(source)
     if path.suffix.lower() in (".jsonl", *TABLES) and path.is_file():
@@ -102,7 +103,10 @@ def answer_questions(
 def stream_answers(
     chat: Chat, questions: Sequence[Question], options: GenerationOptions, batch_size: int
 ) -> Iterator[list[Row]]:
-    """Yields the rows of the questions in order, with ``answer`` or ``error``, some at a time as they are finished."""
+    """Yields the rows of the questions in order, some at a time as they are finished.
+
+    They have ``answer``, of MiniGPT-v2 also ``boxes``, or ``error``.
+    """
     rows: deque[tuple[Row, Future[str]]] = deque()  # in order
     places = threading.Semaphore(2 * batch_size)
     with _asking(chat, options, batch_size) as ask:
@@ -111,20 +115,21 @@ def stream_answers(
             result = ask(question)
             result.add_done_callback(lambda _: places.release())
             rows.append((question.row, result))
-            yield from _take_finished(rows)
+            yield from _take_finished(rows, chat.has_boxes)
         while rows:
             rows[0][1].exception()  # waits
-            yield from _take_finished(rows)
+            yield from _take_finished(rows, chat.has_boxes)
 
 
-def _take_finished(rows: deque[tuple[Row, Future[str]]]) -> Iterator[list[Row]]:
+def _take_finished(rows: deque[tuple[Row, Future[str]]], has_boxes: bool) -> Iterator[list[Row]]:
     """Yields the rows at the left that are done; raises an unexpected error, such as out of memory, after them."""
     finished, failure = [], None
     while rows and rows[0][1].done() and failure is None:
         row, result = rows.popleft()
         failure = result.exception()
         if failure is None:
-            finished.append(row | {"answer": result.result()})
+            answer = result.result()
+            finished.append(row | {"answer": answer} | ({"boxes": box_fields(answer)} if has_boxes else {}))
         elif isinstance(failure, UserError):
             finished.append(row | {"error": str(failure)})
             failure = None

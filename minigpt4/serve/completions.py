@@ -92,7 +92,8 @@ class Completions:
         except TimeoutError as error:
             raise self._timeout() from error
         counted = _count_tokens(updates, request)
-        writer = ResponseWriter(body, [self.engine.chat.template.stop_string, *body.stop], self._vocabulary)
+        chat = self.engine.chat
+        writer = ResponseWriter(body, [chat.template.stop_string, *body.stop], self._vocabulary, chat.has_boxes)
         if body.stream:
             first = await _unless_disconnected(request, anext(counted))  # an error still has its HTTP status
             events = writer.events(counted, first)

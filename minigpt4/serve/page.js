@@ -33,6 +33,8 @@
     "Connection to the server was lost. Attempting reconnection...": "与服务器的连接已断开，正在重新连接……",
   };
 
+  const UPLOADED = ".message-row img:not(.grounded img)";  // boxes are drawn on the others
+
   let isTypedRestored = false;
   function keepTyped(textarea) {  // a reload of the page, which a restart of the server causes, empties the box
     const kept = sessionStorage.getItem("minigpt4-box");
@@ -60,7 +62,7 @@
       if (better !== label) part.setAttribute("aria-label", better);
       if (better !== label && part.tagName === "BUTTON") part.title = better;
     }
-    document.querySelectorAll(".chat").forEach((chat) => chat.querySelectorAll(".message-row img").forEach((image, i) => {
+    document.querySelectorAll(".chat").forEach((chat) => chat.querySelectorAll(UPLOADED).forEach((image, i) => {
       image.alt = say(`Image ${i + 1} of this chat`, `本次对话的第 ${i + 1} 张图片`);
     }));
     document.querySelectorAll(".example img").forEach((image) => { image.alt = ""; });  // the button has a text
@@ -70,8 +72,14 @@
       $("#status")?.setAttribute("role", "status");
       if (matchMedia("(pointer: fine)").matches) textarea.focus();
     }
+    document.querySelectorAll(".chat .message textarea:not([data-plain])").forEach((area) => {  // has escaped HTML
+      area.dataset.plain = "";
+      area.value = area.value.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
+      area.dispatchEvent(new Event("input", { bubbles: true }));
+    });
     if (input) input.accept = "image/*";
     if (textarea) keepTyped(textarea);
+    if ($("#tasks") && textarea) showTask(textarea);
     for (const toasts of zh ? document.querySelectorAll(".toast-wrap") : []) {
       const texts = document.createTreeWalker(toasts, NodeFilter.SHOW_TEXT);
       while (texts.nextNode()) texts.currentNode.data = TOASTS[texts.currentNode.data.trim()] ?? texts.currentNode.data;
@@ -86,7 +94,7 @@
 
   let focused = null, isDue = false;
   document.addEventListener("focusin", (event) => { focused = event.target; });
-  document.addEventListener("input", (event) => { if (event.target.matches("#box textarea")) keepTyped(event.target); });
+  document.addEventListener("input", (event) => { if (event.target.matches("#box textarea")) improve(); });
   new MutationObserver(() => {
     if (isDue) return;
     isDue = true;
@@ -120,6 +128,106 @@
   document.addEventListener("paste", (event) => {
     if (event.target.closest("#box textarea")) return;
     addFiles(event.clipboardData.files);
+  });
+
+  const TASKS = {  // of MiniGPT-v2: what choosing one writes into the box, and what it is for
+    "": ["", "Ask anything.", "可随意提问。"],
+    vqa: ["[vqa] ", "Ask a question; the answer is short.", "请输入问题，回答简短。"],
+    grounding: ["[grounding] describe this image in detail", "A description with boxes.", "生成带框的描述。"],
+    refer: ["[refer] ", "Name an object to get its box.", "请输入一个物体，得到它的框。"],
+    detection: ["[detection] ", "Write a phrase to get the boxes of all its objects.", "请输入短语，框出其中所有物体。"],
+    identify: ["[identify] what is this ", "Draw a box to ask what is in it.", "请画框，询问其中是什么。"],
+    caption: ["[caption] Briefly describe this image.", "A short description.", "生成简短描述。"],
+  };
+  const TEXT_BOX = /\{<\d+><\d+><\d+><\d+>\}/, TAG = /^\[(\w+)\] ?/;
+  const taskOf = (text) => text.match(TAG)?.[1] ?? "";
+
+  function type(text) {
+    const textarea = $("#box textarea");
+    textarea.value = text;
+    textarea.dispatchEvent(new Event("input", { bubbles: true }));
+    textarea.focus();
+  }
+
+  function showTask(textarea) {
+    const task = taskOf(textarea.value), toolbar = $("#tasks"), [, ...hint] = TASKS[task] ?? TASKS[""];
+    if (!toolbar.ariaLabel) {
+      [toolbar.role, toolbar.ariaLabel] = ["toolbar", say("Task", "任务")];
+      toolbar.append(Object.assign(document.createElement("span"), { id: "task-hint" }));
+    }
+    document.querySelectorAll(".task").forEach((button) => {
+      const own = button.id.slice(5);
+      button.title = say(...TASKS[own].slice(1));
+      button.ariaPressed = String(own === task);
+    });
+    if ($("#task-hint").textContent !== say(...hint)) $("#task-hint").textContent = say(...hint);
+  }
+
+  function chooseTask(task) {  // keeps what was typed beside the prompt of the task before
+    const text = $("#box textarea").value, [before] = TASKS[taskOf(text)] ?? [""], [prompt] = TASKS[task];
+    const rest = text.startsWith(before) ? text.slice(before.length) : text.replace(TAG, "");
+    type(prompt + (rest && prompt && !prompt.endsWith(" ") ? " " : "") + rest);
+  }
+
+  function openDrawing() {
+    const images = [...document.querySelectorAll(`#box .thumbnails img, #chat0 ${UPLOADED}`)];
+    const source = images.findLast((image) => image.closest("#box")) ?? images.at(-1);
+    if (!source) return note(say("Add an image first.", "请先添加图片。"));
+    const dialog = Object.assign(document.createElement("dialog"), { id: "drawing" });
+    dialog.setAttribute("aria-label", say("Draw a box", "画框"));
+    const names = [["Left", "左"], ["Top", "上"], ["Right", "右"], ["Bottom", "下"]].map((name) => say(...name));
+    dialog.innerHTML = `<p>${say("Draw with the mouse or a finger, or write hundredths of the sides.",
+      "用鼠标或手指画框，或填写边长的百分之几。")}</p><section><img alt=""><i></i></section><div>${names.map((name) =>
+      `<label>${name} <input type="number" min="0" max="100" step="1" required></label>`).join("")}</div>
+      <div><button>${say("Ask about it", "询问框中内容")}</button><button>${say("Cancel", "取消")}</button></div>`;
+    const [area, frame] = ["section", "i"].map((part) => dialog.querySelector(part));
+    const inputs = [...dialog.querySelectorAll("input")], [ask, cancel] = dialog.querySelectorAll("button");
+    dialog.querySelector("img").src = source.src;
+    let start = null;
+    const values = () => inputs.map((input) => (input.value === "" ? NaN : input.valueAsNumber));
+    const show = () => {
+      const [left, top, right, bottom] = values();
+      ask.disabled = !(left < right && top < bottom && inputs.every((input) => input.checkValidity()));
+      frame.hidden = ask.disabled;
+      Object.assign(frame.style, { left: `${left}%`, top: `${top}%`, width: `${right - left}%`, height: `${bottom - top}%` });
+    };
+    const place = (event) => {  // in whole hundredths, as in the reference's mask
+      const { left, top, width, height } = area.getBoundingClientRect();
+      const parts = [(event.clientX - left) / width, (event.clientY - top) / height];
+      return parts.map((part) => Math.min(99, Math.max(0, Math.floor(part * 100))));
+    };
+    area.onpointerdown = (event) => { start = place(event); area.setPointerCapture(event.pointerId); };
+    area.onpointermove = (event) => {
+      if (!start) return;
+      const end = place(event);
+      [Math.min, Math.max].forEach((pick, i) => start.forEach((from, j) => { inputs[2 * i + j].value = pick(from, end[j]); }));
+      show();
+    };
+    area.onpointerup = area.onpointercancel = () => { start = null; };
+    inputs.forEach((input) => { input.oninput = show; });
+    dialog.addEventListener("close", () => dialog.remove());
+    cancel.onclick = () => dialog.close();
+    ask.onclick = () => {
+      const box = `{<${values().join("><")}>}`, typed = $("#box textarea").value;
+      const text = typed.replace(TAG, "").replace(TEXT_BOX, "").trim();
+      dialog.close();
+      type(`[identify] ${taskOf(typed) === "identify" && text ? text : "what is this"} ${box}`);
+    };
+    document.body.append(dialog);
+    dialog.showModal();
+    show();
+  }
+  document.addEventListener("click", (event) => {  // gradio would copy the HTML of an answer with boxes
+    const copy = event.target.closest(`button[aria-label="${say("Copy", "复制")}"]`);
+    const grounded = copy?.closest(".message-row")?.querySelector(".grounded p");
+    if (!grounded) return;
+    event.stopPropagation();
+    navigator.clipboard.writeText(grounded.innerText);
+  }, true);
+  document.addEventListener("click", (event) => {
+    const task = event.target.closest(".task");
+    if (task) chooseTask(task.id.slice(5));
+    if (event.target.closest("#draw")) openDrawing();
   });
 
   async function openCamera() {

@@ -16,12 +16,13 @@ from typing import Any
 import gradio as gr
 import torch
 
+from minigpt4.common.boxes import phrase_boxes
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.context import IMAGE_MESSAGE
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.sampling import GenerationOptions
 from minigpt4.conversation.stopping import hold_back_partial_stop
-from minigpt4.serve import page_chat
+from minigpt4.serve import page_boxes, page_chat
 from minigpt4.serve.engine import Engine
 from minigpt4.serve.engine import Request as EngineRequest
 from minigpt4.serve.image_decoder import ImageDecoder
@@ -119,7 +120,8 @@ class Answers:
         """All chats."""
         changes, empty = {}, localized(request, "no_answer")
         for i, chatbot in enumerate(self.chatbots):
-            value = page_chat.shown_messages(turns, i, empty)
+            figure = partial(page_boxes.figure, request=request) if self.models[i].engine.chat.has_boxes else None
+            value = page_chat.shown_messages(turns, i, empty, figure)
             marks = [{True: "Like", False: "Dislike"}.get(turn.ratings.get(i)) for turn in turns if turn.answers]
             changes[chatbot] = gr.Chatbot(value=value, feedback_value=marks) if self.feedback else value
         return changes
@@ -198,6 +200,12 @@ class Answers:
         options, loop = GenerationOptions(**values), asyncio.get_running_loop()
         for i, model in enumerate(self.models):
             await asyncio.to_thread(_check_length, model.engine, turns)
+            if (
+                model.engine.chat.has_boxes
+                and "[identify]" in turns[-1].question
+                and not phrase_boxes(turns[-1].question)
+            ):
+                raise Refusal("no_box")
             messages, on_update = page_chat.model_messages(turns, i), partial(job.on_update, i, loop)
             client = request.session_hash or ""
             job.requests.append(EngineRequest(messages, options, on_update, TIMEOUT_SECONDS, client))
@@ -247,7 +255,7 @@ class Answers:
             else:
                 stop_strings = [model.engine.chat.template.stop_string]
                 texts.append((hold_back_partial_stop(update.text, stop_strings) if update else "") or "…")
-        return [*turns[:-1], replace(turns[-1], answers=texts)]
+        return [*turns[:-1], replace(turns[-1], answers=texts, is_growing=not is_final)]
 
     def progress(self, job: Job, request: gr.Request) -> list[str]:
         """How many questions are ahead of one that waits."""

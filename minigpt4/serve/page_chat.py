@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,7 @@ class Turn:
     pictures: list[Picture] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)  # none until there is one
     ratings: dict[int, bool | None] = field(default_factory=dict)  # by model; True: good
+    is_growing: bool = False  # its answers are not complete
 
 
 @dataclass(eq=False)
@@ -75,7 +76,7 @@ class Session:
         for file in self.folder.iterdir() if self.folder else ():
             if file.is_dir():  # a saved chat
                 shutil.rmtree(file, ignore_errors=True)
-            elif str(file) not in shown:
+            elif str(file.with_stem(file.stem.partition("-")[0])) not in shown:  # boxes are drawn on others
                 file.unlink(missing_ok=True)
 
 
@@ -92,17 +93,26 @@ def literal(text: str) -> dict[str, str]:
     return {"type": "text", "text": html.escape(text, quote=False) if is_html else text}
 
 
-def shown_messages(turns: Sequence[Turn], model: int, empty: str) -> list[dict[str, Any]]:
+def shown_messages(
+    turns: Sequence[Turn], model: int, empty: str, figure: Callable[[str, str, str], str | None] | None = None
+) -> list[dict[str, Any]]:
     """The messages of one model's chat as the page shows them; ``turn_of`` maps them back.
 
-    ``empty`` stands for an answer without a text: it was stopped or failed before its first token.
+    ``empty`` stands for an answer without a text: it was stopped or failed before its first token. ``figure`` returns
+    the HTML of an answer with boxes, from question, answer and the path of the last image.
     """
-    messages = []
+    messages, picture = [], None
+
+    def shown(turn: Turn, answer: str) -> dict[str, str]:
+        drawn = figure(turn.question, answer, picture) if figure and picture and not turn.is_growing else None
+        return {"type": "text", "text": drawn} if drawn else literal(answer or empty)
+
     for turn in turns:
+        picture = turn.pictures[-1].path if turn.pictures else picture
         messages += [{"role": "user", "content": {"path": picture.path}} for picture in turn.pictures]
         messages.append({"role": "user", "content": literal(turn.question)})
         answers = turn.answers[model : model + 1]
-        messages += [{"role": "assistant", "content": literal(answer or empty)} for answer in answers]
+        messages += [{"role": "assistant", "content": shown(turn, answer)} for answer in answers]
     return messages
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from minigpt4.conversation.sampling import GenerationOptions
+from minigpt4.serve.page_boxes import TASKS
 from minigpt4.serve.page_chat import Session
 from minigpt4.serve.page_guard import MAX_BODY_BYTES
 from minigpt4.serve.page_handlers import PageHandlers
@@ -36,6 +37,8 @@ def build_page(page: PageHandlers, options: GenerationOptions, examples: Sequenc
             with gr.Row(elem_id="chats"):
                 page.chatbots = [_build_chatbot(page, model.name, i) for i, model in enumerate(page.models)]
             page.status = gr.Markdown(latex_delimiters=[], elem_id="status")
+            if any(model.engine.chat.has_boxes for model in page.models):
+                _build_tasks(text)
             with gr.Row(elem_id="input"):
                 page.box = gr.MultimodalTextbox(
                     file_count="multiple", sources=["upload"], show_label=False, elem_id="box",
@@ -92,6 +95,14 @@ def _build_welcome(text: gr.I18n, examples: Sequence[tuple[str, str]]) -> list[g
         gr.Markdown(text("welcome"), elem_id="intro")
         with gr.Row(elem_id="examples"):
             return [gr.Button(question, icon=path, elem_classes="example") for path, question in examples]
+
+
+def _build_tasks(text: gr.I18n) -> None:
+    """The choice of a task for the question in the box: page.js writes and reads it there."""
+    with gr.Row(elem_id="tasks"):
+        for task in ("", *TASKS):
+            gr.Button(task or text("no_task"), size="sm", elem_id=f"task-{task}", elem_classes="task", min_width=0)
+        gr.Button(text("draw"), size="sm", elem_id="draw", min_width=0)
 
 
 def _build_settings(text: gr.I18n, options: GenerationOptions) -> dict[str, Any]:

@@ -20,6 +20,8 @@ TEXTS = {
     "save": ("Save as a file", "保存为文件"),
     "open": ("Open a saved chat", "打开已保存的对话"),
     "camera": ("Take a photo", "拍照"),
+    "no_task": ("no task", "无任务"),
+    "draw": ("Draw a box", "画框"),
     "privacy": (
         "A chat is stored in this browser, until “New chat”. The server forgets it within an hour after the page is "
         "closed.",
@@ -98,6 +100,12 @@ TEXTS = {
         "The chat is longer than the model can read: its oldest question and answer were left out.",
         "对话超出模型的上下文长度，最早的一轮问答未被使用。",
     ),
+    "drawn": ("The image with boxes around: {names}", "图片，其中框出了：{names}"),
+    "drawn_one": ("The image with a box", "图片，其中有一个框"),
+    "no_box": (
+        "[identify] needs a box: press “Draw a box”, or write its four numbers.",
+        "[identify] 需要一个框：请点击“画框”，或写出框的四个数字。",
+    ),
     "cut": ("The answer was cut at the maximum length (see the settings).", "回答达到最大长度而被截断（见设置）。"),
     "numbers": (
         "{count} tokens, {speed:.1f} tokens/s, first after {first:.2f} s.",
@@ -120,6 +128,9 @@ ERRORS = {
         "解码 {name} 超过 {seconds} 秒：请另存为更简单的格式，例如普通 JPEG。"
     ),
     r"The server is ending\.": "服务器正在关闭。",
+    r"The box (?P<box>.+) lies outside the image\..*": (
+        "框 {box} 在图片之外：四个数字依次为左、上、右、下，单位为边长的百分之一。"
+    ),
     r"A question cannot contain (?P<mark>\S+); upload the image instead\.": "问题中不能包含 {mark}：请直接添加图片。",
     r"The question is too long: the prompt has (?:at least )?(?P<length>\d+) tokens "
     r"\((?P<images>\d+) of them images\), and (?P<fit>-?\d+) fit beside the answer; "

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minigpt4.common.boxes import box_fields
 from minigpt4.conversation.conversation import Answer
 from minigpt4.conversation.stopping import hold_back_partial_stop
 from minigpt4.serve.api_requests import ApiError, Body
@@ -16,11 +17,12 @@ from minigpt4.serve.constrained import Vocabulary
 
 @dataclass
 class ResponseWriter:
-    """Writes the answers of one request; ``vocabulary`` is needed for log probabilities."""
+    """Writes the answers of one request; ``vocabulary`` is needed for log probabilities, ``has_boxes`` adds boxes."""
 
     body: Body
     stop_strings: Sequence[str]
     vocabulary: Vocabulary | None = None
+    has_boxes: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -28,7 +30,7 @@ class ResponseWriter:
         """The response without streaming."""
         choices = []
         for i, answer in enumerate(answers):
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            message = {"role": "assistant", "content": answer.text, "refusal": None} | self._boxes(answer)
             logprobs = self._logprobs(answer, 0, self._num_tokens(answer, answer.text, 0))
             choices.append(
                 {"index": i, "message": message, "finish_reason": answer.finish_reason, "logprobs": logprobs}
@@ -52,7 +54,7 @@ class ResponseWriter:
                     sent[i], num_tokens[i] = text, num
                 if answer.finish_reason:
                     finals[i] = answer
-                    yield self._event(i, {}, finish_reason=answer.finish_reason)
+                    yield self._event(i, self._boxes(answer), finish_reason=answer.finish_reason)
                 if len(finals) == self.body.n:
                     break
                 i, answer = await anext(updates)
@@ -64,13 +66,16 @@ class ResponseWriter:
         finally:
             await updates.aclose()
 
+    def _boxes(self, answer: Answer) -> dict[str, Any]:
+        return {"boxes": box_fields(answer.text)} if self.has_boxes else {}
+
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.body.model}
 
     def _event(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import decode_text, read_json_lines
 
-Row = dict[str, Any]  # the fields of a question, later also "answer" or "error"
+Row = dict[str, Any]  # the fields of a question, later also "answer", for some models with "boxes", or "error"
 TABLES = (".csv", ".parquet")
-RESULTS = ("answer", "error")
+RESULTS = ("answer", "error", "boxes")
 
 
 def read_rows(path: Path, key: str) -> Iterator[tuple[str, Any]]:
@@ -46,7 +46,8 @@ def encode_table(rows: Sequence[Row], out: Path) -> bytes:
 
     In CSV, values other than texts are JSON, and null is an empty cell.
     """
-    names = [*dict.fromkeys(name for row in rows for name in row if name not in RESULTS), *RESULTS]
+    names = [*dict.fromkeys(name for row in rows for name in row if name not in RESULTS), "answer", "error"]
+    names += ["boxes"] if any("boxes" in row for row in rows) else []
     columns = {name: [row.get(name) for row in rows] for name in names}
     if out.suffix.lower() == ".csv":
         text = io.StringIO(newline="")
@@ -59,7 +60,7 @@ def encode_table(rows: Sequence[Row], out: Path) -> bytes:
         try:
             # The encoded texts have "?" for half a surrogate pair, as UTF-8 has none.
             values = json.loads(json.dumps(column, ensure_ascii=False, default=str).encode("utf-8", errors="replace"))
-            arrays[name] = pyarrow.array(values, pyarrow.string() if name in RESULTS else None)
+            arrays[name] = pyarrow.array(values, pyarrow.string() if name in ("answer", "error") else None)
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:
             text = f"Parquet has one type for each column, and '{name}' has several ({error})"
             raise UserError(f"--out: {out} cannot be written: {text}; write .csv or .jsonl.") from error
