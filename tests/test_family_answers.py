@@ -125,10 +125,11 @@ def leave_out_all(state):
     ],
     ids=["partial", "another base", "none", "buffers"],
 )
-def test_lora_is_counted(tmp_path, change, words):
+def test_lora_is_counted(tmp_path, change, words, caplog):
     path = written(tmp_path, change)
     if "no LoRA" in words:  # as of stage 1, from which a training may start; a chat needs trained ones
         model = load("v2", ckpt=path)
+        assert "belongs to the Llama-2 variant" in caplog.text
         for use in (lambda: merge_lora(model.llama_model, model.lora), lambda: Chat(model, None)):
             with pytest.raises(UserError, match=words):
                 use()

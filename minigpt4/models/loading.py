@@ -125,7 +125,9 @@ def copy_trained_state(model: nn.Module, state: Mapping[str, Tensor], path: Path
     parts = dict.fromkeys("LoRA" if is_lora(name) else name.split(".")[0] for name in state)
     logging.info("Loaded %s from %s.", " and ".join(parts), path)
     if model.lora and "LoRA" not in parts:
-        logging.info("It holds no LoRA weights; those of this run are new.")
+        variant = ": it belongs to the Llama-2 variant, whose YAML is eval_configs/minigpt4_llama2_eval.yaml"
+        level, cause = (logging.INFO, "") if model.has_qformer else (logging.WARNING, variant)
+        logging.log(level, "It holds no LoRA weights%s; those of this run are new.", cause)
 
 
 def trained_state(model: nn.Module, path: Path, needs_lora: bool = False) -> dict[str, Tensor]:
