@@ -8,6 +8,7 @@ python demo.py --cfg-path … --api                                       # an O
 """
 
 import argparse
+import logging
 import os
 import re
 import socket
@@ -188,6 +189,8 @@ def build_chat(args: argparse.Namespace) -> "Chat":
     model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
     if getattr(model, "lora", None):  # models of another arch have none
         merge_lora(model.llama_model, model.lora)
+    if not cfg.model_cfg.get("ckpt"):
+        logging.warning("model.ckpt is not set: answers come from an untrained projection, so they ignore the image.")
     template = choose_template(read_section(ModelConfig, cfg.model_cfg, "model"), model.llama_tokenizer)
     return Chat(model, eval_image_processor(cfg), device, template=template)
 
@@ -208,12 +211,9 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
 
 def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
     """Name, device and precision of the model in one line."""
-    from minigpt4.models.quantization import QuantizedLinear
+    from minigpt4.models.quantization import precision_name
 
-    lm = next(chat.model.llama_model.parameters())
-    quantized = (module.name for module in chat.model.llama_model.modules() if isinstance(module, QuantizedLinear))
-    precision = next(quantized, str(lm.dtype).removeprefix("torch."))
-    return f"{Path(args.cfg_path).stem} · {chat.device} · LM {precision}"
+    return f"{Path(args.cfg_path).stem} · {chat.device} · LM {precision_name(chat.model.llama_model)}"
 
 
 def run_batch(args: argparse.Namespace) -> None:

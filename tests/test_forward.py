@@ -183,11 +183,12 @@ def test_gradient_checkpointing_gives_the_same_numbers(build):
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
 
 
-def test_any_number_of_layers_is_compiled_in_few_graphs(build, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"lora_r": 4, "lora_dropout": 0.0}], ids=["frozen", "LoRA"])
+def test_any_number_of_layers_is_compiled_in_few_graphs(build, monkeypatch, changes):
     """PyTorch stops after eight."""
     from torch._dynamo.utils import counters
 
-    model, compile_module = build(), nn.Module.compile
+    model, compile_module = build(**changes), nn.Module.compile
     layers = model.llama_model.model.layers
     layers.extend(copy.deepcopy(layers[0]) for _ in range(12 - len(layers)))
     for index, layer in enumerate(layers):
@@ -205,6 +206,7 @@ def test_any_number_of_layers_is_compiled_in_few_graphs(build, monkeypatch):
         for captions in (batch["text_input"], ["some words more", "b", "c"], ["d", "e", "f"]):
             loss = model(batch | {"text_input": captions})["loss"]
             loss.backward()
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
             assert captions is not batch["text_input"] or torch.allclose(loss, expected, atol=1e-6)
     assert 3 <= counters["stats"]["unique_graphs"] - before <= 8
 

@@ -79,6 +79,12 @@ def test_the_demo_merges_lora_into_half_precision(checkpoint):
         assert error < limit, precision
 
 
+def test_the_demo_warns_of_an_untrained_projection(caplog):
+    options = ["model.ckpt=null", "run.device=cpu"]
+    build_chat(Namespace(cfg_path="eval_configs/quickstart_eval.yaml", options=options, gpu_id=None, seed=1))
+    assert "model.ckpt is not set: answers come from an untrained projection" in caplog.text
+
+
 @torch.no_grad()
 def test_a_merged_folder_is_a_plain_language_model(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

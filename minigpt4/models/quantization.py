@@ -116,3 +116,9 @@ def quantize_layers(llm: nn.Module, kind: str) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and child is not kept:
                 setattr(module, name, LAYERS[kind](child))
+
+
+def precision_name(llm: nn.Module) -> str:
+    """What the weights of an LM's layers are stored in, for users."""
+    quantized = (module.name for module in llm.modules() if isinstance(module, QuantizedLinear))
+    return next(quantized, str(next(llm.parameters()).dtype).removeprefix("torch."))
