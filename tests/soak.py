@@ -73,7 +73,7 @@ class Soak:
         records = folder / "undisturbed" / "records"
         log = folder / "undisturbed" / "log"
         self.undisturbed = forked.start(commands["undisturbed"], log, lambda: record_steps(records))
-        moments = (seconds / 30, seconds / 8) if seconds < 240 else (3.0, 30.0)
+        moments = (1.6, 6.0) if seconds < 240 else (3.0, 30.0)
         self.restarted = RestartedRun(commands["restarted"], folder / "restarted", Random(seed), moments)
         processes = {"server": self.server.process.pid, "run": self.undisturbed}
         self.watched = [Watched(name, psutil.Process(pid)) for name, pid in processes.items()]

@@ -62,9 +62,10 @@ def train_command(data: Path, output_dir: Path) -> list[str]:
 
 def record_steps(path: Path) -> None:
     """Makes this process write a line for each step (loss and samples) and for each epoch (skipped samples)."""
-    from minigpt4.runners import RunnerBase
+    from minigpt4.runners import RunnerBase, report, runner_base
     from minigpt4.runners.progress import EpochProgress
 
+    runner_base.write_report = report.write_report  # other forked runs draw none
     train_step, finish = RunnerBase.train_step, EpochProgress.finish
 
     def write(entry: dict[str, Any]) -> None:

@@ -145,16 +145,20 @@ TWO = "raise RuntimeError('Two accelerators cannot be used at the same time in P
 
 
 @pytest.mark.parametrize(
-    ("version", "failure", "told"),
+    ("script", "version", "failure", "told"),
     [
-        (TORCH, NO_CANN, ["libhccl.so", "CANN seems to be missing", "set_env.sh", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"]),
-        ("2.1.0.post8", NO_CANN, ["torch_npu 2.1.0.post8 is installed beside torch", "requirements-npu.txt"]),
-        (TORCH, TWO, ["Two accelerators cannot be used", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"]),
+        ("train.py", TORCH, NO_CANN, ["libhccl.so", "CANN seems to be missing", "set_env.sh", "BACKEND_AUTOLOAD=0"]),
+        (
+            "train.py",
+            "2.1.0.post8",
+            NO_CANN,
+            ["torch_npu 2.1.0.post8 is installed beside", "requirements-npu.txt"],
+        ),
+        ("demo.py", TORCH, TWO, ["Two accelerators cannot be used", "TORCH_DEVICE_BACKEND_AUTOLOAD=0"]),
     ],
     ids=["no CANN", "mismatch", "two kinds"],
 )
-@pytest.mark.parametrize("script", ["train.py", "demo.py"])
-def test_a_broken_torch_npu_is_explained(tmp_path, version, failure, told, script):
+def test_a_broken_torch_npu_is_explained(tmp_path, script, version, failure, told):
     """An emulated installation: the real torch_npu 2.13 without CANN ended in the same ImportError."""
     environment = fake_torch_npu(tmp_path, version, failure)
     command = [sys.executable, script, "--cfg-path", "train_configs/quickstart_stage1.yaml"]

@@ -1,7 +1,6 @@
 """A short soak, and whether its table finds what it is meant to; a long one: python -m tests.soak --minutes 60."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
-def test_a_short_soak(tmp_path):
-    command = [sys.executable, "-m", "tests.soak", "--minutes", "0.8", "--json", str(tmp_path / "soak.json")]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=400)
+def test_a_short_soak(programs, tmp_path):
+    command = ["-m", "tests.soak", "--minutes", "0.5", "--json", tmp_path / "soak.json"]
+    done = programs.run(command, TMPDIR=str(tmp_path))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"[-6000:]
     result = json.loads((tmp_path / "soak.json").read_text())
     assert all(verdict[3] for verdict in result["verdicts"]) and len(result["verdicts"]) >= 20
@@ -27,10 +25,8 @@ def test_a_short_soak(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads Linux's /proc")
-def test_a_short_load(tmp_path):
-    command = [sys.executable, "-m", "tests.load", "--minutes", "0.1", "--clients", "8"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=200)
+def test_a_short_load(programs, tmp_path):
+    done = programs.run(["-m", "tests.load", "--minutes", "0.1", "--clients", "8"], TMPDIR=str(tmp_path))
     assert done.returncode == 0 and "chatting, answered" in done.stdout, f"{done.stdout}\n{done.stderr}"[-6000:]
 
 

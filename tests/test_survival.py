@@ -91,10 +91,10 @@ def whole(command, tmp_path_factory):
     return result, time.monotonic() - begin
 
 
-def test_killed_at_twenty_random_moments(command, whole, tmp_path):
+def test_killed_at_ten_random_moments(command, whole, tmp_path):
     expected, seconds = whole
     rng, killed, round_number = random.Random(7), 0, 0
-    while killed < 20:
+    while killed < 10:
         output_dir, round_number = tmp_path / f"out{round_number}", round_number + 1
         while True:
             pid = forked.start(command(output_dir, "num_workers=1"), tmp_path / "log")
@@ -271,12 +271,18 @@ def test_a_second_signal_ends_the_process_with_its_number(monkeypatch):
     assert ended.value.code == 128 + signal.SIGTERM
 
 
+@pytest.fixture(scope="module")
+def run_of_8_steps(command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = command(folder / "out", "num_workers=0", "max_epoch=1", "keep_last=null")
+    assert forked.wait(forked.start(arguments, folder / "log")) == 0, (folder / "log").read_text()
+    return folder / "out"
+
+
 @pytest.fixture
-def finished(command, tmp_path):
+def finished(run_of_8_steps, tmp_path):
     """The folder of a run of 8 steps."""
-    arguments = command(tmp_path / "out", "num_workers=0", "max_epoch=1", "keep_last=null")
-    assert forked.wait(forked.start(arguments, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
-    (folder,) = (tmp_path / "out").iterdir()
+    (folder,) = shutil.copytree(run_of_8_steps, tmp_path / "out").iterdir()
     return folder
 
 
