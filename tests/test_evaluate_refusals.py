@@ -38,6 +38,15 @@ def test_wrong_annotations_are_refused(case, tmp_path):
         find_work(Configuration(pope=section), None)
 
 
+@pytest.mark.parametrize("name", ["coco_caption", "aokvqa", "iconvqa", "caption_loss", "vqav2", "chair", "easy_vqa"])
+@pytest.mark.parametrize("content", [{"images": [1], "annotations": [{}]}, [{}], 5, [[1, 2, 3]], {"a": [5]}, "text"])
+def test_files_of_any_other_layout_are_refused(name, content, tmp_path):
+    (tmp_path / "questions.json").write_text(json.dumps(content))
+    path = tmp_path if name in ("vqav2", "easy_vqa") else tmp_path / "questions.json"
+    with pytest.raises(UserError, match=f"evaluation_datasets.{name}"):
+        find_work(Configuration(**{name: {"eval_file_path": str(path)}}), None)
+
+
 def test_wrong_sections_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"evaluation_datasets.pop: 'pop' is no benchmark.*pope"):
         find_work(Configuration(pop={}), None)

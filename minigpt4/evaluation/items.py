@@ -245,7 +245,8 @@ def read_captions(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]
         for row in annotations:
             image_id, caption = fields_of(row, ("image_id", "caption"), f"{where}: an annotation in {path}")
             captions.setdefault(str(image_id), []).append(caption)
-        pairs = [(str(row["id"]), row["file_name"], captions.get(str(row["id"]), [])) for row in images]
+        names = [(str(row["id"]), row.get("file_name") or f"{row['id']}.jpg") for row in images]
+        pairs = [(name, image, captions.get(name, [])) for name, image in names]
     if lonely := [name for name, _, captions in pairs if not captions]:
         raise UserError(f"{where}: image {lonely[0]} in {path} has no caption; give the file of one split.")
     items = [

@@ -55,7 +55,15 @@ def find_work(cfg: Config, names: str | None, needs_images: bool = True) -> list
         benchmark = find_benchmark(section.benchmark or name, where)
         section = replace(section, prompt=benchmark.prompt if section.prompt is None else section.prompt)
         section = benchmark.with_variants(section, where)
-        found = benchmark.read(section, where)
+        try:
+            found = benchmark.read(section, where)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{where}: {section.eval_file_path} has another layout ({reason}); give the published annotation file."
+            ) from error
         if unknown := [split for split in section.splits if split not in found]:
             raise UserError(f"{where}.splits has '{unknown[0]}'; the files have: {', '.join(found) or 'none'}.")
         for split in section.splits or found:
