@@ -114,12 +114,8 @@ def parse_args() -> argparse.Namespace:
     add("--allow-origin", action="append", default=[], help="website whose pages may use page or API")
     add("--allow-host", type=allowed, action="append", default=[], help="HOST or HOST:PORT that the API may fetch from")
     add("--allow-folder", type=_folder, help="folder whose images the API's clients may name as file:///NAME")
-    add(
-        "--max-queue",
-        type=count,
-        default=64,
-        help="requests of one client that may wait; of all clients four times as many",
-    )
+    waiting = "requests of one client that may wait; of all clients four times as many"
+    add("--max-queue", type=count, default=64, help=waiting)
     seconds = _number(int, 0, 86_400)
     add("--shutdown-seconds", type=seconds, default=5, help="time of running requests to the API after SIGTERM")
     # With --api, these are what requests get that do not say otherwise.
@@ -264,13 +260,13 @@ def run_terminal(args: argparse.Namespace) -> None:
 
     if args.image:  # before the model is loaded
         read_image(args.image)
-    chat = build_chat(args)
-    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is a question like any other
     read, is_interactive = input, sys.stdin.isatty()
     if is_interactive and sys.stdout.isatty():
         from minigpt4.serve.line_editor import line_editor
 
         read = line_editor()
+    chat = build_chat(args)
+    sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 is a question like any other
     terminal_chat(chat, generation_options(args), args.image, read, is_interactive)
 
 
@@ -333,6 +329,10 @@ def main() -> None:
         runs[args.mode](args)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:  # without the extra "serve", which page, API and terminal need
+        if str(error.name).startswith("minigpt4"):
+            raise
+        sys.exit(f"error: {error}; in a checkout: pip install '.[serve]', or -r requirements.txt.")
     except RuntimeError as error:
         keys = {"batch": "--batch-size", "api": "--max-batch-tokens", "page": "--max-batch-tokens"}
         key = keys.get(args.mode, "--num-beams or --max-new-tokens")

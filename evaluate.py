@@ -86,7 +86,10 @@ def _server(args: argparse.Namespace) -> "Answerer":
 
 def _local_model(args: argparse.Namespace) -> tuple["Answerer", dict[str, Any]]:
     """The model of this process with its precision and the form of its prompts."""
-    from demo import build_chat, describe_model
+    if __package__:  # as pip installs it
+        from .demo import build_chat, describe_model
+    else:
+        from demo import build_chat, describe_model
     from minigpt4.evaluation.answering import LocalModel
 
     chat = build_chat(args)
