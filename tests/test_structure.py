@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 350, 60, 19_910
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 350, 60, 20_390
 ALLOWED = {  # as docs/ARCHITECTURE.md lists it
     "common": set(),
     "processors": {"common"},
@@ -19,7 +19,7 @@ ALLOWED = {  # as docs/ARCHITECTURE.md lists it
     "serve": {"common", "conversation"},
     "evaluation": {"common", "conversation", "datasets", "models", "serve"},
     "doctor": {"common", "conversation", "datasets", "models", "processors", "runners", "tasks"},
-    "tools": {"common", "models", "tasks"},
+    "tools": {"common", "models", "processors", "tasks"},
 }
 
 

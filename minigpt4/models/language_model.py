@@ -1,6 +1,6 @@
 """The frozen language model: any decoder-only LM of transformers, streamed to its device and checked.
 
-This is the only module that touches transformers' model classes.
+This is the only module that computes with transformers' model classes.
 
 Shapes: B rows, S tokens in the cache, t new tokens, N tokens of packed rows, L width of the LM, V vocabulary.
 """
