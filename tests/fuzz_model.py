@@ -165,7 +165,7 @@ class Packer:
     tokenize, tokenize_prompt, tokenize_rows = MiniGPT4.tokenize, MiniGPT4.tokenize_prompt, MiniGPT4.tokenize_rows
     bos_ids = MiniGPT4.bos_ids
     llama_tokenizer = load_tokenizer(LLAMA)
-    num_query_token, max_context_len, pad_id = 3, 3800, llama_tokenizer.pad_token_id
+    arch, num_query_token, max_context_len, pad_id = "mini_gpt4", 3, 3800, llama_tokenizer.pad_token_id
 
     def __init__(self, max_txt_len: int, end_sym: str) -> None:
         self.max_txt_len, self.end_sym = max_txt_len, end_sym
