@@ -25,7 +25,7 @@ from minigpt4.common.torch_setup import package_version
 def describe(device: torch.device) -> dict[str, Any]:
     """The machine and the versions, as plain values."""
     num_bytes, _ = devices.memory_left(device)
-    packages = {package: package_version(package) for package in ("torch", "transformers")}
+    packages = {"torch": torch.__version__, "transformers": package_version("transformers")}  # with +cu128 and the like
     return {
         "device": device_name(device),
         "kind": device.type,

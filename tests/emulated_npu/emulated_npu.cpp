@@ -39,6 +39,7 @@
 
 namespace {
 
+using at::DimnameList;  // a macro of PyTorch 2.10 names it without its namespace
 using at::Tensor;
 using c10::Device;
 using c10::DeviceIndex;
