@@ -20,6 +20,7 @@ from PIL import Image
 from evaluate import evaluate
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.datasets.datasets.pairs import read_align_folder
@@ -64,8 +65,12 @@ def measure(
     held_out: list[scenes.Scene],
     folder: Path = OUTPUT / "held_out",
     more_options: Sequence[str] = (),
+    has_conversations: bool = False,
 ) -> dict[str, Any]:
-    """The loss on the held-out scenes, and the share of their objects that the model's answers name fully right."""
+    """The loss on the held-out scenes, and the share of their objects that the model's answers name fully right.
+
+    The loss is that of captions behind a prompt, or with ``has_conversations`` of answers in a chat.
+    """
     options = [f"model.ckpt={ckpt if ckpt else 'null'}", *more_options]
     cfg = Config(argparse.Namespace(cfg_path=ROOT / "eval_configs" / "quickstart_eval.yaml", options=options)).check()
     torch.manual_seed(0)  # for the untrained projection
@@ -76,7 +81,11 @@ def measure(
     for start in range(0, len(pairs), 50):
         batch = pairs[start : start + 50]
         images = torch.stack([processor(Image.open(pair.image).convert("RGB")) for pair in batch])
-        loss += model({"image": images, "text_input": [pair.caption for pair in batch]})["loss"].item() * len(batch)
+        samples = {"image": images, "text_input": [pair.caption for pair in batch]}
+        if has_conversations:
+            turns = [[(f"{IMAGE_PLACEHOLDER}\n{QUESTION}", pair.caption)] for pair in batch]
+            samples |= {"num_images": [1] * len(batch), "conversation": [{"turns": turn} for turn in turns]}
+        loss += model(samples)["loss"].item() * len(batch)
         convs, img_lists = [CONV_VISION.copy() for _ in batch], [[] for _ in batch]
         for image, conv, img_list in zip(images, convs, img_lists, strict=True):
             chat.upload_img(image, conv, img_list)

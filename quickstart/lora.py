@@ -4,23 +4,23 @@ python -m quickstart       # before, for the checkpoint of stage 1
 python -m quickstart.lora
 """
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from minigpt4.common.errors import UserError
 from minigpt4.runners.checkpoints import newest
 from quickstart import scenes
-from quickstart.__main__ import NUM_HELD_OUT, OUTPUT, ROOT, measure
+from quickstart.__main__ import NUM_HELD_OUT, OUTPUT, QUESTION, ROOT, measure
 
 FOLDER = OUTPUT / "lora"
 STAGE1 = OUTPUT / "stage1" / "checkpoint.pth"
-LORA = (
-    "model.lora_r=16",
-    "model.lora_target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]",
-)
+LORA = "model.lora_r=16", "model.lora_target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+NO_LORA = "model.lora_r=0", "model.lora_target_modules=[q_proj,v_proj]"  # the defaults
 _SENTENCE = re.compile(r"at (\S+) i see one (\w+), which is (\w+) and (\w+)\.")
 
 
@@ -34,17 +34,19 @@ def parse(text: str) -> set[scenes.Thing]:
     return {scenes.Thing(place, size, colour, shape) for place, shape, colour, size in _SENTENCE.findall(text.lower())}
 
 
+def write_conversations(folder: Path, descriptions: list[scenes.Scene]) -> None:
+    """Writes the scenes of a folder as conversations in LLaVA's form, as they are trained in the form of a chat."""
+    rows = []
+    for number, scene in enumerate(descriptions):
+        turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": new_wording(scene)}]
+        rows.append({"image": f"image/{number}.jpg", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
 def train(name: str, *options: str) -> None:
-    """Runs stage 2 on the new captions from the checkpoint of stage 1."""
-    fixed = [f"model.ckpt={STAGE1}", f"datasets.cc_sbu_align.build_info.storage={FOLDER / 'align'}"]
-    fixed += [
-        f"run.output_dir={FOLDER / name}",
-        "run.max_epoch=1",
-        "run.iters_per_epoch=150",
-        "run.batch_size_train=12",
-    ]
-    command = [sys.executable, "train.py", "--cfg-path", "train_configs/quickstart_stage2.yaml", "--options"]
-    subprocess.run([*command, *fixed, *options], check=True, cwd=ROOT)
+    """Runs stage 2 on the conversations from the checkpoint of stage 1."""
+    command = [sys.executable, "train.py", "--cfg-path", "train_configs/quickstart_lora.yaml", "--options"]
+    subprocess.run([*command, f"run.output_dir={FOLDER / name}", *options], check=True, cwd=ROOT)
     shutil.copy(newest(FOLDER / name), FOLDER / f"{name}.pth")
 
 
@@ -54,15 +56,16 @@ def main() -> None:
         sys.exit(f"error: {STAGE1} is missing; first run: python -m quickstart")
     start, rows = time.time(), []
     shutil.rmtree(FOLDER, ignore_errors=True)
-    scenes.write_alignment(FOLDER / "align", 2000, seed=2, describe=new_wording)
+    trained = scenes.write_alignment(FOLDER / "train", 2000, seed=2, describe=new_wording)
+    write_conversations(FOLDER / "train", trained)
     folder = FOLDER / "held_out"
     held_out = scenes.write_alignment(folder, NUM_HELD_OUT, seed=3, held_out=True, describe=new_wording)
     try:
-        for name, options in {"projection": (), "projection_and_lora": LORA}.items():
+        for name, options in {"projection": NO_LORA, "projection_and_lora": LORA}.items():
             begin = time.time()
             train(name, *options)
             seconds = time.time() - begin
-            rows.append((name, seconds, measure(name, FOLDER / f"{name}.pth", held_out, folder, options)))
+            rows.append((name, seconds, measure(name, FOLDER / f"{name}.pth", held_out, folder, options, True)))
     except UserError as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
