@@ -39,7 +39,9 @@
 
 namespace {
 
-using at::DimnameList;  // a macro of PyTorch 2.10 names it without its namespace
+#if __has_include(<ATen/core/Dimname.h>)
+using at::DimnameList; // a macro of earlier PyTorch names it without its namespace
+#endif
 using at::Tensor;
 using c10::Device;
 using c10::DeviceIndex;
