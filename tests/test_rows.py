@@ -1,4 +1,4 @@
-"""Rows of known projects: what they mean, and which are told before the training."""
+"""Rows of known projects: what they mean, and which are refused before the training."""
 
 import json
 
