@@ -8,7 +8,7 @@ import torch
 from architectures import write_language_model
 from confined import confined, time_limit  # noqa: F401  (fixtures)
 from data_samples import pairs, shards  # noqa: F401
-from golden_data import TINY
+from golden_data import DEVICE, TINY
 from omegaconf import OmegaConf
 from programs import Programs
 
@@ -56,10 +56,10 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def build():
-    """Builds and loads a tiny model on the CPU, with changes to its section."""
+    """Builds and loads a tiny model on the tests' device, with changes to its section."""
 
     def from_config(**changes):
-        return MiniGPT4.from_config(TINY_CONFIG | changes, device=torch.device("cpu"))
+        return MiniGPT4.from_config(TINY_CONFIG | changes, device=DEVICE)
 
     return from_config
 
@@ -83,13 +83,13 @@ def make_runner(tmp_path, tiny_config, monkeypatch):
 
     def make(run, model=None, job_id="job", choices=None, datasets=None):
         cfg = argparse.Namespace(
-            run_cfg=OmegaConf.create({**run, "output_dir": str(tmp_path), "device": "cpu"}),
+            run_cfg=OmegaConf.create({**run, "output_dir": str(tmp_path), "device": str(DEVICE)}),
             datasets_cfg=OmegaConf.create({}),
             config=OmegaConf.create({}),
             to_dict=lambda: {"run": dict(run)},
             save=lambda path: path.write_text("run: {}"),
         )
-        model = MiniGPT4.from_config({**tiny_config, **(model or {})}, device=torch.device("cpu"))
+        model = MiniGPT4.from_config({**tiny_config, **(model or {})}, device=DEVICE)
         parts = {"task": setup_task(cfg), "model": model, "datasets": datasets or {}}
         return RunnerBase(cfg=cfg, job_id=job_id, train_loader=RecordedLoader(run, model, choices), **parts)
 

@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from golden_data import GOLDEN, read_json
+from golden_data import DEVICE, GOLDEN, read_json
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -38,8 +38,8 @@ def section(member, **changes):
 
 
 def load(member, **changes):
-    """A new model on the CPU."""
-    return MiniGPT4.from_config(section(member, **changes), device=torch.device("cpu"))
+    """A new model on the tests' device."""
+    return MiniGPT4.from_config(section(member, **changes), device=DEVICE)
 
 
 @functools.cache
@@ -57,8 +57,10 @@ def images(member, numbers, image_size=None):
     process = Blip2ImageEvalProcessor(size)
     if size == 56:
         given = tensors("vicuna0", "vision")["image"]
-        return torch.stack([given[k] if k < len(given) else process(Image.open(picture(k))) for k in numbers])
-    return torch.stack([process(Image.open(picture(k))) for k in numbers])
+        pixels = [given[k] if k < len(given) else process(Image.open(picture(k))) for k in numbers]
+    else:
+        pixels = [process(Image.open(picture(k))) for k in numbers]
+    return torch.stack(pixels).to(DEVICE)
 
 
 def picture(k):

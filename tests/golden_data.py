@@ -1,14 +1,19 @@
 """Where the golden numbers of the original are, and how to read them; golden/README.md says what each file holds."""
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
+# Tests against recorded numbers can run on another device: MINIGPT4_TEST_DEVICE=cuda pytest tests/test_forward.py
+DEVICE = torch.device(os.environ.get("MINIGPT4_TEST_DEVICE", "cpu"))
+on_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="is about the CPU")
 
 
 def read_json(name, folder=TINY):
@@ -21,6 +26,7 @@ def read_tensors(name):
 
 def close(actual, expected, atol):
     """Whether two tensors agree in shape and, within ``atol``, in value."""
+    actual, expected = actual.cpu(), expected.cpu()
     return actual.shape == expected.shape and (actual - expected).abs().max().item() <= atol
 
 

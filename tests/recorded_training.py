@@ -48,7 +48,7 @@ def watch(runner):
         rates.append(runner.optimizer.param_groups[0]["lr"])
         loss = step(batch, is_update)
         losses.append(loss.item())
-        weights.append(runner.model.llama_proj.weight.detach().clone())
+        weights.append(runner.model.llama_proj.weight.detach().cpu().clone())
         return loss
 
     runner.train_step = train_step

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 from decoding import generate
-from golden_data import TINY, close, read_json, read_tensors
+from golden_data import DEVICE, TINY, close, read_json, read_tensors
 from PIL import Image
 from scripted_chats import CHAT, PATCHED, PLAIN, asked, upload
 
@@ -112,10 +112,10 @@ def test_segments(model, script):
 def context(model, script, answer):
     """Context embeddings [1, T, L] of an answer, cut as the original cuts them."""
     numbers = [operation[1] for operation in script["ops"] if operation[0] == "image"]
-    images = read_tensors("vision")["image"][numbers[: len(answer["segment_ids"]) - 1]]
+    images = read_tensors("vision")["image"][numbers[: len(answer["segment_ids"]) - 1]].to(DEVICE)
     with torch.no_grad():
         image_embeds = model.encode_img(images)[0] if len(images) else None
-        embeds = model.embed_inputs(torch.tensor([context_ids(answer)]), image_embeds)
+        embeds = model.embed_inputs(torch.tensor([context_ids(answer)], device=DEVICE), image_embeds)
     return embeds[:, answer["begin_idx"] :]
 
 
@@ -175,7 +175,7 @@ def test_long_chats_lose_their_oldest_turns(chat, generated, model):
     ids = [BOS, *model.tokenize_prompt(expected.get_prompt())]
     text, _ = chat.answer(conv, images, do_sample=False, max_new_tokens=5, max_length=len(ids) + 5)
     with torch.no_grad():
-        assert close(generated[0], model.embed_inputs(torch.tensor([ids]), images[0]), 0)
+        assert close(generated[0], model.embed_inputs(torch.tensor([ids], device=DEVICE), images[0]), 0)
     assert conv.messages == [*messages, ["Assistant", text]]  # only the prompt was shortened
 
     expected.messages = [["Human", "<Img><ImageHere></Img>"], ["Human", "And now?"], ["Assistant", None]]

@@ -59,7 +59,7 @@ def test_vision(member, stages):
     }
     pixels = images(member, [0]).requires_grad_()
     weighted = model.encode_img(pixels)[0]
-    (weighted * torch.linspace(-1, 1, weighted.numel()).view_as(weighted)).sum().backward()
+    (weighted * torch.linspace(-1, 1, weighted.numel(), device=weighted.device).view_as(weighted)).sum().backward()
     actual["grad_image_of_weighted_sum"] = pixels.grad
     actual["grad_image_every_7th"] = pixels.grad.flatten()[::7]
     checked = [name for name in golden if not name.startswith("larger_image.")]
@@ -77,7 +77,7 @@ def test_vision(member, stages):
 
 def test_scale_of_ln_vision_is_loaded_with_a_q_former_only(member):
     norm = shared(member).ln_vision
-    assert (member == "vicuna0") != torch.equal(norm.weight, torch.ones(48)) and not norm.weight.requires_grad
+    assert (member == "vicuna0") != torch.equal(norm.weight.cpu(), torch.ones(48)) and not norm.weight.requires_grad
 
 
 def test_patches_that_do_not_fill_groups_of_four(member):
@@ -110,7 +110,7 @@ def check_positions(model, embeds, batch, golden):
         logits = lm.lm_head(model.llama_model)(lm.last_hidden_states(model.llama_model, embeds, batch))
     behind = slice(0, batch.prefix_length + batch.longest)
     shown = golden["attention_mask"][:, behind].bool()
-    logits, embeds = batch.unpack(logits), batch.unpack(embeds)
+    logits, embeds = batch.unpack(logits).cpu(), batch.unpack(embeds)
     key = "inputs_embeds" if "inputs_embeds" in golden else "inputs_embeds_first8"
     expected = golden[key][:, behind]
     assert close(embeds[shown][:, : expected.shape[-1]], expected[shown], 5e-5)
@@ -173,7 +173,7 @@ def test_forward(case, monkeypatch):
             continue
         assert gradient.norm().item() == pytest.approx(norm or 0, rel=1e-4), key
         if f"grad.{key}" in golden:
-            assert (gradient - golden[f"grad.{key}"]).norm() < 1e-4 * norm
+            assert (gradient.cpu() - golden[f"grad.{key}"]).norm() < 1e-4 * norm
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 from family import FAMILY, MEMBERS, images, load, recorded, tensors
+from golden_data import DEVICE
 from omegaconf import OmegaConf
 
 from minigpt4.models.lora import checkpoint_name
@@ -37,7 +38,7 @@ class RecordedLoader:
 def trained(member, run, folder, monkeypatch):
     """A runner after its training; losses, learning rates, and the trained weights after each iteration."""
     monkeypatch.setattr(runner_base, "write_report", lambda folder: None)
-    settings = OmegaConf.create({**run["run"], "output_dir": str(folder)})
+    settings = OmegaConf.create({**run["run"], "output_dir": str(folder), "device": str(DEVICE)})
     cfg = argparse.Namespace(
         run_cfg=settings, datasets_cfg=OmegaConf.create({}), config=OmegaConf.create({}), to_dict=lambda: {},
         save=lambda path: path.write_text("run: {}"),
@@ -50,10 +51,11 @@ def trained(member, run, folder, monkeypatch):
 
     def train_step(batch, is_update):
         rates.append(runner.optimizer.param_groups[0]["lr"])
-        losses.append(step(batch, is_update).item())
+        loss = step(batch, is_update)
+        losses.append(loss.item())
         own = {checkpoint_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-        weights.append({name: value.detach().clone() for name, value in own.items()})
-        return torch.tensor(losses[-1])
+        weights.append({name: value.detach().cpu().clone() for name, value in own.items()})
+        return loss
 
     runner.train_step = train_step
     runner.train()
@@ -109,4 +111,4 @@ def check_checkpoint(member, runner):
     for group, expected in zip(ours["optimizer"]["param_groups"], structure["optimizer_param_groups"], strict=True):
         assert group["params"] == expected["params"] and group["weight_decay"] == expected["weight_decay"]
     again = load(member, ckpt=str(FAMILY / member / "checkpoint_1.pth"))  # with the reference's buffers
-    assert torch.equal(again.llama_proj.weight, theirs["model"]["llama_proj.weight"])
+    assert torch.equal(again.llama_proj.weight.cpu(), theirs["model"]["llama_proj.weight"])

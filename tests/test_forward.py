@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from golden_data import close, padded_rows, read_json, read_tensors
+from golden_data import DEVICE, close, padded_rows, read_json, read_tensors
 from torch import nn
 
 from minigpt4.common.errors import UserError
@@ -13,7 +13,7 @@ from minigpt4.models.loading import read_prompts
 from minigpt4.models.mini_gpt4 import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 
 FORWARD = read_json("forward.json")
-IMAGES = read_tensors("vision")["image"]
+IMAGES = read_tensors("vision")["image"].to(DEVICE)
 STAGES = ("stage1", "stage2")
 
 
@@ -57,9 +57,9 @@ def test_embeddings_and_logits(stage):
     model, info, golden = stage
     ids, mask, labels = packed(model, info)
     with torch.no_grad():
-        embeds = model.embed_inputs(ids, model.encode_img(IMAGES)[0])
+        embeds = model.embed_inputs(ids.to(DEVICE), model.encode_img(IMAGES)[0])
         assert close(embeds, golden["inputs_embeds"], 2e-5)
-        logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask).logits
+        logits = model.llama_model(inputs_embeds=embeds, attention_mask=mask.to(DEVICE)).logits.cpu()
     if "logits" in golden:
         real = mask.bool()
         assert close(logits[real], golden["logits"][real], 5e-5)
@@ -85,7 +85,7 @@ def test_loss_and_gradients(stage):
     assert sorted(with_gradient) == sorted(info["params_with_grad"])
     for name in ("weight", "bias"):
         expected = golden[f"grad_llama_proj_{name}"]
-        difference = getattr(model.llama_proj, name).grad - expected
+        difference = getattr(model.llama_proj, name).grad.cpu() - expected
         assert difference.norm() / expected.norm() < 1e-4
 
 

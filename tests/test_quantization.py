@@ -6,7 +6,7 @@ import pytest
 import torch
 from architectures import write_language_model
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from golden_data import read_tensors
+from golden_data import DEVICE, read_tensors
 from torch import nn
 
 from minigpt4.common.errors import UserError
@@ -15,7 +15,7 @@ from minigpt4.models import loading
 from minigpt4.models.language_model import load_language_model
 from minigpt4.models.quantization import BLOCK_SIZE, LAYERS, MAX_KERNEL_ROWS, Int8Linear, NF4Linear, quantize_layers
 
-IMAGES = read_tensors("vision")["image"]
+IMAGES = read_tensors("vision")["image"].to(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from golden_data import GOLDEN, read_json
+from golden_data import GOLDEN, on_cpu, read_json
 from recorded_training import TENSORS, TRAINING, run_of, watch
 
 from minigpt4.common import device as devices
@@ -101,6 +101,7 @@ def test_existing_folder_is_never_used(make_runner):
     assert make_runner(run_of("stage1")).output_dir != make_runner(run_of("stage1")).output_dir
 
 
+@on_cpu
 def test_layers_are_compiled_where_that_pays(make_runner, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(MiniGPT4, "compile_parts", lambda _: compiled.append(torch.is_autocast_enabled("cpu")))

@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from golden_data import close, read_json, read_tensors
+from golden_data import DEVICE, close, on_cpu, read_json, read_tensors
 
 from minigpt4.common import device as devices
 from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_vit_weights
 
 VISION = read_tensors("vision")
+IMAGES = VISION["image"].to(DEVICE)
 DEPTH, LAYERS = 3, 4
 
 
@@ -31,7 +32,7 @@ def stages(model):
     for name, module in watched.items():
         hooks.append(module.register_forward_hook(lambda _, __, output, name=name: found.update({name: output})))
     with torch.no_grad():
-        found["encode_img"], found["encode_img_atts"] = model.encode_img(VISION["image"])
+        found["encode_img"], found["encode_img_atts"] = model.encode_img(IMAGES)
     for hook in hooks:
         hook.remove()
     found["qformer_embeddings"] = found["qformer_embeddings"].expand_as(VISION["qformer_embeddings"])
@@ -50,12 +51,12 @@ def test_stage(stages, name):
 
 def test_attention_mask_is_int64_ones(stages):
     assert stages["encode_img_atts"].dtype == torch.int64
-    assert torch.equal(stages["encode_img_atts"], VISION["encode_img_atts"])
+    assert torch.equal(stages["encode_img_atts"].cpu(), VISION["encode_img_atts"])
 
 
 def test_images_of_a_batch_are_independent(model, stages):
     with torch.no_grad():
-        assert close(model.encode_img(VISION["image"][1:2])[0], stages["encode_img"][1:2], 2e-6)
+        assert close(model.encode_img(IMAGES[1:2])[0], stages["encode_img"][1:2], 2e-6)
 
 
 def test_eps_probe(build):
@@ -77,20 +78,21 @@ def test_eps_probe(build):
                 if fnmatch.fnmatch(name, pattern):
                     parameter.mul_(scale)
         golden = read_tensors("eps_probe")
-        tokens = model.visual_encoder(VISION["image"])
+        tokens = model.visual_encoder(IMAGES)
         assert close(tokens, golden["visual_encoder"], 1e-6)
         assert close(model.ln_vision(tokens), golden["ln_vision"], 1e-4)
-        assert close(model.encode_img(VISION["image"])[0], golden["encode_img"], 5e-7)
-        samples = {"image": VISION["image"], "text_input": read_json("forward.json")["stage1"]["text_input"]}
+        assert close(model.encode_img(IMAGES)[0], golden["encode_img"], 5e-7)
+        samples = {"image": IMAGES, "text_input": read_json("forward.json")["stage1"]["text_input"]}
         assert model(samples)["loss"].item() == pytest.approx(golden["stage1_loss"].item(), abs=1e-4)
 
 
+@on_cpu
 def test_fp16_rounding(build, monkeypatch):
     monkeypatch.setattr(devices, "default_dtype", lambda _: torch.float32)  # a CPU without native bf16
     rounded = build(vit_precision="fp16")
     golden = read_tensors("vision_fp16_rounded")["encode_img"]
     with torch.no_grad():
-        found = rounded.encode_img(VISION["image"])[0]
+        found = rounded.encode_img(IMAGES)[0]
     assert close(found, golden, 2e-5)
     assert not close(golden, VISION["encode_img"], 2e-4)  # else this test could not tell
 
@@ -98,8 +100,8 @@ def test_fp16_rounding(build, monkeypatch):
 def test_the_vision_transformer_returns_all_tokens(model):
     vit = model.visual_encoder
     with torch.no_grad():
-        tokens = vit(VISION["image"])
-        assert torch.equal(vit.forward_features(VISION["image"]), tokens)
+        tokens = vit(IMAGES)
+        assert torch.equal(vit.forward_features(IMAGES), tokens)
     assert tokens.shape[1:] == (5, 48) and vit.num_features == 48 and len(vit.blocks) == DEPTH
 
 
@@ -113,7 +115,7 @@ def test_images_of_another_shape_are_rejected(model, shape):
 
 @pytest.mark.parametrize("keep_float32", [False, True])
 def test_names_of_what_fp16_rounds(model, keep_float32):
-    before = model.visual_encoder.state_dict()
+    before = {name: value.cpu() for name, value in model.visual_encoder.state_dict().items()}
     vit = build_eva_vit(28, vit_config={"patch_size": 14, "embed_dim": 48, "depth": 3, "num_heads": 4})
     vit.load_state_dict(before)
     round_vit_weights(vit, torch.float16, keep_float32)
@@ -137,7 +139,7 @@ def test_what_a_half_precision_file_holds_beside_linear_layers_becomes_float32()
 
 
 def test_ln_vision_computes_in_float32(model):
-    tokens = VISION["visual_encoder"].half() * 1000  # squares of these overflow in half precision
+    tokens = VISION["visual_encoder"].to(DEVICE).half() * 1000  # squares of these overflow in half precision
     norm = model.ln_vision
     with torch.no_grad():
         expected = torch.nn.functional.layer_norm(tokens.float(), (48,), norm.weight, norm.bias, 1e-5)
@@ -156,7 +158,7 @@ def test_larger_images_get_resized_positions(build):
     model = build(image_size=42)  # the file's positions are for 28
     assert model.visual_encoder.pos_embed.shape == (1, 10, 48)
     with torch.no_grad():
-        embeds, _ = model.encode_img(torch.randn(1, 3, 42, 42))
+        embeds, _ = model.encode_img(torch.randn(1, 3, 42, 42, device=DEVICE))
     assert embeds.shape == (1, 8, 64) and embeds.isfinite().all()
 
 
@@ -169,7 +171,7 @@ def gradients(model, image):
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_reach_the_pixels_and_no_frozen_parameter(build, training):
     model = build().train(training)
-    image = VISION["image"][:1].clone().requires_grad_()
+    image = IMAGES[:1].clone().requires_grad_()
     assert not gradients(model, image)
     step = torch.zeros_like(image)
     step.view(-1)[image.grad.abs().argmax()] = 1e-2
@@ -180,9 +182,9 @@ def test_gradients_reach_the_pixels_and_no_frozen_parameter(build, training):
 
 def test_a_frozen_encoder_builds_no_graph(build):
     model = build()
-    assert not model.encode_images(VISION["image"]).requires_grad
+    assert not model.encode_images(IMAGES).requires_grad
     with torch.no_grad():
-        assert not model.encode_images(VISION["image"].clone().requires_grad_()).requires_grad
+        assert not model.encode_images(IMAGES.clone().requires_grad_()).requires_grad
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"llama_proj.weight", "llama_proj.bias"}
 
 
@@ -190,7 +192,7 @@ def test_a_frozen_encoder_builds_no_graph(build):
 def test_only_trained_parts_get_gradients(build, frozen, trained):
     model = build(**{"freeze_vit": frozen == "vit", "freeze_qformer": frozen == "qformer"})
     extra = {"visual_encoder": {"ln_vision"}, "Qformer": {"query_tokens"}}[trained]
-    names = gradients(model.train(), VISION["image"])
+    names = gradients(model.train(), IMAGES)
     assert {name.partition(".")[0] for name in names} == {trained} | extra
 
 
@@ -202,8 +204,8 @@ def test_parts_that_train_use_dropout_and_frozen_ones_never(build):
                 module.p = 0.0
         torch.manual_seed(0)
         with torch.no_grad():
-            outputs = [model.encode_images(VISION["image"]) for _ in range(2)]
-            assert close(model.eval().encode_images(VISION["image"]), VISION["qformer_last_hidden_state"], 2e-5)
+            outputs = [model.encode_images(IMAGES) for _ in range(2)]
+            assert close(model.eval().encode_images(IMAGES), VISION["qformer_last_hidden_state"], 2e-5)
         return not torch.equal(*outputs)
 
     assert is_random(freeze_qformer=False)
@@ -218,7 +220,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(build):
         model = build(freeze_vit=False, use_grad_checkpoint=is_on)
         count = []
         model.visual_encoder.blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        found.append(gradients(model, VISION["image"]))
+        found.append(gradients(model, IMAGES))
         calls.append(len(count))
     assert calls == [1, 2] and found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -231,7 +233,7 @@ def test_a_vision_transformer_that_trains_keeps_float32_weights(build, monkeypat
     dtype = torch.bfloat16 if freeze_vit else torch.float32
     assert model.visual_encoder.blocks[0].mlp.fc1.weight.dtype == dtype
     with torch.no_grad():
-        assert close(model.encode_images(VISION["image"]).float(), VISION["qformer_last_hidden_state"], 0.1)
+        assert close(model.encode_images(IMAGES).float(), VISION["qformer_last_hidden_state"], 0.1)
 
 
 def test_hooks_fire_on_all_parts(model):
@@ -239,7 +241,7 @@ def test_hooks_fire_on_all_parts(model):
     seen = []
     hooks = [part.register_forward_hook(lambda part, *_: seen.append(part)) for part in parts]
     with torch.no_grad():
-        model.encode_img(VISION["image"])
+        model.encode_img(IMAGES)
     for hook in hooks:
         hook.remove()
     assert {id(part) for part in seen} == {id(part) for part in parts}
@@ -247,10 +249,10 @@ def test_hooks_fire_on_all_parts(model):
 
 def test_the_attention_mask_hides_image_tokens(model):
     with torch.no_grad():
-        queries = model.query_tokens.expand(len(VISION["image"]), -1, -1)
-        tokens = VISION["ln_vision"]
+        queries = model.query_tokens.expand(len(IMAGES), -1, -1)
+        tokens = VISION["ln_vision"].to(DEVICE)
         bert = partial(model.Qformer.bert, query_embeds=queries)
-        mask = torch.ones(tokens.shape[:2], dtype=torch.long)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=DEVICE)
         plain = bert(encoder_hidden_states=tokens, return_dict=True)
         assert close(plain.last_hidden_state, VISION["qformer_last_hidden_state"], 2e-5) and plain[0] is plain[-1]
         assert close(bert(encoder_hidden_states=tokens, encoder_attention_mask=mask)[0], plain[0], 1e-6)
