@@ -30,11 +30,11 @@ ANSWER = (
 )
 
 
-def random_chat(device: torch.device) -> Chat:
-    """Random weights in the sizes of preset small, with the quickstart's tokenizer: nothing has to be downloaded."""
+def random_chat(device: torch.device, name: str = "small") -> Chat:
+    """Random weights in the sizes of a preset, with the quickstart's tokenizer: nothing has to be downloaded."""
     torch.manual_seed(0)
     vocabulary = len(load_tokenizer(ROOT / "quickstart" / "weights" / "llama"))
-    preset = replace(PRESETS["small"], vocabulary=vocabulary)
+    preset = replace(PRESETS[name], vocabulary=vocabulary)
     model = build_minigpt4(preset, device, devices.default_dtype(device))
     return Chat(model, Blip2ImageEvalProcessor(preset.image), device)
 
@@ -89,13 +89,12 @@ def hundred_chats(chat: Chat, image: torch.Tensor, device: torch.device) -> list
 def main() -> None:
     """Prints the table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg-path", help="a model to measure instead of random weights")
-    parser.add_argument("--options", nargs="+")
+    add_model_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the line of JSON to this file")
     args = parser.parse_args()
     try:
-        chat = random_chat(devices.pick()) if args.cfg_path is None else configured_chat(args)
+        chat = given_chat(args)
     except UserError as error:
         sys.exit(f"error: {error}")
     device, size = chat.device, chat.vis_processor.image_size
@@ -122,8 +121,17 @@ def main() -> None:
     hardware.report(rows, hardware.describe(device) | {"tokens": NUM_TOKENS, "repeats": args.repeats}, args.json)
 
 
-def configured_chat(args: argparse.Namespace) -> Chat:
-    """The chat that demo.py builds from a configuration file."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that choose the model of ``given_chat``."""
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="sizes of random weights")
+    parser.add_argument("--cfg-path", help="a model to measure instead of random weights")
+    parser.add_argument("--options", nargs="+")
+
+
+def given_chat(args: argparse.Namespace) -> Chat:
+    """A chat with random weights, or the one that demo.py builds from a configuration file."""
+    if args.cfg_path is None:
+        return random_chat(devices.pick(), args.preset)
     import demo
 
     return demo.build_chat(argparse.Namespace(cfg_path=args.cfg_path, options=args.options, gpu_id=0, seed=0))

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 from benchmarks import hardware
-from benchmarks.chat import configured_chat, random_chat
-from minigpt4.common import device as devices
+from benchmarks.chat import add_model_arguments, given_chat
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.generation import GenerationOptions
@@ -73,8 +72,7 @@ def count_encodings(chat: Chat, items: list[Item], num_tokens: int, batch_size: 
 def main() -> None:
     """Prints the table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg-path", help="a model to measure instead of random weights")
-    parser.add_argument("--options", nargs="+")
+    add_model_arguments(parser)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=48)
@@ -82,7 +80,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the line of JSON to this file")
     args = parser.parse_args()
     try:
-        chat = random_chat(devices.pick()) if args.cfg_path is None else configured_chat(args)
+        chat = given_chat(args)
     except UserError as error:
         sys.exit(f"error: {error}")
     chat.prefixes.num_chats = 0  # of one by one; batches have the engine's

@@ -35,6 +35,9 @@ row 7b-stage2-cached train_step --preset 7b --stage 2 --batch 12 --feature-cache
 row 13b-stage2-int8 train_step --preset 13b --stage 2 --batch 1 --llm-precision int8
 row 7b-generate generate --preset 7b
 row 7b-int8-decoding int8_decoding --preset 7b
+row 7b-evaluate evaluate --preset 7b
+row 7b-serve serve --preset 7b
+row 7b-chat chat --preset 7b
 row pipeline data_pipeline --compare plain
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}" | tee -a "$out/rows.md"

@@ -26,8 +26,7 @@ import numpy
 from PIL import Image
 
 from benchmarks import hardware
-from benchmarks.chat import configured_chat, random_chat
-from minigpt4.common import device as devices
+from benchmarks.chat import add_model_arguments, given_chat
 from minigpt4.common.errors import UserError
 from minigpt4.serve.api import build_app
 from minigpt4.serve.api_requests import Limits
@@ -43,7 +42,7 @@ MIXED_TOKENS = (8, 16, 32, 64, 128, 256)
 def run_server(args: argparse.Namespace, to_parent: Connection) -> None:
     """Serves the model until the process is terminated; sends the address and a description of the hardware."""
     try:
-        chat = random_chat(devices.pick()) if args.cfg_path is None else configured_chat(args)
+        chat = given_chat(args)
     except UserError as error:
         to_parent.send(error)
         return
@@ -151,8 +150,7 @@ async def measure(url: str, num_clients: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Prints the table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg-path", help="a model to measure instead of random weights")
-    parser.add_argument("--options", nargs="+")
+    add_model_arguments(parser)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--max-batch-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=3)
