@@ -7,6 +7,7 @@ from recorded_training import run_of, watch
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.weights import describe_weights
+from minigpt4.doctor.language import check_language_model
 from minigpt4.models.lora import lora_parameters, merge_lora
 
 SAMPLES = {"image": read_tensors("vision")["image"], "text_input": ["a dog", "a cat on a mat", "x"]}
@@ -67,6 +68,14 @@ def test_dropout_is_active_in_training_alone(build):
     model.eval()
     assert model(SAMPLES)["loss"] == model(SAMPLES)["loss"]
     assert model.train()(SAMPLES)["loss"] != model(SAMPLES)["loss"]
+
+
+def test_dropout_is_no_reason_to_pad_rows(build, caplog):
+    """As where a training starts from a checkpoint with LoRA."""
+    model = trained(build, lora_dropout=0.5)
+    check_language_model(model)
+    assert model.packs_rows and not caplog.records
+    assert model(SAMPLES)["loss"] != model(SAMPLES)["loss"]
 
 
 def test_8_bit_layers_get_the_same_gradients_within_their_precision(build):

@@ -52,7 +52,12 @@ def check_language_model(model: nn.Module) -> None:
     if not hasattr(model, "llama_model"):  # a model of another arch
         return
     llm = model.llama_model
+    in_training = [module for module in llm.modules() if module.training]  # LoRA's dropout, which is random
+    llm.eval()
     loss, entropy = next_token_loss(llm, model.llama_tokenizer, SENTENCES[:1])
+    packs_rows = _packs_rows(llm)
+    for module in in_training:
+        module.training = True
     chance = math.log(llm.config.vocab_size)
     if not math.isfinite(loss):
         message = "its loss on a plain sentence is not finite: it overflows in this precision, or is damaged."
@@ -61,7 +66,7 @@ def check_language_model(model: nn.Module) -> None:
         message = f"it predicts nothing (loss {loss:.2f} on a plain sentence, chance is {chance:.2f}): it is "
         message += "untrained, a raw delta, or damaged. Training would stay at that loss."
         logging.warning("%s: %s", lm.KEY, message + _DEAD)
-    elif not _packs_rows(llm):
+    elif not packs_rows:
         model.packs_rows = False
         message = "%s: the attention of %s cannot compute packed rows; padded rows are used, which is slower."
         logging.warning(message, lm.KEY, llm.config.model_type)
