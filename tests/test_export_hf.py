@@ -103,10 +103,13 @@ def test_every_template_gives_the_same_prompts(own, tmp_path, monkeypatch, name)
     monkeypatch.setitem(own.__dict__, "template", TEMPLATES[name] if name else own.template)
     processor, _ = hf_folder.write_processor(tmp_path, TINY / "llama", own, Blip2ImageEvalProcessor(28))
     hf_folder.check_prompts(processor, own, processor.image_token_id)
+    text = processor.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
+    assert text.startswith("<s>")  # which vLLM's chats do not add
 
 
-def test_the_own_template_of_a_tokenizer(own, tmp_path, monkeypatch):
-    text = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+@pytest.mark.parametrize("begin", ["{{ bos_token }}", ""])
+def test_the_own_template_of_a_tokenizer(own, tmp_path, monkeypatch, begin):
+    text = begin + "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     text += "{% if add_generation_prompt %}<assistant>{% endif %}"
     monkeypatch.setattr(own.llama_tokenizer, "chat_template", text)
     monkeypatch.setattr(own, "prompt_template", "")

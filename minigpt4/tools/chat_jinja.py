@@ -7,13 +7,14 @@ from minigpt4.common.templates import IMAGE_MESSAGE, Conversation
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 
 IMAGE_TOKEN = "<image>"  # becomes one token per query
+# By the loop over ``content``, vLLM knows that images may be anywhere in a message.
 # Contents as lists of texts: one that follows an image belongs to it, as in ``Conversation.ask_with_images``.
 _PRELUDE = """\
 {%- set ns = namespace(system=SYSTEM, turns=[], texts=[]) -%}
 {%- for message in messages -%}
 {%- set ns.texts = [] -%}
-{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
-{%- for part in parts -%}
+{%- set content = [{'type': 'text', 'text': message.content}] if message.content is string else message.content -%}
+{%- for part in content -%}
 {%- if part.type in ('image', 'image_url') -%}
 {%- set ns.texts = ns.texts + [IMAGE] -%}
 {%- elif part.text | trim and ns.texts and ns.texts[-1].endswith('</Img>') -%}
@@ -45,7 +46,7 @@ _ROLES = """\
 {%- endif -%}
 """
 _FORM = """\
-{{- ns.system ~ ' ' if ns.system else '' -}}
+{{- BEGIN ~ (ns.system ~ ' ' if ns.system else '') -}}
 {%- for turn in ns.turns -%}
 {{- turn.texts | join(' ') ~ ANSWER_END if turn.role == 'assistant' else BEFORE ~ turn.texts | join(' ') ~ AFTER -}}
 {%- endfor -%}
@@ -62,16 +63,14 @@ _OWN = """\
 def chat_template(conv: Conversation, form: str, end_sym: str, tokenizer: Any) -> str:
     """The Jinja template for a template that ``choose_template`` chose by ``form`` and ``end_sym``.
 
-    The begin token is added by the tokenizer, unless the text begins with it.
+    It writes the begin token: transformers adds none to such a text, and vLLM adds none to any.
     """
     texts = {"SYSTEM": conv.system, "IMAGE": IMAGE_MESSAGE.replace(IMAGE_PLACEHOLDER, IMAGE_TOKEN)}
+    texts["BEGIN"] = bos = tokenizer.bos_token or ""
     if conv.render is None:
         user, assistant = (role + conv.role_delimiter for role in conv.roles)
         texts |= {"SEP": conv.sep, "ANSWER_END": conv.stop_string, "ASKER": user, "ANSWERER": assistant}
         texts["OPEN"] = conv.roles[1] + conv.role_delimiter.rstrip()
-        bos = tokenizer.bos_token or ""
-        # A text that begins with it is not given another one, but our prompts are.
-        texts["BEGIN"] = bos if bos and (conv.system + conv.sep + user).startswith(bos) else ""
         body = _ROLES
     elif form:
         before, after = form.format("\0").split("\0")
@@ -82,4 +81,7 @@ def chat_template(conv: Conversation, form: str, end_sym: str, tokenizer: Any) -
     template = _PRELUDE + body
     for name in sorted(texts, key=len, reverse=True):
         template = template.replace(name, json.dumps(texts[name], ensure_ascii=False))
-    return template if conv.render is None or form else template + tokenizer.chat_template
+    if conv.render is None or form:
+        return template
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    return template + ("" if text.startswith(bos) else "{{- bos_token -}}") + tokenizer.chat_template
