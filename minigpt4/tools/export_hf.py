@@ -1,8 +1,9 @@
 """Writes a model as a folder of transformers' BLIP-2 classes: python -m minigpt4.tools.export_hf.
 
-``AutoProcessor``, ``AutoModelForImageTextToText`` and ``pipeline("image-text-to-text")`` load it without this project.
-Weights are memory-mapped and written one shard at a time; LoRA is merged. Not expressible, and without effect on
-answers, is the eps of ``ln_vision`` (1e-5), as BLIP-2 has one for all norms of the vision transformer (1e-6).
+``AutoProcessor``, ``AutoModelForImageTextToText`` and ``pipeline("image-text-to-text")`` load it without this project;
+``minigpt4.tools.import_hf`` restores the files that it was made of. Weights are memory-mapped and written one shard at
+a time; LoRA is merged. Not expressible, and without effect on answers, is the eps of ``ln_vision`` (1e-5), as BLIP-2
+has one for all norms of the vision transformer (1e-6).
 """
 
 import argparse
@@ -10,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,16 @@ from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.models import MiniGPT4, loading
 from minigpt4.models import language_model as lm
 from minigpt4.models.lora import is_lora, lora_delta, tensor_names
-from minigpt4.models.vision import q_former_state, vit_state
+from minigpt4.models.vision import Q_FORMER, VIT, q_former_state, vit_state
 from minigpt4.processors import eval_image_processor
 from minigpt4.processors.blip_processors import Blip2ImageEvalProcessor
-from minigpt4.tools.hf_folder import check_prompts, write_card, write_processor
+from minigpt4.tools.hf_folder import check_prompts, write_card, write_origin, write_processor
 from minigpt4.tools.model_folder import check_new, new_folder, write_json, write_shards
 
 # A name of our own: engines that know BLIP-2 by its architecture put the image before the begin token, and would
 # answer wrongly without an error; transformers goes by the model type.
 ARCHITECTURE = "MiniGPT4ForConditionalGeneration"
+Maker = tuple[torch.dtype, Callable[[], Tensor]]  # the dtype of a tensor, and a function that computes it
 _NAMES = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
@@ -58,8 +61,8 @@ def export(cfg: ModelConfig, target: Path, image_processor: Any, dtype: torch.dt
         cfg: the section ``model``.
         target: must not exist or be empty.
         image_processor: that of chats, ``blip2_image_eval`` with its ``mean`` and ``std``.
-        dtype: of the weights, by default that of the LM's files; the Q-Former's are always float32, as transformers
-            computes it so.
+        dtype: of the written weights, except the Q-Former's, which are then float32, as transformers computes it so. By
+            default every tensor keeps the dtype of its file, and transformers loads them in that of the LM's.
 
     Raises UserError for a model that BLIP-2's classes cannot express, and where files do not match or the folder cannot
     be written.
@@ -78,26 +81,29 @@ def export(cfg: ModelConfig, target: Path, image_processor: Any, dtype: torch.dt
         processor, ends = write_processor(folder, files.llama_model, model, image_processor)
         image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
         check_prompts(processor, model, image_id)
-        tensors = _tensors(model, files)
-        first = tensors["language_model." + _embedding_names(model.llama_model)[0]]()
-        dtype = dtype or first.dtype
-        rows = max(len(first), image_id + 1)
-        config = build_config(cfg, model, {"rows": rows, "image_id": image_id, "ends": ends, "dtype": dtype})
+        states = _read(model, files)
+        tensors = _tensors(model, states)
+        embeddings = states[lm.KEY][_embedding_names(model.llama_model)[0]]
+        loaded = dtype or embeddings.dtype
+        rows = max(len(embeddings), image_id + 1)
+        config = build_config(cfg, model, {"rows": rows, "image_id": image_id, "ends": ends, "dtype": loaded})
         shapes = _compare(config, tensors)
         extended = {f"language_model.{name}" for name in _embedding_names(model.llama_model)}
+        dtypes = {name: _dtype(name, dtype) if dtype else stored for name, (stored, _) in tensors.items()}
 
         def make(name: str) -> Tensor:
-            value = tensors[name]()
+            value = tensors[name][1]()
             if name in extended and len(value) < rows:  # the mean of all rows never has the largest logit
                 new = value.float().mean(0, keepdim=True).to(value.dtype)
                 value = torch.cat([value, new.expand(rows - len(value), *value.shape[1:])])
-            value = value.to(_dtype(name, dtype)).contiguous()
-            if not value.isfinite().all():
-                raise UserError(f"'{name}' is not finite in {value.dtype}; take --dtype bfloat16 or float32.")
+            value = value.to(dtypes[name]).contiguous()
+            if not value.to(in_use := _dtype(name, loaded)).isfinite().all():
+                raise UserError(f"'{name}' is not finite in {in_use}; take --dtype bfloat16 or float32.")
             return value
 
-        write_shards(folder, {name: (shape, _dtype(name, dtype)) for name, shape in shapes.items()}, make, "--out")
+        write_shards(folder, {name: (shape, dtypes[name]) for name, shape in shapes.items()}, make, "--out")
         write_json(folder / "config.json", config)
+        write_origin(folder, cfg, files.llama_model, image_processor, states)
         generation = {"bos_token_id": model.llama_tokenizer.bos_token_id, "eos_token_id": ends}
         write_json(folder / "generation_config.json", generation | {"pad_token_id": model.llama_tokenizer.eos_token_id})
         write_card(folder, model, conv, files.ckpt, ends)
@@ -124,32 +130,41 @@ def _embedding_names(llm: nn.Module) -> list[str]:
     return [f"{names[id(part)]}.{name}" for part in parts for name, _ in part.named_parameters(recurse=False)]
 
 
-def _tensors(model: MiniGPT4, files: loading.ModelFiles) -> dict[str, Callable[[], Tensor]]:
-    """By their names in transformers, functions that compute the tensors of a built model from its files."""
-    base = lm.read_weights(model.llama_model, files.llama_model)
+def _read(model: MiniGPT4, files: loading.ModelFiles) -> dict[str, dict[str, Tensor]]:
+    """The memory-mapped tensors of all files by YAML key, under the model's names; all are compared with the model."""
+    trained = loading.trained_state(model, files.ckpt, needs_lora=bool(model.lora))
+    loading.check_finite(trained, files.ckpt)
+    vision = {VIT: vit_state(model, files.vit_weights), Q_FORMER: q_former_state(model, files.q_former_model)}
+    return {lm.KEY: lm.read_weights(model.llama_model, files.llama_model), **vision, loading.CKPT: trained}
+
+
+def _tensors(model: MiniGPT4, states: dict[str, dict[str, Tensor]]) -> dict[str, Maker]:
+    """By their names in transformers, the dtypes of a model's tensors, and functions that compute them."""
+    base, trained = dict(states[lm.KEY]), states[loading.CKPT]
     embedding, *heads = _embedding_names(model.llama_model)
     for name in heads:  # tied ones are stored once, and written twice: each gets its own new row
         base.setdefault(name, base[embedding])
-    state = {f"visual_encoder.{name}": value for name, value in vit_state(model, files.vit_weights).items()}
-    state |= q_former_state(model, files.q_former_model)
-    trained = loading.trained_state(model, files.ckpt, needs_lora=bool(model.lora))
-    loading.check_finite(trained, files.ckpt)
+    state = {f"visual_encoder.{name}": value for name, value in states[VIT].items()} | states[Q_FORMER]
     state |= {name: value for name, value in trained.items() if not is_lora(name)}
     state |= {f"llama_model.{name}": value for name, value in base.items()}
-    tensors: dict[str, Callable[[], Tensor]] = {}
+    tensors: dict[str, Maker] = {}
     for name, value in state.items():
         if name.endswith("attn.q_bias"):
-            other = state[name.replace("q_bias", "v_bias")]
-            tensors[_name(name)] = lambda q=value, v=other: torch.cat([q, torch.zeros_like(q), v])
+            tensors[_name(name)] = value.dtype, partial(_qkv_bias, value, state[name.replace("q_bias", "v_bias")])
         elif not name.endswith("attn.v_bias"):
-            tensors[_name(name)] = lambda value=value: value
+            tensors[_name(name)] = value.dtype, partial(Tensor.contiguous, value)
     for name in model.lora.layers if model.lora else ():
-        parts = [trained[part] for part in tensor_names(name)]
-        scale, key = model.lora.scaling, f"{name}.weight"
-        tensors[f"language_model.{key}"] = lambda value=base[key], parts=parts, scale=scale: (
-            value.float() + lora_delta(*parts, scale)
-        )
+        (a, b), value = (trained[part] for part in tensor_names(name)), base[f"{name}.weight"]
+        tensors[f"language_model.{name}.weight"] = value.dtype, partial(_merge, value, a, b, model.lora.scaling)
     return tensors
+
+
+def _qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
+    return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+
+
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return weight.float() + lora_delta(a, b, scale)
 
 
 def _name(name: str) -> str:
@@ -225,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ckpt", required=True, help="checkpoint with the projection, and LoRA if it was trained")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist or be empty")
     names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-    parser.add_argument("--dtype", choices=sorted(names), help="of the weights; default: that of the LM's files")
+    parser.add_argument("--dtype", choices=sorted(names), help="of the weights; default: those of the files")
     options = parser.parse_args(arguments)
     target = options.out.expanduser()
     try:

@@ -1,21 +1,30 @@
 """Processor, tokenizer and model card of an exported folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AddedToken, AutoProcessor, AutoTokenizer
 
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
-from minigpt4.common.schema import LATER
+from minigpt4.common.schema import LATER, ModelConfig
 from minigpt4.common.templates import Conversation
 from minigpt4.models import MiniGPT4
+from minigpt4.models.loading import CKPT
+from minigpt4.models.lora import is_lora
 from minigpt4.models.text_rows import IMAGE_TOKEN_INDEX
 from minigpt4.tools.chat_jinja import IMAGE_TOKEN, chat_template
-from minigpt4.tools.model_folder import write_json
+from minigpt4.tools.model_folder import copy_settings, write_json
 
+ORIGIN, ORIGINAL_LM = "minigpt4/origin.json", "minigpt4/llama_model"  # what import_hf needs, beside the weights
+SETTINGS = (  # of the section model, which describe the model and not a run or a machine
+    *("arch", "model_type", "image_size", "vit_precision", "vit_config", "num_query_token", "qformer_config"),
+    *("llm_dtype", "conversation", "prompt_template", "max_txt_len", "end_sym", "chat_template", "max_context_len"),
+)
 _BICUBIC = 3  # of Pillow
 _DROPPED = ("extra_special_tokens", "chat_template", "is_local", "local_files_only")  # of tokenizer_config.json
 _CARD = """\
@@ -87,6 +96,25 @@ def write_processor(folder: Path, source: Path, model: MiniGPT4, image_processor
     write_json(folder / "processor_config.json", content)
     processor = AutoProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     return processor, _end_ids(model)
+
+
+def write_origin(
+    folder: Path, cfg: ModelConfig, llama_model: Path, image_processor: Any, states: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Writes what ``import_hf`` needs beside the weights: settings, dtypes, names, and the files of the LM's folder."""
+    dtypes = {key: sorted({str(v.dtype) for n, v in state.items() if not is_lora(n)}) for key, state in states.items()}
+    trained, default = states[CKPT], type(image_processor)()
+    images = {name: getattr(image_processor, name) for name in ("mean", "std", "draft")}
+    content = {
+        "model": {name: value for name, value in asdict(cfg).items() if name in SETTINGS},
+        "vis_processor": {name: value for name, value in images.items() if value != getattr(default, name)},
+        "dtypes": dtypes,
+        "ckpt": [name for name in trained if not is_lora(name)],
+        "has_merged_lora": any(map(is_lora, trained)),
+    }
+    (folder / ORIGIN).parent.mkdir()
+    write_json(folder / ORIGIN, content)
+    copy_settings(llama_model, folder / ORIGINAL_LM)
 
 
 def _end_ids(model: MiniGPT4) -> list[int]:

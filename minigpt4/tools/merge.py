@@ -5,7 +5,6 @@ precision of the files, whatever precision the run had.
 """
 
 import argparse
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,9 @@ from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.models import MiniGPT4, loading
 from minigpt4.models import language_model as lm
 from minigpt4.models.lora import is_lora, lora_delta, tensor_names
-from minigpt4.tools.model_folder import check_new, new_folder, write_shards
+from minigpt4.tools.model_folder import check_new, copy_settings, new_folder, write_shards
 
 CHECKPOINT = "checkpoint.pth"  # beside the model: what else was trained
-COPIED = ("*.json", "tokenizer.model", "*.jinja")
 
 
 def merge(cfg: ModelConfig, target: Path) -> None:
@@ -53,9 +51,7 @@ def merge(cfg: ModelConfig, target: Path) -> None:
 
     with new_folder(target, "--out") as folder:
         write_shards(folder, {name: (value.shape, value.dtype) for name, value in base.items()}, make, "--out")
-        for file in {file for pattern in COPIED for file in files.llama_model.glob(pattern)}:
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+        copy_settings(files.llama_model, folder)
         rest = {name: value.clone() for name, value in state.items() if not is_lora(name)}
         torch.save({"model": rest}, folder / CHECKPOINT)
 

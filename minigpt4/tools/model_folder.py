@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from minigpt4.common.errors import UserError
 
+SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # of a language model, beside its weights
 SHARD_BYTES = 2 * 10**9  # of one written file, which is assembled in memory
 
 
@@ -58,10 +59,24 @@ def write_shards(
         raise UserError(f"{key}: {total:,} bytes are needed in {folder.parent}, but only {free:,} are free.")
     shards = split_torch_state_dict_into_shards(model, max_shard_size=SHARD_BYTES)
     for file, names in tqdm(shards.filename_to_tensors.items(), unit="file"):
-        save_file({name: make(name) for name in names}, folder / file, metadata={"format": "pt"})
+        save_tensors({name: make(name) for name in names}, folder / file)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a .safetensors file that may be read by whoever may read its folder."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors writes files for their owner alone
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copies the files of a language model's folder other than its weights."""
+    target.mkdir(exist_ok=True)
+    for file in {file for pattern in SETTINGS_FILES for file in source.glob(pattern)}:
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
