@@ -6,6 +6,7 @@ from pathlib import Path
 
 import family
 import pytest
+import torch
 from data_samples import good, shard
 from golden_data import read_json
 from instruction_sets import BUILD_INFO, link_align, link_visual_genome
@@ -79,6 +80,20 @@ def test_training(name, toy_sets, tmp_path, monkeypatch):
     runner.train()
     assert (tmp_path / "job" / "checkpoint_0.pth").is_file()
     assert "train_loss" in (tmp_path / "job" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("member", "file"), [("llama2", "llama2_stage2_finetune"), ("v2", "stage2_finetune")])
+def test_features_without_a_q_former_are_cached(member, file, toy_sets, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = small(member, toy_sets["minigpt4_llama2_stage2_finetune"])
+    others = {"llama2": [], "v2": ["model.arch=minigpt_v2", "model.model_type=pretrain", "model.end_sym=</s>"]}
+    options += [*others[member], f"run.feature_cache={tmp_path}", "run.device=cpu", "run.num_workers=0"]
+    cfg = Config(Namespace(cfg_path=f"train_configs/minigpt4_{file}.yaml", options=options)).check()
+    (cached,) = (splits["train"] for splits in setup_task(cfg).build_datasets(cfg).values())
+    cfg.config.run.feature_cache = None
+    (plain,) = (splits["train"] for splits in setup_task(cfg).build_datasets(cfg).values())
+    expected = family.shared(member).encode_images(torch.stack([sample["image"] for sample in plain]))
+    torch.testing.assert_close(torch.stack([s["features"] for s in cached]).float(), expected, atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["minigptv2_eval", "minigpt4_llama2_eval"])

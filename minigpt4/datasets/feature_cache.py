@@ -128,30 +128,32 @@ def with_features(cfg: Any, datasets: Mapping[str, Mapping[str, Any]], device: t
             vision = vision or VisionEncoder.from_config(cfg.model_cfg, device)
             logging.info("Computing features of %d of %d parts of %s.", len(parts), len(files), name)
             own = {part: files[part] for part in parts[dist_utils.get_rank() :: dist_utils.get_world_size()]}
-            _compute(name, dataset, own, num_crops(run_cfg, split), vision, run_cfg)
+            _compute(name, dataset, own, num_crops(run_cfg, split), vision, run_cfg, device)
             dist_utils.gather_objects(None)  # the other ranks' parts are needed as well
         replaced.setdefault(name, {})[split] = FeatureDataset(name, files)
         logging.info("%s/%s: features of %d samples.", name, split, len(replaced[name][split]))
     return replaced
 
 
-def _compute(name: str, dataset: Any, parts: dict[int, Path], crops: int, vision: Any, run_cfg: RunConfig) -> None:
-    queries, skipped = vision.query_tokens, Counter()
+def _compute(
+    name: str, dataset: Any, parts: dict[int, Path], crops: int, vision: Any, run_cfg: RunConfig, device: torch.device
+) -> None:
+    skipped, shape = Counter(), (crops, vision.num_query_token, vision.feature_width)
     batch_size = max(1, max(run_cfg.batch_size_eval, run_cfg.batch_size_train or 1) // crops)
-    loading = run_cfg.num_workers, run_cfg.seed, devices.has_own_memory(queries.device)
+    loading = run_cfg.num_workers, run_cfg.seed, devices.has_own_memory(device)
     progress = tqdm(parts.items(), f"{name} features", unit="part", disable=not dist_utils.is_main_process())
     for part, file in progress:
         batches = eval_batches(name, _Part(name, dataset, part, crops), batch_size, *loading, is_whole=True)
         rows: dict[int, tuple[Tensor, bytes]] = {}
         for batch in batches:
             with torch.no_grad():
-                features = vision.encode_images(batch["image"].flatten(0, 1).to(queries.device)).bfloat16().cpu()
+                features = vision.encode_images(batch["image"].flatten(0, 1).to(device)).bfloat16().cpu()
             values = zip(features.unflatten(0, (-1, crops)), map(str.encode, batch["text"]), strict=True)
             rows |= dict(zip(batch["number"].tolist(), values, strict=True))
         skipped.update(batches.skipped)
         if batches.skipped["unreachable shard"]:
             raise UserError(f"{KEY}: part {part} of {name} cannot be fetched, see the log; start again to continue.")
-        _write(file, [rows[number] for number in sorted(rows)], (crops, *queries.shape[1:]))
+        _write(file, [rows[number] for number in sorted(rows)], shape)
     log_skipped(skipped, name)
 
 
