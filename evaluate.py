@@ -45,6 +45,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Reads the questions, has them answered, and scores them; returns the rows of the table."""
     from minigpt4.common import dist_utils
     from minigpt4.common.config import Config
+    from minigpt4.common.files import refuse_placeholder
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.schema import RunConfig, read_section
     from minigpt4.evaluation.tasks import answer, find_work, score_all
@@ -52,6 +53,8 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     setup_logger()
     cfg = Config(args).check()
     run_cfg = read_section(RunConfig, cfg.run_cfg, "run")
+    if not args.out:
+        refuse_placeholder(run_cfg.save_path or "", "run.save_path", "the folder for answers and results")
     out = Path(args.out or run_cfg.save_path or Path("output/evaluation") / Path(args.cfg_path).stem)
     work = find_work(cfg, args.dataset, needs_images=not args.score_only)
     if not args.score_only:

@@ -26,6 +26,7 @@ def train(args: argparse.Namespace) -> None:
     from minigpt4.common.schema import RunConfig, read_section
     from minigpt4.common.utils import now
     from minigpt4.doctor.language import check_language_model
+    from minigpt4.runners.run_folder import check_output_dir
     from minigpt4.tasks import setup_task
 
     setup_logger()
@@ -34,6 +35,7 @@ def train(args: argparse.Namespace) -> None:
     device = dist_utils.init_distributed_mode(run_cfg)
     setup_logger()  # again, as the rank is known now
     dist_utils.assert_same_config(cfg.to_dict())
+    check_output_dir(run_cfg)
     devices.seed_everything(run_cfg.seed + dist_utils.get_rank())
     cfg.pretty_print()
 

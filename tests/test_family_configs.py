@@ -12,12 +12,16 @@ from golden_data import read_json
 from instruction_sets import BUILD_INFO, link_align, link_visual_genome
 
 import demo
+import evaluate
+import train
 from minigpt4.common.config import Config
+from minigpt4.common.errors import UserError
 from minigpt4.runners import RunnerBase, runner_base
 from minigpt4.tasks import setup_task
 
 ROOT = Path(__file__).parents[1]
 MERGED = read_json("merged_configs.json", family.FAMILY)
+BENCHMARKS = "minigptv2_benchmark_evaluation"
 OLDER = ("minigpt4_eval", "minigpt4_stage1_pretrain", "minigpt4_stage2_finetune")  # names that both commits have
 SIZES = ("image_size", "vit_config", "vit_precision", "llm_dtype", "lora_r", "lora_alpha")
 PATHS = ("vit_weights", "llama_model", "ckpt")
@@ -94,6 +98,18 @@ def test_features_without_a_q_former_are_cached(member, file, toy_sets, tmp_path
     (plain,) = (splits["train"] for splits in setup_task(cfg).build_datasets(cfg).values())
     expected = family.shared(member).encode_images(torch.stack([sample["image"] for sample in plain]))
     torch.testing.assert_close(torch.stack([s["features"] for s in cached]).float(), expected, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("run", "key"),
+    [(train.train, "output_dir"), (evaluate.evaluate, "save_path")],
+    ids=["train", "evaluate"],
+)
+def test_the_folder_of_results_is_checked_before_anything_is_read(run, key, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    file = {"output_dir": "train_configs/minigptv2_finetune.yaml"}.get(key, f"eval_configs/{BENCHMARKS}.yaml")
+    with pytest.raises(UserError, match=f"run.{key} is still the placeholder '/path/to/save"):
+        run(Namespace(cfg_path=file, options=["run.device=cpu"], out=None))
 
 
 @pytest.mark.parametrize("name", ["minigptv2_eval", "minigpt4_llama2_eval"])

@@ -256,3 +256,9 @@ def test_a_folder_that_is_gone_is_reported(tmp_path):
 def test_a_placeholder_is_no_folder():
     with pytest.raises(UserError, match=r"run\.output_dir is still the placeholder '/path/to/save_checkpoint'"):
         run_folder.open_folder(RunConfig(output_dir="/path/to/save_checkpoint"), "job", None)
+
+
+def test_a_file_is_no_place_for_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.output_dir: .*/file/out cannot be created or written"):
+        run_folder.check_output_dir(RunConfig(output_dir=f"{tmp_path}/file/out"))

@@ -45,9 +45,10 @@ def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Pat
         ) from error
 
 
-def is_placeholder(spec: str) -> bool:
-    """Whether a value is one that shipped YAML files have in place of a path."""
-    return _PLACEHOLDER.search(spec) is not None
+def refuse_placeholder(spec: str, key: str, place: str) -> None:
+    """Raises UserError for a value that shipped YAML files have in place of a path; ``place`` is what to set."""
+    if _PLACEHOLDER.search(spec):
+        raise UserError(f"{key} is still the placeholder '{spec}'; set it to {place}." + see("placeholder-paths"))
 
 
 def resolve_local_path(spec: str | None, key: str) -> Path | None:
@@ -58,9 +59,7 @@ def resolve_local_path(spec: str | None, key: str) -> Path | None:
     path = Path(os.path.expanduser(spec))
     if os.path.exists(path):  # False, too, for names that no file can have
         return _snapshot(path, key) if path.name.startswith("models--") and path.is_dir() else path
-    if is_placeholder(spec):
-        advice = "set it to where the file really is." + see("placeholder-paths")
-        raise UserError(f"{key} is still the placeholder '{spec}'; {advice}")
+    refuse_placeholder(spec, key, "where the file really is")
     if _URL.match(spec):
         return _download_target(spec) if _download_target(spec).exists() else None
     if _HUB_ID.match(spec) and not spec.endswith(WEIGHT_FILES):

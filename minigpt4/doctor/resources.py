@@ -29,6 +29,7 @@ from minigpt4.doctor.samples import SampleStats
 from minigpt4.models import language_model as lm
 from minigpt4.models import loading
 from minigpt4.models.text_rows import captions_of
+from minigpt4.runners.run_folder import check_output_dir
 
 # Share of a card that is not present for its context and libraries, for fragmentation, and for errors of prediction.
 RESERVE = 0.1
@@ -37,7 +38,8 @@ _OUT_OF_MEMORY = see("out-of-memory")
 
 
 def disk(run_cfg: RunConfig, files: ModelFiles, drawn: list[SampleStats]) -> list[Finding]:
-    """Space for checkpoints and for the feature cache."""
+    """Space for checkpoints and for the feature cache; UserError where ``run.output_dir`` is no place for them."""
+    check_output_dir(run_cfg)
     model = files.model
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     one = 3 * 4 * trained + 20_000  # weights and AdamW's moments in float32, and a rank's state

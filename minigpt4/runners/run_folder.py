@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from minigpt4.common import dist_utils
-from minigpt4.common.errors import UserError, see
-from minigpt4.common.files import is_placeholder, locate
+from minigpt4.common.errors import UserError
+from minigpt4.common.files import locate, refuse_placeholder
 from minigpt4.common.schema import RunConfig
 from minigpt4.runners.checkpoints import PARTIAL, PATTERN, RESUME_KEY, TrainState, newest, unwritable
 from minigpt4.runners.lock import RunLock
+
+
+def check_output_dir(run_cfg: RunConfig) -> None:
+    """Raises UserError where ``run.output_dir`` is still a placeholder, or on rank 0 no place for a folder."""
+    refuse_placeholder(run_cfg.output_dir, "run.output_dir", "the folder for checkpoints and logs")
+
+    def check() -> None:
+        root = Path(run_cfg.output_dir).absolute()
+        existing = next(path for path in (root, *root.parents) if os.path.exists(path))
+        if not os.path.isdir(existing) or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"run.output_dir: {root} cannot be created or written (see {existing}); set another one.")
+
+    dist_utils.run_on_main(check)
 
 
 def open_folder(run_cfg: RunConfig, job_id: str, config: Any) -> tuple[Path, Path | None, RunLock | None]:
@@ -27,9 +40,7 @@ def open_folder(run_cfg: RunConfig, job_id: str, config: Any) -> tuple[Path, Pat
     Raises:
         UserError: another process uses the folder, or none can be created.
     """
-    if is_placeholder(run_cfg.output_dir):
-        advice = "set it to the folder for checkpoints and logs." + see("placeholder-paths")
-        raise UserError(f"run.output_dir is still the placeholder '{run_cfg.output_dir}'; {advice}")
+    check_output_dir(run_cfg)
     root, locks = Path(run_cfg.output_dir), []
 
     def claim_newest() -> Path | None:
