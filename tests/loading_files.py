@@ -1,6 +1,7 @@
 """What the tests of weight files share: the golden parts, and a copy of the tiny LM to be damaged."""
 
 import functools
+import json
 import shutil
 
 import pytest
@@ -50,3 +51,15 @@ def edit(folder, change):
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def sharded(folder, state, pattern):
+    """Writes tensors as three shards with an index, the language model's in the last one; returns the shards' names."""
+    others = sorted(name for name in state if not name.startswith("language_"))
+    groups = others[::2], others[1::2], [name for name in state if name not in others]
+    shards = [pattern.format(f"-{number:05}-of-00003") for number in (1, 2, 3)]
+    for shard, group in zip(shards, groups, strict=True):
+        written(folder / shard, {name: state[name] for name in group})
+    weight_map = {name: shard for shard, group in zip(shards, groups, strict=True) for name in group}
+    (folder / f"{pattern.format('')}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return shards

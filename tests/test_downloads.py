@@ -1,17 +1,22 @@
 """Values that name a file elsewhere: URLs, which are downloaded once, and folders of the Hugging Face cache."""
 
+import json
 import threading
 import urllib.parse
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
-from minigpt4.common import http_stream
+from minigpt4.common import http_stream, weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate, resolve_local_path
 from minigpt4.common.schema import ModelConfig
+from minigpt4.models.loading import locate_files
+from minigpt4.models.vision import locate_vision
 
 KEY = "model.ckpt"
 
@@ -106,3 +111,94 @@ def test_a_folder_of_the_hub_cache(tmp_path):
     (folder / "snapshots" / "def").mkdir()
     with pytest.raises(UserError, match=r"2 snapshots \(abc, def\); set model\.ckpt to the folder of one"):
         locate(str(folder), KEY)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the Hugging Face hub, which serves the files of a folder as the repository ``someone/model``."""
+    folder, commit = tmp_path / "repository", "a" * 40
+    folder.mkdir()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+            headers = {}
+            if path.startswith("/api/models/someone/model/tree/"):
+                listing = [{"type": "file", "path": f.name, "size": f.stat().st_size} for f in folder.iterdir()]
+                data = json.dumps([entry | {"oid": "0" * 40} for entry in listing]).encode()
+            elif path.startswith("/api/models/someone/model"):
+                siblings = [{"rfilename": file.name} for file in folder.iterdir()]
+                data = json.dumps({"id": "someone/model", "sha": commit, "siblings": siblings}).encode()
+            else:
+                name = path.rpartition("/")[2]
+                data = (folder / name).read_bytes()
+                headers = {"ETag": f'"{name}"', "X-Repo-Commit": commit}
+                if self.command == "GET":
+                    server.fetched.append(name)
+            self.send_response(200)
+            for key, value in {"Content-Length": str(len(data)), **headers}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.fetched, server.folder = [], folder
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {
+        "ENDPOINT": url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    thread = threading.Thread(target=server.serve_forever, args=[0.05])
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+TENSORS = {
+    "vision_model.embeddings.class_embedding": 0,
+    "vision_model.encoder.layers.0.mlp.fc1.bias": 0,
+    "vision_model.post_layernorm.bias": 1,
+    "qformer.layernorm.bias": 1,
+    "query_tokens": 1,
+    "language_model.norm.weight": 2,
+}
+
+
+@pytest.mark.parametrize("formats", [["model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"]])
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_of_a_hub_repository_only_what_is_needed_is_fetched(hub, formats, is_sharded):
+    for name in reversed(formats):
+        stem, suffix = name.split(".")
+        shards = [f"{stem}-{number}.{suffix}" for number in "012"] if is_sharded else [name] * 3
+        for file in shards:
+            (hub.folder / file).write_bytes(b"x")
+        if is_sharded:
+            weight_map = {tensor: shards[number] for tensor, number in TENSORS.items()}
+            (hub.folder / f"{name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for name in ("config.json", "tokenizer.model", "README.md"):
+        (hub.folder / name).write_text("{}")
+    cfg = ModelConfig(vit_weights="someone/model", q_former_model="someone/model", llama_model="someone/model")
+    places = set(locate_vision(cfg))
+    assert {file for file in hub.fetched if "index" not in file} == set(shards[:2])
+    hub.fetched.clear()
+    assert places == {locate_files(replace(cfg, ckpt=None), has_vision=False).llama_model}
+    assert set(hub.fetched) == {"config.json", "tokenizer.model", *shards} - set(shards[:2])
+
+
+def test_a_shard_that_the_hub_does_not_have(hub):
+    weight_map = dict.fromkeys(TENSORS, "model-00001-of-00001.safetensors")
+    (hub.folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    folder = locate_vision(ModelConfig(vit_weights="someone/model", has_qformer=False))[0]
+    with pytest.raises(UserError, match=r"model\.vit_weights: 1 of 1 files .* model-00001-of-00001\.safetensors"):
+        weights.read_state_dict(folder, "model.vit_weights", ["vision_model.*"])

@@ -8,13 +8,28 @@ import shutil
 import pytest
 import torch
 from golden_data import TINY
-from loading_files import FULL, PARTS, PROJECTION, Q_FORMER, VISION, VIT, edit, encodes_alike, llama, written  # noqa: F401
+from loading_files import (  # noqa: F401
+    FULL,
+    PARTS,
+    PROJECTION,
+    Q_FORMER,
+    VISION,
+    VIT,
+    edit,
+    encodes_alike,
+    llama,
+    sharded,
+    written,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minigpt4.common.errors import UserError
 from minigpt4.models.eva_vit import build_eva_vit
 from minigpt4.models.mini_gpt4 import MiniGPT4
 from minigpt4.models.Qformer import QFormer, QFormerConfig
+
+PARTS_OF_VISION = ("vit_weights", "q_former_model")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
@@ -116,19 +131,40 @@ def twin():
     return state | {"language_projection.weight": torch.zeros(4, 48), "language_model.shared.weight": torch.zeros(4, 4)}
 
 
-@pytest.mark.parametrize("form", ["file", "folder of shards"])
-def test_hugging_face_twin(build, tmp_path, form):
-    state = twin()
+def instruct_twin():
+    """The same as InstructBLIP's folders have it: with the text branch, and embeddings under another name."""
+    state = {name.replace("qformer.layernorm.", "qformer.embeddings.layernorm."): v for name, v in twin().items()}
+    text = ("embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight")
+    text += ("encoder.layer.0.intermediate.dense.weight", "encoder.layer.0.output.LayerNorm.bias")
+    return state | {f"qformer.{name}": torch.zeros(2, 2) for name in text}
+
+
+@pytest.mark.parametrize("kind,suffix", [(twin, ".safetensors"), (twin, ".bin"), (instruct_twin, ".safetensors")])
+@pytest.mark.parametrize("form", ["file", "single", "sharded", "shards without an index"])
+def test_hugging_face_twin(build, tmp_path, kind, form, suffix):
+    state = kind()
     assert not any(name.startswith(("blocks", "Qformer", "ln_vision", "cls_token")) for name in state)
-    place = written(tmp_path / "model.safetensors", state)
-    if form == "folder of shards":
-        place = tmp_path / "twin"
-        place.mkdir()
-        names = sorted(state)
-        for number in range(3):
-            part = {name: state[name] for name in names[number::3]}
-            written(place / f"model-0000{number + 1}-of-00003.safetensors", part)
-    assert encodes_alike(build(vit_weights=str(place), q_former_model=str(place)))
+    name = "model" if suffix == ".safetensors" else "pytorch_model"
+    if form in ("file", "single"):
+        file = written(tmp_path / f"{name}{suffix}", state)
+        assert encodes_alike(build(**dict.fromkeys(PARTS_OF_VISION, str(file if form == "file" else tmp_path))))
+        return
+    shards = sharded(tmp_path, state, f"{name}{{}}{suffix}")
+    if form == "sharded":
+        (tmp_path / shards[-1]).unlink()  # that of the language model is not needed
+    else:
+        (tmp_path / f"{name}{suffix}.index.json").unlink()
+    assert encodes_alike(build(**dict.fromkeys(PARTS_OF_VISION, str(tmp_path))))
+    (tmp_path / shards[1]).unlink()
+    for key in PARTS_OF_VISION:
+        with pytest.raises(UserError, match=rf"model\.{key}: .*{shards[1]}.*finish the download"):
+            build(**{key: str(tmp_path)})
+
+
+def test_an_index_of_another_model(build, tmp_path):
+    sharded(tmp_path, {"model.norm.weight": torch.ones(4), "lm_head.weight": torch.ones(4)}, "model{}.safetensors")
+    with pytest.raises(UserError, match=r"names no tensor vision_model\.embeddings.*expected the index of a BLIP-2"):
+        build(vit_weights=str(tmp_path))
 
 
 # full size

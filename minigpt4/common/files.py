@@ -2,7 +2,6 @@
 
 import fnmatch
 import hashlib
-import json
 import logging
 import os
 import re
@@ -16,28 +15,32 @@ from tqdm import tqdm
 from minigpt4.common.errors import UserError, see
 from minigpt4.common.http_stream import HttpStream
 from minigpt4.common.schema import ModelConfig
+from minigpt4.common.utils import parse_json
 
 WEIGHT_FILES = (".pth", ".pt", ".bin", ".safetensors")
 _URL = re.compile(r"^https?://")
 _PLACEHOLDER = re.compile(r"path/to(/|$)|path_to_|^please set|(^|/)your[-_/]|^<.*>$", re.IGNORECASE)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a Hugging Face folder, each perhaps in shards with an index
 _PUBLISHED = (ModelConfig.vit_weights, ModelConfig.q_former_model)  # the reference stores them by their names alone
 _TIMEOUT = 60  # seconds without a byte
 _RETRIES = 3  # without new data: 7 s where there is no network
 
 
-def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",)) -> Path:
+def locate(spec: str | None, key: str, hub_files: Sequence[str] = ("*",), tensors: Sequence[str] = ()) -> Path:
     """Returns the local file or folder that a YAML value names, downloading a URL or Hugging Face id once.
 
-    ``key`` names the value in messages. ``hub_files`` are patterns of the wanted files of a Hugging Face repository;
-    after a pattern of an index of shards, they are those of the wanted tensors. Raises UserError if nothing is there,
-    or it cannot be downloaded.
+    ``key`` names the value in messages. Of a Hugging Face repository, files that match ``hub_files`` are downloaded,
+    and with ``tensors``, patterns of names, the weights that hold them: in one format, without shards that hold none.
+    Raises UserError if nothing is there, or it cannot be downloaded.
     """
     path = resolve_local_path(spec, key)
     if path is not None:
         return path
     try:
-        return _download(str(spec)) if _URL.match(str(spec)) else _fetch_from_hub(str(spec), hub_files)
+        return _download(str(spec)) if _URL.match(str(spec)) else _fetch_from_hub(str(spec), key, hub_files, tensors)
+    except UserError:
+        raise
     except Exception as error:  # the hub client's errors are of many kinds; the remedy is the same
         raise UserError(
             f"{key}: '{spec}' is not a local path and could not be downloaded ({type(error).__name__}: {error}); "
@@ -108,13 +111,36 @@ def _download(url: str) -> Path:
     return target
 
 
-def _fetch_from_hub(repo: str, patterns: Sequence[str]) -> Path:
+def _fetch_from_hub(repo: str, key: str, hub_files: Sequence[str], tensors: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    index_files = [name for name in patterns if name.endswith(".index.json")]
-    folder = Path(snapshot_download(repo, allow_patterns=index_files or list(patterns)))
-    for index in folder.glob("*.index.json") if index_files else ():  # only the shards with a wanted tensor
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {file for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
-        folder = Path(snapshot_download(repo, allow_patterns=sorted(shards)))
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+
+    if not tensors:
+        return fetch(*hub_files)
+    folder = fetch(*hub_files, *(f"{name}.index.json" for name in WEIGHTS))
+    for name in (*WEIGHTS, "*.safetensors", "*.bin"):  # the last two where they have names of their own
+        index = folder / f"{name}.index.json"
+        files = shard_names(index, key, tensors) if index.is_file() else [name]
+        fetch(*files)
+        if all(any(folder.glob(file)) for file in files):
+            break
     return folder
+
+
+def shard_names(index: Path, key: str, tensors: Sequence[str] = ("*",)) -> list[str]:
+    """The files that a Hugging Face index names for tensors whose names match a pattern of ``tensors``.
+
+    Raises UserError if the index is damaged, or names no such tensor.
+    """
+    content = parse_json(index.read_bytes(), f"{key}: {index}")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{key}: {index} has no weight_map; copy it again.")
+    names = sorted({str(file) for name, file in weight_map.items() if any(fnmatch.fnmatch(name, p) for p in tensors)})
+    if not names:
+        raise UserError(f"{key}: {index} names no tensor {' or '.join(tensors)}; expected the index of a BLIP-2 model.")
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise UserError(f"{key}: {index} names '{elsewhere[0]}'; expected files beside it. Copy it again.")
+    return names

@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from minigpt4.common import pickles
 from minigpt4.common.errors import UserError, see
-from minigpt4.common.files import WEIGHT_FILES
-from minigpt4.common.utils import parse_json
+from minigpt4.common.files import WEIGHT_FILES, WEIGHTS, shard_names
 
+_NUMBERED = re.compile(r"(.+)-(\d{1,9})-of-(\d{1,9})(\.\w+)")  # the name of a shard
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
 LM_SIZES = {4096: "7B", 5120: "13B", 6656: "30B", 8192: "65B"}  # by hidden width
 VOCABULARIES = {32001: "Vicuna v0", 32000: "LLaMA, or Vicuna from v1.1 on"}
@@ -41,21 +41,45 @@ _BLIP2_NAMES = (  # pattern of a Hugging Face name, published name; for Salesfor
     (r"^vision_model\.encoder\.layers\.(\d+)\.self_attn\.projection\.", r"blocks.\1.attn.proj."),
     (r"^vision_model\.encoder\.layers\.(\d+)\.(?:self_)?(attn\.qkv|mlp)\.", r"blocks.\1.\2."),
     (r"^vision_model\.post_layernorm\.", "ln_vision."),
-    (r"^qformer\.layernorm\.", "Qformer.bert.embeddings.LayerNorm."),
+    (r"^qformer\.(?:embeddings\.)?layernorm\.", "Qformer.bert.embeddings.LayerNorm."),  # the longer one: InstructBLIP
     (r"^qformer\.(.*\.(?:cross)?attention)\.attention\.", r"Qformer.bert.\1.self."),
     (r"^qformer\.", "Qformer.bert."),
 )
 
 
-def shards(index: Path, key: str) -> list[Path]:
-    """Returns the files that a Hugging Face index names; a UserError if it is damaged or one of them is missing."""
-    content = parse_json(index.read_bytes(), f"{key}: {index}")
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{key}: {index} has no weight_map; copy it again.")
-    names = sorted(set(map(str, weight_map.values())))
-    if elsewhere := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{key}: {index} names '{elsewhere[0]}'; expected files beside it. Copy it again.")
+def weight_files(folder: Path, key: str, tensors: Sequence[str] = ("*",)) -> list[Path]:
+    """The files of a Hugging Face folder that hold the tensors whose names match a pattern, .safetensors before .bin.
+
+    An index whose shards are missing counts only where no other file holds the weights: it may be left over. Raises
+    UserError where there are none, or some of them are missing.
+    """
+    problems = []
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        try:
+            if index.is_file():
+                return shards(index, key, tensors)
+        except UserError as error:
+            problems.append(error)
+    files = [] if problems else sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not files:
+        expected = "model.safetensors or pytorch_model.bin, nor an index of their parts"
+        raise problems[0] if problems else UserError(f"{key}: {folder} holds no {expected}.")
+    if number := _NUMBERED.fullmatch(files[0].name):  # shards of which not even the index is here
+        name, digits, total, suffix = number.groups()
+        names = (f"{name}-{i:0{len(digits)}}-of-{total}{suffix}" for i in range(1, int(total) + 1))
+        if missing := next((name for name in names if folder / name not in files), None):
+            raise UserError(
+                f"{key}: {missing}, one of {int(total)} files, is missing in {folder}; finish the download."
+            )
+    return files
+
+
+def shards(index: Path, key: str, tensors: Sequence[str] = ("*",)) -> list[Path]:
+    """The files that a Hugging Face index names for wanted tensors; UserError if it is damaged, or one is missing."""
+    names = shard_names(index, key, tensors)
     if missing := [name for name in names if not os.path.isfile(index.parent / name)]:
         share = f"{len(missing)} of {len(names)} files that {index.name} names are missing in {index.parent}"
         raise UserError(f"{key}: {share} (first: {missing[0]}); finish the download.")
@@ -78,13 +102,10 @@ def read_file(path: Path, key: str) -> dict:
     return content
 
 
-def read_state_dict(path: Path, key: str) -> dict[str, Tensor]:
-    """Reads the tensors of a file, or of all files of a Hugging Face folder; opens a {"model": …} wrapper."""
-    files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{key}: the folder {path} holds no .safetensors or .bin file.")
+def read_state_dict(path: Path, key: str, tensors: Sequence[str] = ("*",)) -> dict[str, Tensor]:
+    """Reads the tensors of a file, or of a Hugging Face folder's ``weight_files``; opens a {"model": …} wrapper."""
     state: dict[str, Tensor] = {}
-    for file in files:
+    for file in weight_files(path, key, tensors) if path.is_dir() else [path]:
         content = read_file(file, key)
         state |= content["model"] if isinstance(content.get("model"), Mapping) else content
     check_tensors(state, path, key)

@@ -29,7 +29,7 @@ from minigpt4.models.quantization import QuantizedLinear
 
 KEY = "model.llama_model"
 MAX_LAYERS = 1000  # building more takes minutes, whatever the files hold
-HUB_FILES = ("*.json", "tokenizer.model", "*.safetensors", "*.bin")
+HUB_FILES = ("*.json", "*.jinja", "tokenizer.model")  # beside the weights
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 MIN_NORM = 0.05  # mean size of a trained Llama's final norm is about 1 or more, that of a difference of two near 0
 # Constants that old files store and that are computed today.
@@ -136,7 +136,7 @@ def read_weights(llm: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
     Only the values of the final norm are read. Raises UserError if names or shapes differ, or for a raw delta.
     """
     expected, prefix, state = llm.state_dict(), f"{llm.base_model_prefix}.", {}
-    for file in weight_files(folder):
+    for file in weights.weight_files(folder, KEY):
         content = weights.read_file(file, KEY)
         weights.check_tensors(content, file, KEY)
         for name, value in content.items():  # some old files leave out the name of the base model
@@ -200,25 +200,6 @@ def fill_weights(
     torch.set_num_threads(num_threads)  # of threads to come, such as the autograd engine's
     llm.tie_weights()
     llm.eval()
-
-
-def weight_files(folder: Path, key: str = KEY) -> list[Path]:
-    """The files that hold a folder's weights, .safetensors before .bin; UserError where there are none.
-
-    An index whose shards are missing counts only where no other file holds the weights: it may be left over.
-    """
-    problems = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        try:
-            if index.is_file():
-                return weights.shards(index, key)
-        except UserError as error:
-            problems.append(error)
-    expected = "model.safetensors or pytorch_model.bin, nor an index of their parts"
-    raise problems[0] if problems else UserError(f"{key}: {folder} holds no {expected}.")
 
 
 def load_tokenizer(llm: PreTrainedModel, folder: Path) -> Any:

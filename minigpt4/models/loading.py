@@ -40,7 +40,7 @@ class ModelFiles(NamedTuple):
 
 def locate_files(cfg: ModelConfig, has_vision: bool = True) -> ModelFiles:
     """Finds or downloads all files of the section; UserError where one is missing."""
-    llama_model = locate(cfg.llama_model, lm.KEY, lm.HUB_FILES)
+    llama_model = locate(cfg.llama_model, lm.KEY, lm.HUB_FILES, ("*",))
     vision_files = locate_vision(cfg) if has_vision else (None, None)
     return ModelFiles(llama_model, *vision_files, locate(cfg.ckpt, CKPT) if cfg.ckpt else None)
 

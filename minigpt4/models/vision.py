@@ -4,7 +4,8 @@ Shapes: B batch, S image side, N image tokens, W their width; Q image features o
 or (N - 1) / 4 groups of width 4 W.
 """
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from minigpt4.models.eva_vit import build_eva_vit, interpolate_pos_embed, round_
 from minigpt4.models.Qformer import QFormer, QFormerConfig
 
 VIT, Q_FORMER = "model.vit_weights", "model.q_former_model"
+# In BLIP-2's and InstructBLIP's folders.
+_VIT_TENSORS = ("vision_model.embeddings.*", "vision_model.encoder.*")
+_Q_FORMER_TENSORS = ("vision_model.post_layernorm.*", "query_tokens", "qformer.*")
 States = Mapping[str, Mapping[str, Tensor]]  # tensors by the YAML key of their file
 
 
@@ -121,10 +125,8 @@ class VisionEncoder(nn.Module):
 
 def locate_vision(cfg: ModelConfig) -> tuple[Path, Path | None]:
     """Finds or downloads the files of the vision transformer and of the Q-Former, if any; reads no weights."""
-    index = "*.index.json"
-    vit = locate(cfg.vit_weights, VIT, (index, "vision_model.*"))
-    q_former_parts = (index, "qformer.*", "query_tokens", "vision_model.post_layernorm.*")
-    return vit, locate(cfg.q_former_model, Q_FORMER, q_former_parts) if cfg.has_qformer else None
+    vit = locate(cfg.vit_weights, VIT, (), _VIT_TENSORS)
+    return vit, locate(cfg.q_former_model, Q_FORMER, (), _Q_FORMER_TENSORS) if cfg.has_qformer else None
 
 
 def vision_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:
@@ -164,28 +166,35 @@ def build_vision(cfg: ModelConfig, has_vision: bool = True) -> tuple[Eva | None,
 
 def vit_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
     """The vision transformer's tensors in a published file or its Hugging Face twin, matched with the built module."""
-    state = weights.read_state_dict(file, VIT)
-    state = weights.published_names(state) if any(name.startswith("vision_model.") for name in state) else state
+    state = _published(weights.read_state_dict(file, VIT, _VIT_TENSORS), _VIT_TENSORS)
     state = {name.removeprefix("visual_encoder."): value for name, value in state.items()}
     if "pos_embed" in state:
         state["pos_embed"] = interpolate_pos_embed(state["pos_embed"], vision.visual_encoder.pos_embed.shape[1])
     last = f"blocks.{len(vision.visual_encoder.blocks)}.*"  # the published file has one block more
-    droppable = [last, "norm.*", "fc_norm.*", "head.*", "ln_vision.*", "Qformer.*", "query_tokens", "language_*"]
+    droppable = [last, "norm.*", "fc_norm.*", "head.*", "ln_vision.*", "Qformer.*", "query_tokens"]
     hint = "Is it eva_vit_g.pth, and does model.vit_config describe it?"
     return weights.match_state_dict(vision.visual_encoder, state, file, VIT, droppable, hint)
 
 
 def q_former_state(vision: VisionEncoder, file: Path) -> dict[str, Tensor]:
     """The same for ln_vision, queries and Q-Former."""
-    state = weights.published_names(weights.read_state_dict(file, Q_FORMER))
-    droppable = [  # the text branch, heads of BLIP-2, and the rest of a twin
+    state = _published(weights.read_state_dict(file, Q_FORMER, _Q_FORMER_TENSORS), _Q_FORMER_TENSORS)
+    droppable = [  # the text branch, heads of BLIP-2, and the vision transformer
         *("Qformer.bert.embeddings.word_embeddings.*", "Qformer.bert.embeddings.position_*", "Qformer.cls.*"),
         *("Qformer.bert.encoder.layer.*.intermediate.dense.*", "Qformer.bert.encoder.layer.*.output.*"),
         *("t5_proj.*", "opt_proj.*", "llm_proj.*", "temp", "itm_head.*", "vision_proj.*", "text_proj.*"),
-        *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*", "language_*"),
+        *("cls_token", "pos_embed", "patch_embed.*", "blocks.*", "visual_encoder.*"),
     ]
     hint = "Is it blip2_pretrained_flant5xxl.pth, and do model.qformer_config and num_query_token describe it?"
     return weights.match_state_dict(_query_side(vision), state, file, Q_FORMER, droppable, hint)
+
+
+def _published(state: dict[str, Tensor], tensors: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors under published names; of a Hugging Face twin, those whose names match a pattern of ``tensors``."""
+    if not any(name.startswith(("vision_model.", "qformer.")) for name in state):
+        return state
+    wanted = {n: value for n, value in state.items() if any(fnmatch.fnmatch(n, pattern) for pattern in tensors)}
+    return weights.published_names(wanted)
 
 
 def _query_side(vision: VisionEncoder) -> nn.ModuleDict:

@@ -16,7 +16,7 @@ from torch import Tensor
 from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate
-from minigpt4.models.language_model import HUB_FILES, MIN_NORM, check_folder, weight_files
+from minigpt4.models.language_model import HUB_FILES, MIN_NORM, check_folder
 from minigpt4.tools.model_folder import check_new, new_folder, write_json, write_shards
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,7 +39,7 @@ class ModelFolder(NamedTuple):
 def read_folder(folder: Path, key: str) -> ModelFolder:
     """Maps the tensors of a folder; a UserError if a file is missing or damaged, or it holds no Llama."""
     config, tensors = check_folder(folder, key), {}
-    for file in weight_files(folder, key):
+    for file in weights.weight_files(folder, key):
         content = weights.read_file(file, key)
         weights.check_tensors(content, file, key)  # old files also store rotary frequencies, which are computed today
         tensors |= {name: value for name, value in content.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -149,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     target = options.target.expanduser()
     try:
-        base, delta = locate(options.base, "--base", HUB_FILES), locate(options.delta, "--delta", HUB_FILES)
+        base, delta = (locate(getattr(options, name), f"--{name}", HUB_FILES, ("*",)) for name in ("base", "delta"))
         apply_delta(base, delta, target, DTYPES[options.dtype])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
