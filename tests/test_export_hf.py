@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,7 +124,9 @@ def test_the_own_template_of_a_tokenizer(own, tmp_path, monkeypatch, begin):
 
 def test_the_folder_is_complete(folder):
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == [export_hf.ARCHITECTURE] and "_name_or_path" not in config["text_config"]
+    assert config["architectures"] == [export_hf.ARCHITECTURE]
+    assert f'"{export_hf.ARCHITECTURE}"' in Path("plugins/vllm/minigpt4_vllm/__init__.py").read_text()
+    assert "_name_or_path" not in config["text_config"]
     assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is True
     assert "Answers end by themselves" in (folder / "README.md").read_text()
 

@@ -54,7 +54,7 @@ print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_toke
 
 - STOPS
 - Engines that know BLIP-2 by its architecture, such as vLLM, put the image before the begin token and would answer
-  wrongly; therefore `architectures` has a name that they refuse.
+  wrongly; therefore `architectures` has a name that they refuse. For vLLM there is a plugin, `minigpt4-vllm`.
 - The norm behind the vision transformer has eps 1e-6 in place of 1e-5, which changes features by about 1e-5.
 - The chat template writes the begin token; to encode its text, pass `add_special_tokens=False`.
 - `<image>` in a user's text is taken for an image. The order of images is that of the messages.
