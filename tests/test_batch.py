@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import threading
 from contextlib import closing
 
 import picture_kinds
@@ -15,6 +16,7 @@ from PIL import Image
 from serving import GREEDY, rows_of
 
 from minigpt4.common.errors import UserError
+from minigpt4.conversation.answer_batch import AnswerBatch
 from minigpt4.serve.batch import answer_questions, find_questions
 from minigpt4.serve.batch_output import BatchOutput
 from minigpt4.serve.tables import read_rows
@@ -50,6 +52,36 @@ def test_rows_in_order_and_resume(chat, scene_folder, tmp_path):
     with pytest.raises(UserError, match="other images or questions"):
         answer(chat, find_questions(str(scene_folder), "Why?"), out)
     assert out.read_bytes() == whole
+
+
+def test_batches_do_not_depend_on_how_fast_images_are_read(chat, scene_folder, tmp_path, monkeypatch):
+    rows = [{"image": f"{scene_folder}/{i}.png", "question": f"What is {i}?"} for i in range(5)]
+    questions, traces = find_questions(write_rows(tmp_path / "rows.jsonl", *rows), ""), []
+    preprocess, add, step = chat.preprocess_image, AnswerBatch.add, AnswerBatch.step
+    for slowest in ("0.png", "3.png"):
+        trace, others = [], threading.Semaphore(0)
+
+        def read(path, slowest=slowest, others=others):
+            if isinstance(path, str) and path.endswith(slowest):
+                others.acquire()  # another image is read first
+            image = preprocess(path)
+            others.release()
+            return image
+
+        def added(batch, conv, *args, trace=trace):
+            trace.append(next(i for i in "01234" if f"What is {i}?" in conv.get_prompt()))
+            return add(batch, conv, *args)
+
+        def stepped(batch, trace=trace):
+            trace.append("step")
+            return step(batch)
+
+        monkeypatch.setattr(chat, "preprocess_image", read)
+        monkeypatch.setattr(AnswerBatch, "add", added)
+        monkeypatch.setattr(AnswerBatch, "step", stepped)
+        answer(chat, questions, tmp_path / f"{slowest}.jsonl", batch_size=3)
+        traces.append(trace)
+    assert traces[0] == traces[1] and traces[0][:4] == ["0", "1", "2", "step"]
 
 
 def test_images_of_every_kind(chat, image_kinds, tmp_path):

@@ -8,6 +8,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import zip_longest
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,17 +106,21 @@ def stream_answers(
 ) -> Iterator[list[Row]]:
     """Yields the rows of the questions in order, some at a time as they are finished.
 
-    They have ``answer``, of MiniGPT-v2 also ``boxes``, or ``error``.
+    They have ``answer``, of MiniGPT-v2 also ``boxes``, or ``error``. Which questions share a batch, on which the last
+    digits depend, is a matter of the questions and their answers alone, and not of how fast images are read.
     """
     rows: deque[tuple[Row, Future[str]]] = deque()  # in order
     places = threading.Semaphore(2 * batch_size)
-    with _asking(chat, options, batch_size) as ask:
-        for question in questions:
+    with _asking(chat, options, batch_size) as (read, ask, engine):
+        images = deque(read(question.path) for question in questions[:batch_size])
+        for question, following in zip_longest(questions, questions[batch_size:]):
             places.acquire()
-            result = ask(question)
+            result = ask(question, images.popleft())
             result.add_done_callback(lambda _: places.release())
             rows.append((question.row, result))
+            images += [read(following.path)] if following else []
             yield from _take_finished(rows, chat.has_boxes)
+        engine.close(timeout_seconds=0)  # no more questions come, for which it would wait
         while rows:
             rows[0][1].exception()  # waits
             yield from _take_finished(rows, chat.has_boxes)
@@ -140,22 +145,26 @@ def _take_finished(rows: deque[tuple[Row, Future[str]]], has_boxes: bool) -> Ite
 
 
 @contextmanager
-def _asking(chat: Chat, options: GenerationOptions, batch_size: int) -> Iterator[Callable[[Question], Future[str]]]:
-    """A function that starts to answer a question; at most ``2 * batch_size`` may be unanswered at a time."""
+def _asking(
+    chat: Chat, options: GenerationOptions, batch_size: int
+) -> Iterator[tuple[Callable[[str], Future[Tensor]], Callable[[Question, Future[Tensor]], Future[str]], Engine]]:
+    """Functions that start to read an image and to answer a question, and the engine that answers.
+
+    At most ``2 * batch_size`` questions may be unanswered at a time.
+    """
     cancelled, images = threading.Event(), OrderedDict()  # the latest images by path, which questions may share
-    engine = Engine(chat, max_batch=batch_size, max_queue=2 * batch_size)
+    engine = Engine(chat, max_batch=batch_size, max_queue=2 * batch_size, fills_batches=True)
     decoders = ThreadPoolExecutor(NUM_DECODERS)
 
-    def ask(question: Question) -> Future[str]:
-        result = Future()
-        image = images.pop(question.path, None) or decoders.submit(chat.preprocess_image, question.path)
-        images[question.path] = image
+    def read(path: str) -> Future[Tensor]:
+        images[path] = images.pop(path, None) or decoders.submit(chat.preprocess_image, path)
         if len(images) > 2 * batch_size:
             images.popitem(last=False)
-        image.add_done_callback(lambda image: submit(question, image, result))
-        return result
+        return images[path]
 
-    def submit(question: Question, image: Future[Tensor], result: Future[str]) -> None:
+    def ask(question: Question, image: Future[Tensor]) -> Future[str]:
+        result = Future()
+
         def on_update(answer: Answer | Exception) -> None:
             if result.done():  # an error of the engine is reported to its finished requests, too
                 return
@@ -171,13 +180,14 @@ def _asking(chat: Chat, options: GenerationOptions, batch_size: int) -> Iterator
             engine.submit(Request(messages, options, on_update, timeout_seconds=inf, cancelled=cancelled))
         except Exception as error:
             result.set_exception(error)
+        return result
 
     def has_no_traceback(record: logging.LogRecord) -> bool:
         return not record.exc_info  # the engine logs errors that end the run with a message of their own
 
     logging.getLogger().addFilter(has_no_traceback)
     try:
-        yield ask
+        yield read, ask, engine
     finally:  # after an error, what is still unanswered is of no use
         cancelled.set()
         decoders.shutdown(cancel_futures=True)

@@ -49,6 +49,7 @@ class Engine:
         max_length: tokens of prompt and answer.
         max_batch_tokens: positions of the key-value cache for all running requests, padding included; by default what
             fits into the free memory. UserError if one request may need more.
+        fills_batches: waits for requests while there is room in the batch, until ``close``.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Engine:
         max_queue: int = 64,
         max_length: int = 2000,
         max_batch_tokens: int | None = None,
+        fills_batches: bool = False,
     ) -> None:
         self.chat, self.max_batch, self.max_length = chat, max_batch, max_length
+        self.fills_batches = fills_batches
         if max_batch_tokens is None:
             max_batch_tokens = min(max_batch * max_length, max(max_length, tokens_that_fit(chat)))
         if max_batch_tokens < max_length:
@@ -138,7 +141,8 @@ class Engine:
             if self._next is not None and self._next.request.is_over:
                 _report_error([self._next.request], TimeoutError())
                 self._next = None
-            if self._next is None and not self._take(may_wait=not (self._running or admitted)):
+            may_wait = self.fills_batches or not (self._running or admitted)
+            if self._next is None and not self._take(may_wait):
                 break
             if self._next is None:  # it cannot be answered
                 continue
