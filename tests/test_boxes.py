@@ -8,6 +8,7 @@ from golden_data import GOLDEN, read_json
 from PIL import Image
 
 from minigpt4.common import boxes
+from minigpt4.serve import page_boxes
 
 RECORDED = read_json("box_text.json", GOLDEN / "family")
 DEMO = RECORDED["demo"]
@@ -46,6 +47,13 @@ def test_drawn_boxes_and_coloured_text(row):
     assert bool(drawn) == row["drawn"] and (not drawn or list(size) == row["drawn_size"])
     assert boxes.phrase_texts(text) == row["substrings"]
     assert html.unescape(boxes.coloured_html(text)) == row["coloured_text"]  # ours escapes what the model wrote
+
+
+@pytest.mark.parametrize("size", [(1, 1024), (1024, 1), (300, 1000)])
+def test_boxes_are_drawn_on_narrow_images(size):
+    """Without gigabytes of pixels, or none."""
+    drawn = page_boxes.draw("<p>a</p> {<0><0><100><100>}", Image.new("RGB", size))
+    assert drawn.size == {(1, 1024): (1, 2000), (1024, 1): (500, 1), (300, 1000): (500, 1666)}[size]
 
 
 def test_constants():

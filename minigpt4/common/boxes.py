@@ -14,7 +14,7 @@ from PIL import Image
 
 SCALE = 100
 IOU_THRESHOLD = 0.5  # an answer is a hit above it
-DRAWN_WIDTH = 500  # pixels of an image with boxes
+DRAWN_WIDTH, MAX_DRAWN_HEIGHT = 500, 2000  # pixels of an image with boxes
 COLOURS = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (210, 210, 0), (255, 0, 255), (0, 255, 255), (114, 128, 250), (0, 165, 255),
     (0, 128, 0), (144, 238, 144), (238, 238, 175), (255, 191, 0), (0, 128, 0), (226, 43, 138), (255, 0, 255),
@@ -143,8 +143,10 @@ def scale_box(box: Sequence[float], width: float, height: float) -> Box:
 
 
 def drawn_size(width: int, height: int) -> tuple[int, int]:
-    """The size at which an image of a size is shown with boxes."""
-    return DRAWN_WIDTH, int(DRAWN_WIDTH / width * height)
+    """The size at which an image of a size is shown with boxes; tall ones are narrower."""
+    if height * DRAWN_WIDTH > MAX_DRAWN_HEIGHT * width:
+        return max(1, int(MAX_DRAWN_HEIGHT / height * width)), MAX_DRAWN_HEIGHT
+    return DRAWN_WIDTH, max(1, int(DRAWN_WIDTH / width * height))
 
 
 def drawn_boxes(text: str, width: int, height: int) -> list[DrawnBox]:
