@@ -55,6 +55,15 @@ class Page:
             f"#{name}" if self.page.locator(f"#{name}").count() else f'button[aria-label="{name}"] >> nth=-1'
         )
 
+    def touch(self, name, *places):
+        """A quick stroke of a finger through places, in shares of an element's sides."""
+        box, device = self.page.locator(name).bounding_box(), self.context.new_cdp_session(self.page)
+        points = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in places]
+        for number, point in enumerate(points):
+            kind = "touchMove" if number else "touchStart"
+            device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [point]})
+        device.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
     def has_button(self, label):
         return self.page.locator(f'button[aria-label="{label}"]').count() > 0
 

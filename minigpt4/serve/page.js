@@ -196,6 +196,7 @@
       const parts = [(event.clientX - left) / width, (event.clientY - top) / height];
       return parts.map((part) => Math.min(99, Math.max(0, Math.floor(part * 100))));
     };
+    area.ontouchstart = (event) => event.preventDefault();  // after a quick stroke, the next tap would only end its fling
     area.onpointerdown = (event) => { start = place(event); area.setPointerCapture(event.pointerId); };
     area.onpointermove = (event) => {
       if (!start) return;
