@@ -40,7 +40,7 @@ EVA-ViT and Q-Former, one linear projection and the language model in one folder
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # transformers 4: use_fast=False
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # the pixels of training
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
 content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "Describe this image in detail."}]
 messages = [{"role": "user", "content": content}]
