@@ -16,6 +16,7 @@ from minigpt4.models import MiniGPT4
 from minigpt4.models.language_model import load_language_model
 
 torch.set_num_threads(1)  # the golden numbers were made so, and the tiny matrices gain nothing from more
+torch.backends.cudnn.allow_tf32 = False  # of convolutions; PyTorch has it on by default
 
 TINY_CONFIG = {
     "llama_model": str(TINY / "llama"),

@@ -109,9 +109,8 @@ def last_hidden_states(llm: PreTrainedModel, embeds: Tensor, batch: PackedBatch,
         mask = embeds.new_zeros(1, 1, 1, 1)  # transformers returns masks of four dimensions as they are
         settings = {"attention_mask": mask, "position_ids": batch.position_ids, "packed": batch}
         return llm.base_model(inputs_embeds=embeds[None], use_cache=False, **settings).last_hidden_state[0]
-    mask = batch.unpack(torch.ones(len(embeds), dtype=torch.long, device=embeds.device))
-    mask = mask if batch.visible is None else mask * batch.visible
-    rows = llm.base_model(inputs_embeds=batch.unpack(embeds), attention_mask=mask, use_cache=False).last_hidden_state
+    settings = {"attention_mask": batch.padding_mask, "use_cache": False}
+    rows = llm.base_model(inputs_embeds=batch.unpack(embeds), **settings).last_hidden_state
     return batch.pack(rows)
 
 

@@ -47,8 +47,13 @@ class PackedBatch:
     ) -> None:
         self.lengths, self.prefix_length, self.device = lengths, prefix_length, device
         self.longest = max(lengths)
-        indices = [row * self.longest + torch.arange(length) for row, length in enumerate(lengths)]
-        self.indices = torch.cat(indices).to(device, non_blocking=True)  # [N - P], into the flattened grid [B * T]
+        prefix, width = torch.arange(prefix_length), prefix_length + self.longest
+        own = [row * width + prefix_length + torch.arange(length) for row, length in enumerate(lengths)]
+        slots, tokens = torch.cat((prefix, *own)), torch.zeros(len(lengths) * width, dtype=torch.long)
+        tokens[slots] = torch.arange(len(slots))
+        tokens.unflatten(0, (-1, width))[:, :prefix_length] = prefix
+        self.tokens = tokens.to(device, non_blocking=True)  # of each slot of the grid [B * (P + T)]
+        self.slots = slots.to(device, non_blocking=True)  # of each token [N], those of the prefix in row 0
         self.visible: Tensor | None = None  # bool [B, P + T], where something is hidden
         if any(hidden):
             self.visible = torch.ones(len(lengths), prefix_length + self.longest, dtype=torch.bool, device=device)
@@ -59,21 +64,22 @@ class PackedBatch:
     @property
     def position_ids(self) -> Tensor:
         """Position of each token in its row, prefix included, int64 [1, N]."""
-        prefix = torch.arange(self.prefix_length, device=self.device)
-        return torch.cat((prefix, self.indices % self.longest + self.prefix_length))[None]
+        return (self.slots % (self.prefix_length + self.longest))[None]
+
+    @property
+    def padding_mask(self) -> Tensor:
+        """Which slots of the grid hold a visible token, int64 [B, P + T]."""
+        ends = self.prefix_length + torch.tensor(self.lengths)[:, None]
+        mask = (torch.arange(self.prefix_length + self.longest) < ends).to(self.device)
+        return (mask if self.visible is None else mask & self.visible).long()
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[N, ...] to whole rows [B, P + T, ...], zero where there is no token."""
-        num_rows, prefix, rows = len(self.lengths), packed[: self.prefix_length], packed[self.prefix_length :]
-        grid = packed.new_zeros(num_rows * self.longest, *packed.shape[1:])
-        # index_copy would keep the packed tensor for the backward pass.
-        grid = grid.index_put((self.indices,), rows).unflatten(0, (num_rows, self.longest))
-        return torch.cat((prefix.expand(num_rows, *prefix.shape), grid), 1) if self.prefix_length else grid
+        """[N, ...] to whole rows [B, P + T, ...]; padding holds some token, whose gradient there must be zero."""
+        return _Unpack.apply(packed, self)
 
     def pack(self, grid: Tensor) -> Tensor:
         """[B, P + T, ...] to [N, ...]."""
-        rows = grid[:, self.prefix_length :].flatten(0, 1).index_select(0, self.indices)
-        return torch.cat((grid[0, : self.prefix_length], rows)) if self.prefix_length else rows
+        return grid.flatten(0, 1).index_select(0, self.slots)
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """Which keys a query sees, bool [1 or B, 1, P + T, P + T]; None where it is plain causal attention."""
@@ -92,6 +98,21 @@ class PackedBatch:
         mask = self.mask(window)
         mixed, _ = _attention((query, key, value), mask, is_causal=mask is None, **settings)
         return self.pack(mixed.transpose(1, 2))[None]
+
+
+class _Unpack(torch.autograd.Function):
+    """One gather in each direction; PyTorch's own operations would add up zeros for each of the parts."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, batch: PackedBatch) -> Tensor:
+        ctx.batch = batch
+        return packed.index_select(0, batch.tokens).unflatten(0, (len(batch.lengths), -1))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total, prefix = ctx.batch.pack(gradient), ctx.batch.prefix_length
+        total[:prefix] = gradient[:, :prefix].sum(0)
+        return total, None
 
 
 def attention_forward(

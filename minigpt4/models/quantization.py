@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 MAX_KERNEL_ROWS = 12  # above this, dequantising once and multiplying costs less (measured at width 2048)
 BLOCK_SIZE = 64  # weights that share a scale in NF4 (Dettmers et al., 2023)
@@ -56,23 +57,30 @@ class Int8Linear(QuantizedLinear):
 
     def matmul(self, x: Tensor) -> Tensor:
         """x W^T."""
-        return _Int8Matmul.apply(x, self.weight, self.scale)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Int8Matmul.apply(x, self.weight, self.scale)
+        return int8_matmul(x, self.weight, self.scale)
+
+
+def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of 8-bit weights: [..., in] to [..., out]."""
+    # No public function runs this kernel: torchao's layers dequantise too unless compiled. It reads out of bounds
+    # where the width is no multiple of 16, and its float32 version is slower than dequantising.
+    if x.is_cpu and x.dtype == torch.bfloat16 and weight.shape[1] % 32 == 0:
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) <= MAX_KERNEL_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, scale.squeeze(1).to(x.dtype))
+            return y.view(*x.shape[:-1], -1)
+    return linear(x, weight.to(x.dtype)) * scale.squeeze(1).to(x.dtype)
 
 
 class _Int8Matmul(torch.autograd.Function):
-    """x W^T; W is dequantised again in the backward pass instead of being saved."""
+    """The same, with the gradient of ``x``; W is dequantised again in the backward pass instead of being saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        scale, rows = scale.squeeze(1).to(x.dtype), x.reshape(-1, x.shape[-1])
-        # No public function runs this kernel: torchao's layers dequantise too unless compiled. It reads out of bounds
-        # where the width is no multiple of 16, and its float32 version is slower than dequantising.
-        fits = len(rows) <= MAX_KERNEL_ROWS and weight.shape[1] % 32 == 0
-        if fits and x.is_cpu and x.dtype == torch.bfloat16:
-            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, scale)
-            return y.view(*x.shape[:-1], -1)
-        return (x @ weight.to(x.dtype).T) * scale
+        return int8_matmul(x, weight, scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
