@@ -97,13 +97,11 @@ def test_all_benchmarks_of_the_small_world(run):
         and "| pope | scenes_random |"
         in table[-len(rows) + rows.index(next(row for row in rows if row["split"] == "scenes_random"))]
     )
-    submission = json.loads((run.out / "submissions" / "pope_scenes_random.json").read_text())
-    assert submission[0].keys() == {"question_id", "question", "answer"}
     losses = {row["variant"]: row["value"] for row in rows if row["benchmark"] == "caption_loss"}
     assert losses["per_token"] > 1 and losses["per_word"] > losses["per_token"]
 
 
-def test_an_interrupted_evaluation_continues_and_a_finished_one_loads_nothing(run):
+def test_an_interrupted_evaluation_continues_and_a_finished_one_loads_nothing(run, world, tmp_path):
     rows = run("pope", ONE_SPLIT)
     file = run.out / "answers" / "pope_scenes_random.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
@@ -113,6 +111,12 @@ def test_an_interrupted_evaluation_continues_and_a_finished_one_loads_nothing(ru
     assert sorted(file.read_bytes().splitlines(keepends=True)) == sorted(lines)
     with pytest.raises(UserError, match=r"other settings .*max_new_tokens was 3 and is 4.*--out"):
         run("pope", ONE_SPLIT, "evaluation_datasets.pope.max_new_tokens=4")
+    section = "evaluation_datasets.pope.eval_file_path"
+    folder, source = tmp_path / "other", world / "benchmarks" / "scenes_pope_random.json"
+    folder.mkdir()
+    (folder / source.name).write_text(source.read_text().replace("Is there a", "Do you see a"))
+    with pytest.raises(UserError, match=r"other questions \(question 1 was 'Is there a .*not 'Do you see a .*--out"):
+        run("pope", ONE_SPLIT, f"{section}={folder}")
 
 
 def test_each_image_is_encoded_once(run, chat, monkeypatch):
@@ -143,11 +147,20 @@ def test_processes_share_the_images_and_the_first_one_scores_all(run, monkeypatc
 
 
 def test_a_server_gives_the_answers_of_the_model(run, chat, tmp_path):
-    options = ("pope", ONE_SPLIT)
+    section = "evaluation_datasets.pope"
+    options = ("pope", ONE_SPLIT, f"{section}.system=Answer in one word.")  # behind the template's, here and there
     expected = run(*options)
+    settings = json.loads((run.out / "results.json").read_text())["settings"]["pope_scenes_random"]
+    assert settings["system"] == "Answer in one word."
     server = ApiServer(chat, max_queue=64)
     try:
         assert run(*options, api_url=server.url, out=str(tmp_path / "api")) == expected
+        for wrong, message in (
+            (f"{section}.num_beams=2", "num_beams: 2 cannot"),
+            (f"{section}.system=''", "system: ''"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run("pope", ONE_SPLIT, wrong, api_url=server.url, out=str(tmp_path / "other"))
         with pytest.raises(UserError, match="cannot rank candidates"):
             run("caption_loss", api_url=server.url, out=str(tmp_path / "api"))
         with pytest.raises(UserError, match=r"--api-url.*404"):

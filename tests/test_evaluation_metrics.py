@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from golden_evaluation import read_json, read_rows
 
+from minigpt4.common.boxes import box_iou
 from minigpt4.evaluation import boxes, captions, chair, exact, vqa, yes_no
 from minigpt4.evaluation.metric import mean_metric
 
@@ -99,6 +100,34 @@ def test_chair_without_downloads(name, table, pattern):
         ]
         values = {metric.name: metric.value for metric in chair.metrics_of_sums(np.array(sums), "table")}
         assert (round(100 * values["CHAIRs"], 2), round(100 * values["CHAIRi"], 2)) == expected
+
+
+@pytest.mark.parametrize("name", ["minigpt4_greedy", "instructblip_greedy"])
+def test_chair_by_the_calls_of_nltk(name, monkeypatch):
+    """nltk's data are not at hand: recorded tokens, tags and lemmas stand for its functions."""
+    nltk = pytest.importorskip("nltk", reason="the optional package nltk is missing")
+    rows = read_rows(f"chair/{name}.tokens.jsonl")
+    captions, truths = read_rows(f"chair/{name}.captions.jsonl"), read_json("chair/ground_truth.json")
+    texts, own = [row["caption"] for row in captions], [truths[str(row["image_id"])] for row in captions]
+    recorded, current = {text.lower(): row for text, row in zip(texts, rows, strict=True)}, []
+
+    class Lemmatizer:
+        def lemmatize(self, word, part):
+            position = len(current[-1][1])
+            current[-1][1].append(part)
+            return current[-1][0]["nltk_lemmas"].get(str(position), word)
+
+    def tokenize(text):
+        current.append((recorded[text], []))
+        return recorded[text]["tokens"].split(" ")
+
+    monkeypatch.setattr(nltk, "word_tokenize", tokenize)
+    monkeypatch.setattr(nltk, "pos_tag", lambda words: list(zip(words, current[-1][0]["tags"].split(" "), strict=True)))
+    monkeypatch.setattr(nltk.stem, "WordNetLemmatizer", Lemmatizer)
+    values = {metric.name: metric.value for metric in chair.chair_metrics(texts, own, "opera_nltk")}
+    golden = read_json("chair/totals.json")[f"{name}/opera_nltk"]["overall"]
+    assert list(values.values()) == pytest.approx(list(golden.values()), abs=1e-9)
+    assert {part for _, parts in current for part in parts} == set("navr")
 
 
 def test_chair_with_our_own_tokens_on_released_captions():
@@ -195,6 +224,12 @@ def test_refcoco(split, mode):
             text = boxes.ask_again(text, "nowhere")
 
 
+def test_intersection_over_union():
+    for row in read_json("refcoco/iou_pairs.json"):
+        expected = 0 if row["iou"] == "ZeroDivisionError" else row["iou"]  # there, the original counts it as wrong
+        assert box_iou(row["box1"], row["box2"]) == pytest.approx(expected, abs=1e-9)
+
+
 def caption_rows():
     references = {}
     for row in read_json("captions/references.json")["annotations"]:
@@ -238,6 +273,9 @@ def test_caption_metrics_with_java():
     pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer", reason="the optional package pycocoevalcap is missing")
     if shutil.which("java") is None:
         pytest.skip("there is no Java")
-    golden, (results, _) = read_json("captions/golden.json"), caption_rows()
+    golden, (results, references) = read_json("captions/golden.json"), caption_rows()
     tokens = captions.tokenize_ptb(results)
     assert tokens == [text if isinstance(text, str) else text[0] for text in golden["tokens_ptb"]["results"]]
+    metrics = captions.caption_metrics(results[:50], references[:50], "ptb")  # METEOR with its 5 s for one half only
+    assert_captions(metrics, golden["ptb_first_50_images"])
+    assert [metric.name for metric in metrics][-1] == "METEOR"

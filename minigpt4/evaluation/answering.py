@@ -19,7 +19,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.generation import GenerationOptions
-from minigpt4.evaluation.answers import AnswerFile
+from minigpt4.evaluation.answers import AnswerFile, question_fields
 from minigpt4.evaluation.boxes import NUM_FREE_ROUNDS
 from minigpt4.evaluation.items import BenchmarkConfig, Item, Row
 from minigpt4.models.candidates import candidate_losses
@@ -68,7 +68,11 @@ class LocalModel:
     @contextmanager
     def _system(self, text: str | None) -> Iterator[None]:
         template = self.chat.template
-        self.chat.template = template if text is None else replace(template, system=text)
+        self.chat.template = template.copy()
+        if text == "":
+            self.chat.template.system = ""
+        elif text:
+            self.chat.template.add_system(text)
         try:
             yield
         finally:
@@ -145,6 +149,10 @@ class Server:
         """Yields finished rows; an answer that the server refuses is an error of its row."""
         if items and items[0].candidates:
             raise UserError("--api-url: a server cannot rank candidates; leave such benchmarks out with --dataset.")
+        for name, value in (("num_beams", section.num_beams > 1), ("system", section.system == "")):
+            if value:
+                text = f"{name}: {getattr(section, name)!r} cannot be asked of a server"
+                raise UserError(f"--api-url: {text}; remove it from the section, and set it where the server starts.")
         with ThreadPoolExecutor(section.batch_size) as pool:
             yield from ([row] for row in pool.map(lambda item: self._ask(item, section), items))
 
@@ -196,10 +204,12 @@ def answer_all(
     asked = list(items)
     for number in range(MAX_ROUNDS if ask_again else 1):
         waiting = by_image([item for item in asked if (item.id, number) not in file.rows])
+        own = {item.id: item for item in waiting}
         places = {"total": len(asked), "initial": len(asked) - len(waiting), "disable": not is_main_process()}
         with tqdm(**places, unit="question", desc=file.name) as bar:
             for rows in answerer(waiting, section) if waiting else ():
-                file.append([row | {"round": number} for row in rows] if number else rows)
+                rounds = {"round": number} if number else {}
+                file.append([question_fields(own[str(row["question_id"])]) | row | rounds for row in rows])
                 bar.update(len(rows))
         if ask_again:
             answers = [str(file.rows[item.id, number].get("answer", "")) for item in asked]

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import parse_json, read_json_object
 from minigpt4.evaluation.benchmarks import Given
-from minigpt4.evaluation.items import Item, Row, id_of, read_json_rows
+from minigpt4.evaluation.items import ID_FIELDS, Item, Row, id_of, read_json_rows
 
 TEXTS = ("answer", "caption", "prediction", "pred", "text", "response")  # fields of answers in other programs' files
 
@@ -57,14 +58,26 @@ class AnswerFile:
             changes = "; ".join(f"{name} was {written.get(name)!r} and is {settings[name]!r}" for name in names)
             raise UserError(f"{self._file.parent} has answers with other settings ({changes}); give another --out.")
 
+    def check_questions(self, items: Sequence[Item]) -> None:
+        """Raises UserError if a row answers another question than the item of its id, as of another annotation file."""
+        for item in items:
+            row, own = self.rows.get((item.id, 0), {}), question_fields(item)
+            if any(row.get(name, value) != value for name, value in own.items()):
+                asked = f"'{row.get('question')}' about {row.get('image')}, not '{item.question}' about {own['image']}"
+                raise UserError(
+                    f"{self._file.parent} has answers to other questions (question {item.id} was {asked}); "
+                    "give another --out, or the same annotation file."
+                )
+
     def append(self, rows: Sequence[Row]) -> None:
         """Writes rows to the end, the settings before the first one."""
         data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             if not self.rows:
-                _settings_file(self._folder, self.name).write_text(
-                    json.dumps(self._settings, indent=1), encoding="utf-8"
-                )
+                file = _settings_file(self._folder, self.name)
+                partial = file.with_suffix(f".{os.getpid()}")  # other processes read it
+                partial.write_text(json.dumps(self._settings, indent=1), encoding="utf-8")
+                partial.replace(file)
             self._stream.write(data.encode("utf-8", errors="backslashreplace"))
         except OSError as error:
             raise UserError(
@@ -75,6 +88,11 @@ class AnswerFile:
     def close(self) -> None:
         """Releases the file."""
         self._stream.close()
+
+
+def question_fields(item: Item) -> Row:
+    """What a row says of its question, so that it is not taken for the answer to another one."""
+    return {"question_id": item.id, "image": Path(item.image).name, "question": item.question}
 
 
 def read_rows(folder: Path, name: str) -> dict[tuple[str, int], Row]:
@@ -101,7 +119,7 @@ def _settings_file(folder: Path, name: str) -> Path:
 
 
 def collect(items: Sequence[Item], rows: Mapping[tuple[str, int], Row]) -> list[Given]:
-    """What was answered to each item; an error counts as an empty answer, a missing row is a UserError."""
+    """What was answered to each item; a missing row is a UserError."""
     given = []
     for item in items:
         if (first := rows.get((item.id, 0))) is None:
@@ -112,29 +130,36 @@ def collect(items: Sequence[Item], rows: Mapping[tuple[str, int], Row]) -> list[
             number += 1
             row = rows.get((item.id, number))
         lists = (tuple(first.get(name, ())) for name in ("losses", "num_tokens", "target_lengths"))
-        given.append(Given(tuple(texts), *lists, first.get("prompt_length", 0)))
+        given.append(Given(tuple(texts), *lists, first.get("prompt_length", 0), "error" in first))
     return given
 
 
 def read_answers(path: Path, items: Sequence[Item]) -> dict[tuple[str, int], Row]:
     """Answers that another program wrote, as rows of ``AnswerFile``.
 
-    A list or JSON lines with ``question_id``, ``image_id`` or ``id`` and one of ``TEXTS``, or ``losses`` of candidates.
-    Rows without ids belong to the questions in order, if there are as many.
+    A list or JSON lines with one of ``ID_FIELDS`` and one of ``TEXTS``, or ``losses`` of candidates; or one object of
+    answers by question. Rows without ids belong to the questions in order, if there are as many. ``image`` is an id
+    only where a question has it.
 
     Raises:
         UserError: the file is truncated, has answers to unknown questions, several to one, or none to some.
     """
     where = f"--score-only: {path}"
     content = read_json_rows(path, "--score-only")
-    if isinstance(content, Mapping):
+    known, rows = {item.id: item for item in items}, {}
+    if isinstance(content, Mapping) and any(name in known for name in content):
+        content = [{"question_id": name, "answer": text} for name, text in content.items()]
+    elif isinstance(content, Mapping):
         content = [content]  # one JSON line
     if not content or not all(isinstance(row, Mapping) for row in content):
         raise UserError(f"{where} holds no rows with answers.")
-    has_ids = any(row.get(name) is not None for row in content for name in ("question_id", "image_id", "id"))
+    has_ids = any(
+        row.get(name) is not None and (name != "image" or str(row[name]) in known)
+        for row in content
+        for name in ID_FIELDS
+    )
     if not has_ids and len(content) != len(items):
         raise UserError(f"{where} has {len(content)} rows without ids for {len(items)} questions; add question_id.")
-    known, rows = {item.id for item in items}, {}
     for number, row in enumerate(content):
         name = str(id_of(row, where)) if has_ids else items[number].id
         key = name, int(row.get("round", 0))

@@ -38,6 +38,7 @@ class Given:
     num_tokens: tuple[int, ...] = ()
     target_lengths: tuple[int, ...] = ()  # tokens of each candidate, and of the reference's filler "none"
     prompt_length: int = 0
+    is_error: bool = False  # there was no answer: it counts as wrong
 
     @property
     def text(self) -> str:
@@ -59,6 +60,7 @@ class Benchmark:
     num_default: int  # so many of the first variants are computed where the section names none
     is_parsed: Callable[[str], bool] = lambda text: bool(text.strip())
     submit: Callable[[Sequence[Item], Sequence[Given]], Any] | None = None
+    submission_form: str = "json"
     ask_again: Callable[[str, str], str | None] | None = None  # of --resample: the next question after an answer
 
     def with_variants(self, section: BenchmarkConfig, where: str) -> BenchmarkConfig:
@@ -87,14 +89,20 @@ def _texts(given: Sequence[Given]) -> list[str]:
 
 def _score_pope(items: Sequence[Item], given: Sequence[Given], section: BenchmarkConfig) -> list[Metric]:
     labels = [item.row["label"] == "yes" for item in items]
-    return [metric for metric in yes_no.pope_metrics(_texts(given), labels) if metric.variant in section.variants]
+    wrong = ["no" if label else "yes" for label in labels]  # an empty answer would mean yes
+    texts = [text if own.is_error else own.text for own, text in zip(given, wrong, strict=True)]
+    return [metric for metric in yes_no.pope_metrics(texts, labels) if metric.variant in section.variants]
 
 
 def _score_vqa(items: Sequence[Item], given: Sequence[Given], section: BenchmarkConfig) -> list[Metric]:
-    metrics = []
+    """Where the file has no ids of people's answers, by which one is left out, they are numbered."""
+    metrics, people = (
+        [],
+        [[{"answer_id": number, **answer} for number, answer in enumerate(item.row["answers"], 1)] for item in items],
+    )
     for variant in section.variants:
-        pairs = zip(given, items, strict=True)
-        values = [vqa.ACCURACIES[variant](own.text, item.row["answers"]) for own, item in pairs]
+        score, pairs = vqa.VARIANTS[variant], zip(given, people, strict=True)
+        values = [0.0 if own.is_error else score(own.text, answers) for own, answers in pairs]
         metrics += _by_kind("accuracy", variant, values, [item.row.get("answer_type") for item in items])
     return metrics
 
@@ -108,12 +116,6 @@ def _by_kind(name: str, variant: str, values: Sequence[float], kinds: Sequence[s
     return metrics
 
 
-def _score_vizwiz(items: Sequence[Item], given: Sequence[Given], section: BenchmarkConfig) -> list[Metric]:
-    pairs = zip(given, items, strict=True)
-    values = [vqa.accuracy_vizwiz(g.text, [answer["answer"] for answer in i.row["answers"]]) for g, i in pairs]
-    return [mean_metric("accuracy", "reference", values)]
-
-
 def _score_exact(
     matches: Callable[[str, Any], bool],
     label: str,
@@ -124,7 +126,8 @@ def _score_exact(
     section: BenchmarkConfig,
 ) -> list[Metric]:
     """Exact matches; guessing is the most frequent label."""
-    values = [matches(own.text, item.row[label]) for own, item in zip(given, items, strict=True)]
+    pairs = zip(given, items, strict=True)
+    values = [not own.is_error and matches(own.text, item.row[label]) for own, item in pairs]
     chance = Counter(item.row[label] for item in items).most_common(1)[0][1] / len(items)
     first, *others = _by_kind("accuracy", variant, values, [kind(item) for item in items])
     return [Metric(first.name, variant, first.sums, ratio, chance), *others]
@@ -195,6 +198,17 @@ def _submit_refcoco(items: Sequence[Item], given: Sequence[Given]) -> Any:
     return boxes.predictions([item.row for item in items], [boxes.taken_answer(own.texts) for own in given])
 
 
+def _submit_hm(items: Sequence[Item], given: Sequence[Given]) -> Any:
+    """The challenge's columns; an answer has no probability other than 0 and 1."""
+    labels = [int(exact.matches_hm(own.text, 1)) for own in given]
+    return [{"id": item.id, "proba": label, "label": label} for item, label in zip(items, labels, strict=True)]
+
+
+def _submit_iconqa(items: Sequence[Item], given: Sequence[Given]) -> Any:
+    best = [own[:1] for own in ranks(given, "per_token", 1)]
+    return {"results": {str(item.row["image_id"]): own[0] for item, own in zip(items, best, strict=True) if own}}
+
+
 def _score_chair(items: Sequence[Item], given: Sequence[Given], section: BenchmarkConfig) -> list[Metric]:
     objects, truths = chair_objects(section, "objects"), [item.row["objects"] for item in items]
     return [m for variant in section.variants for m in chair.chair_metrics(_texts(given), truths, variant, objects)]
@@ -242,6 +256,7 @@ BENCHMARKS = {
         lambda items, given: [
             {"question_id": _id(i), "question": i.question, "answer": g.text} for i, g in zip(items, given, strict=True)
         ],
+        "jsonl",
     ),
     "chair": Benchmark(
         read_chair, "Please describe this image in detail.", _score_chair, tuple(chair.VARIANTS), 2,
@@ -249,9 +264,13 @@ BENCHMARKS = {
     ),
     "vqav2": _VQA,
     "okvqa": _VQA,
-    "aokvqa": replace(_VQA, read=readers.read_aokvqa),
+    "aokvqa": replace(
+        _VQA, read=readers.read_aokvqa, variants=("allenai", *vqa.ACCURACIES), num_default=4,
+        submit=lambda items, given: {item.id: own.text for item, own in zip(items, given, strict=True)},
+    ),
     "vizwiz": Benchmark(
-        readers.read_vizwiz, _VIZWIZ_PROMPT, _score_vizwiz, *_REFERENCE, submit=_list("answer", "image")
+        readers.read_vizwiz, _VIZWIZ_PROMPT, _score_vqa, ("reference", *vqa.ACCURACIES), 1,
+        submit=_list("answer", "image"),
     ),
     "gqa": Benchmark(
         readers.read_gqa, VQA_PROMPT, exact_score(exact.matches_gqa, "answer"), *_REFERENCE,
@@ -265,11 +284,11 @@ BENCHMARKS = {
     ),
     "hm": Benchmark(
         readers.read_hm, _HM_PROMPT, exact_score(exact.matches_hm, "label"), *_REFERENCE, _says("yes", "no"),
-        _list("answer", "id"),
+        _submit_hm, "csv",
     ),
     "iconvqa": Benchmark(
         readers.read_iconvqa, VQA_PROMPT, _score_candidates, ("reference", "per_token", "sum"), 2,
-        submit=_list("answer"),
+        submit=_submit_iconqa,
     ),
     "refcoco": _refcoco("refcoco", "val", "testA", "testB"),
     "refcoco+": _refcoco("refcoco+", "val", "testA", "testB"),

@@ -2,6 +2,7 @@
 # ruff: noqa: RUF009 - key() returns a dataclasses.field
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from minigpt4.common.sections import key
 from minigpt4.common.utils import decode_text, parse_json
 
 Row = dict[str, Any]
+ID_FIELDS = ("question_id", "questionId", "image_id", "id", "image")  # of answers, as benchmarks and programs have them
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class BenchmarkConfig:
     batch_size: int = key(16, "Questions that are answered together.", least=1)
     num_beams: int = key(1, "Beams of the search; 1: greedy.", least=1)
     prompt: str | None = key(None, "Text with `{question}`; null: the benchmark's own.")
-    system: str | None = key(None, "System text of the prompt; null: the chat template's.")
+    system: str | None = key(None, "System text behind the chat template's, or an empty text in place of it.")
     splits: list[str] = key([], "Splits to evaluate; none: all that are there.")
     variants: list[str] = key([], "Variants of the metrics; none: all that need no further package.")
     objects: str | None = key(None, "JSON file with the objects of CHAIR and their words; null: COCO's.")
@@ -106,7 +108,10 @@ def read_pope(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
             if label not in ("yes", "no"):
                 raise UserError(f"{where}: row {number + 1} of {file} has label {label!r}; expected yes or no.")
             items.append(Item(str(question_id), image_path(section, image), text, row))
-        splits[file.stem.replace("_pope_", "_")] = items
+        name = file.stem.replace("_pope_", "_")
+        if name in splits:
+            raise UserError(f"{where}: {path} has several files {file.name}; give the folder of one data set.")
+        splits[name] = items
     return splits
 
 
@@ -127,7 +132,10 @@ def read_vqa(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
     subset = str(found["annotations"].get("data_subtype") or "val2014")
     split_file = folder / "okvqa_test_split.json"
     questions = read_json_rows(split_file, where) if split_file.is_file() else found["questions"]["questions"]
-    people = {}
+    people, num_annotations = {}, len(found["annotations"]["annotations"])
+    if not split_file.is_file() and len(questions) != num_annotations:
+        numbers = f"{len(questions)} questions and {num_annotations} annotations"
+        raise UserError(f"{where}: {folder} has {numbers}; give both files of one split, and a smaller part by subset.")
     for row in found["annotations"]["annotations"]:
         question_id, _ = fields_of(row, ("question_id", "answers"), f"{where}: an annotation in {folder}")
         people[str(question_id)] = row
@@ -144,7 +152,7 @@ def read_aokvqa(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
     """A-OKVQA: a list of rows with ten direct answers."""
     names, items = ("question_id", "image_id", "question", "direct_answers"), []
     for _, _, (question_id, image_id, text, answers) in _rows(section, where, names):
-        people = [{"answer": answer, "answer_id": number} for number, answer in enumerate(answers, 1)]
+        people = [{"answer": answer} for answer in answers]
         items.append(Item(str(question_id), coco_image(section, image_id), text, {"answers": people}))
     return {Path(section.eval_file_path).stem: items}
 
@@ -232,13 +240,13 @@ def read_refcoco(name: str, splits: Sequence[str]) -> Reader:
 
 
 def read_captions(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
-    """Captions in COCO's layout, which NoCaps has, too, or the list of Karpathy's split."""
+    """Captions in COCO's layout, which NoCaps has, too, or the list of Karpathy's split with COCO's files."""
     path = Path(section.eval_file_path or "")
     content = read_json_rows(path, where)
     if isinstance(content, list):
         names = ("image", "caption")
         rows = [fields_of(row, names, f"{where}: row {number + 1} of {path}") for number, row in enumerate(content)]
-        pairs = [(str(image), image, captions) for image, captions in rows]
+        pairs = [(re.sub(r".*COCO_\w+_0*(\d+)\.jpg", r"\1", str(image)), image, captions) for image, captions in rows]
     else:
         images, annotations = fields_of(content, ("images", "annotations"), f"{where}: {path}")
         captions: dict[str, list[str]] = {}
@@ -323,7 +331,7 @@ def check_images(items: Sequence[Item], where: str) -> None:
 
 def id_of(row: Mapping[str, Any], where: str) -> Any:
     """The id of a row of answers, by any of its usual names; UserError where it has none."""
-    for name in ("question_id", "image_id", "id"):
+    for name in ID_FIELDS:
         if row.get(name) is not None:
             return row[name]
-    raise UserError(f"{where}: a row has no question_id, image_id or id ({', '.join(row)}); add one.")
+    raise UserError(f"{where}: a row has none of {', '.join(ID_FIELDS)} ({', '.join(row)}); add one.")

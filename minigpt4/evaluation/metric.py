@@ -25,6 +25,7 @@ class Metric:
         finish: maps totals [..., k] to values [...]; nan where the metric is not defined.
         chance: the value of guessing, where it is known.
         has_interval: whether the value is a function of the totals, so that rows can be resampled.
+        num_unparsed: answers that this variant cannot parse, where it differs from the benchmark's own rule.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Metric:
     finish: Callable[[np.ndarray], np.ndarray] = ratio
     chance: float | None = None
     has_interval: bool = True
+    num_unparsed: int | None = None
 
     @property
     def value(self) -> float | None:

@@ -43,7 +43,8 @@ def score(
         shared
         | {"metric": metric.name, "variant": metric.variant, "value": metric.value}
         | {"interval": metric.interval(images), "chance": metric.chance}
-        | {"unparsed": num_unparsed / len(items), "errors": num_errors}
+        | {"unparsed": (num_unparsed if metric.num_unparsed is None else metric.num_unparsed) / len(items)}
+        | {"errors": num_errors}
         for metric in benchmark.score(items, given, section)
     ]
 
@@ -75,7 +76,20 @@ def write_results(folder: Path, rows: Sequence[Row], settings: Mapping[str, Any]
         raise UserError(f"--out: {folder} cannot be written ({error.strerror}); give another folder.") from error
 
 
-def write_submission(folder: Path, name: str, content: Any) -> None:
-    """Writes answers in the form that the benchmark's own program reads."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+def write_submission(folder: Path, name: str, content: Any, form: str = "json") -> None:
+    """Writes answers in the form that the benchmark's own program reads: json, or rows as jsonl or csv.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if form == "json":
+        text = json.dumps(content, ensure_ascii=False)
+    elif form == "jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    else:
+        text = "".join(",".join(map(str, row)) + "\n" for row in [content[0], *(row.values() for row in content)])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.{form}").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be written ({error.strerror}); give another folder.") from error

@@ -42,7 +42,7 @@ class Work:
 def find_work(cfg: Config, names: str | None, needs_images: bool = True) -> list[Work]:
     """All splits of the benchmarks of a configuration, or of those named; UserError where a file is wrong."""
     sections = cfg.config.get("evaluation_datasets") or {}
-    chosen = [name.strip() for name in names.split(",")] if names else list(sections)
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(","))) if names else list(sections)
     if unknown := [name for name in chosen if name not in sections]:
         hint = f"{nearest(unknown[0], sections)} It has: {', '.join(sections) or 'none'}."
         raise UserError(f"--dataset: evaluation_datasets has no '{unknown[0]}'.{hint}")
@@ -96,6 +96,7 @@ def answer(
         file = AnswerFile(out / "answers", part.file_name, rank, world_size)
         try:
             file.check_settings(part.settings(settings))
+            file.check_questions(part.items)
             if ask_again or any((item.id, 0) not in file.rows for item in own):
                 built = built or build()
                 file.check_settings(part.settings({**settings, **built[1]}))
@@ -121,6 +122,7 @@ def score_all(work: Sequence[Work], out: Path, answers: str | None = None) -> li
         table += score(part.name, part.split, part.benchmark, part.section, part.items, given, num_errors)
         settings[part.file_name] = own
         if part.benchmark.submit is not None and not answers:
-            write_submission(out / "submissions", part.file_name, part.benchmark.submit(part.items, given))
+            content = part.benchmark.submit(part.items, given)
+            write_submission(out / "submissions", part.file_name, content, part.benchmark.submission_form)
     write_results(out, table, settings)
     return table

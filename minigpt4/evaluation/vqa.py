@@ -119,3 +119,16 @@ def accuracy_vizwiz(prediction: str, answers: Sequence[str]) -> float:
     """
     parts = "_".join(answers).lower().split("_")
     return min(parts.count(prediction.lower()) / 3, 1.0)
+
+
+def accuracy_aokvqa(prediction: str, answers: Answers) -> float:
+    """The accuracy of A-OKVQA's own program: min(1, matches / 3) among all answers, none left out or normalised."""
+    return min(sum(answer["answer"] == prediction for answer in answers) / 3, 1.0)
+
+
+def _accuracy_reference(prediction: str, answers: Answers) -> float:
+    return accuracy_vizwiz(prediction, [str(answer["answer"]) for answer in answers])
+
+
+# By the names of variants: of VQA's data sets, and of two others, which score in their own ways.
+VARIANTS = {**ACCURACIES, "allenai": accuracy_aokvqa, "reference": _accuracy_reference}

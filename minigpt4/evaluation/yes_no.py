@@ -70,9 +70,11 @@ def pope_metrics(answers: Sequence[str], labels: Sequence[bool]) -> list[Metric]
     """
     share = sum(labels) / len(labels)
     chances = {"accuracy": 0.5, "precision": share, "recall": 0.5, "f1": 2 * share * 0.5 / (share + 0.5)}
-    return [
-        Metric(name, variant, counts, partial(_share, name, variant), chances.get(name))
-        for variant in PARSERS
-        for counts in [count(answers, labels, variant)]
-        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio")
-    ]
+    metrics = []
+    for variant in PARSERS:
+        counts = count(answers, labels, variant)
+        num_unparsed = int(counts[:, 4:].sum()) if variant == "lmms_eval" else None
+        for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+            finish = partial(_share, name, variant)
+            metrics.append(Metric(name, variant, counts, finish, chances.get(name), num_unparsed=num_unparsed))
+    return metrics
