@@ -130,6 +130,7 @@ def test_the_folder_is_complete(folder):
     assert json.loads((folder / "tokenizer_config.json").read_text())["legacy"] is True
     card = (folder / "README.md").read_text()
     assert "Answers end by themselves" in card and "use_fast" not in card  # which loads another tokenizer, too
+    assert '.removesuffix("###")' in card  # which transformers, unlike vLLM, leaves at the end
 
 
 def test_the_card_tells_how_answers_end_and_what_the_run_recorded(own, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from minigpt4.common.config import Config
 from minigpt4.common.device import DTYPES
 from minigpt4.common.errors import UserError
-from minigpt4.common.schema import ModelConfig, read_section
+from minigpt4.common.schema import LATER, ModelConfig, read_section
 from minigpt4.models import MiniGPT4, loading
 from minigpt4.models import language_model as lm
 from minigpt4.models.lora import is_lora, lora_delta, tensor_names
@@ -105,7 +105,9 @@ def export(cfg: ModelConfig, target: Path, image_processor: Any, dtype: torch.dt
         write_json(folder / "config.json", config)
         write_origin(folder, cfg, files.llama_model, image_processor, states)
         generation = {"bos_token_id": model.llama_tokenizer.bos_token_id, "eos_token_id": ends}
-        write_json(folder / "generation_config.json", generation | {"pad_token_id": model.llama_tokenizer.eos_token_id})
+        generation["pad_token_id"] = model.llama_tokenizer.eos_token_id
+        generation |= {"repetition_penalty": 1.05} if model.arch in LATER else {}
+        write_json(folder / "generation_config.json", generation)
         write_card(folder, model, conv, files.ckpt, ends)
 
 

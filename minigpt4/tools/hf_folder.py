@@ -47,7 +47,8 @@ messages = [{"role": "user", "content": content}]
 settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 inputs = processor.apply_chat_template(messages, **settings).to(model.device, model.dtype)
 ids = model.generate(**inputs, max_new_tokens=300GENERATION)
-print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)REMOVED
+print(answer)
 ```
 
 ## Limits
@@ -154,8 +155,15 @@ def write_card(folder: Path, model: MiniGPT4, conv: Conversation, checkpoint: Pa
     needs_stop = bool(stop) and not last <= set(ends)
     settings = f", stop_strings=[{json.dumps(stop)}], tokenizer=processor.tokenizer" if needs_stop else ""
     settings += ", repetition_penalty=1.05" if model.arch in LATER else ""
-    known = "Answers end by themselves (`text_config.eos_token_id`)."
-    own = f"Answers end with {json.dumps(stop)}, which may be several tokens: pass `stop_strings` and `tokenizer`."
+    stops = "Answers end by themselves (`text_config.eos_token_id`)."
+    if needs_stop:
+        stops = (
+            f"Answers end with {json.dumps(stop)}, which may be several tokens: pass `stop_strings` and `tokenizer`."
+        )
+    removed = ""
+    if stop and stop not in model.llama_tokenizer.all_special_tokens:  # which decoding leaves out
+        removed = f".removesuffix({json.dumps(stop)})"
+        stops += f" transformers leaves {json.dumps(stop)} at the end of the text."
     content = weights.read_file(checkpoint, "model.ckpt")
     names = content.get("config", {}).get("datasets") or {} if isinstance(content.get("config"), dict) else {}
     state = content.get("state") if isinstance(content.get("state"), dict) else {}
@@ -164,5 +172,5 @@ def write_card(folder: Path, model: MiniGPT4, conv: Conversation, checkpoint: Pa
     log = checkpoint.resolve().parent / "log.txt"
     results = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] if log.is_file() else []
     lines.append(f"- Measured at the end: `{results[-1]}`." if results else "- Measured results: not recorded.")
-    card = _CARD.replace("GENERATION", settings).replace("STOPS", own if needs_stop else known)
+    card = _CARD.replace("GENERATION", settings).replace("REMOVED", removed).replace("STOPS", stops)
     (folder / "README.md").write_text(card.replace("TRAINING", "\n".join(lines)), encoding="utf-8")
