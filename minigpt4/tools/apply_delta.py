@@ -17,7 +17,7 @@ from minigpt4.common import weights
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate
 from minigpt4.models.language_model import HUB_FILES, MIN_NORM, check_folder
-from minigpt4.tools.model_folder import check_new, new_folder, write_json, write_shards
+from minigpt4.tools.model_folder import check_new, command, new_folder, write_json, write_shards
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # one row per token
@@ -139,8 +139,9 @@ def _sum(base: ModelFolder, delta: ModelFolder, name: str, dtype: torch.dtype) -
     return total
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m minigpt4.tools.apply_delta", description=__doc__.split("\n")[0])
     parser.add_argument("--base", required=True, help="LLaMA: a Hugging Face folder or a hub id")
     parser.add_argument("--delta", required=True, help="delta of the same size: a folder or a hub id")
@@ -148,20 +149,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the written weights (default fp16)")
     options = parser.parse_args(arguments)
     target = options.target.expanduser()
-    try:
-        base, delta = (locate(getattr(options, name), f"--{name}", HUB_FILES, ("*",)) for name in ("base", "delta"))
-        apply_delta(base, delta, target, DTYPES[options.dtype])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    base, delta = (locate(getattr(options, name), f"--{name}", HUB_FILES, ("*",)) for name in ("base", "delta"))
+    apply_delta(base, delta, target, DTYPES[options.dtype])
     rows = json.loads((target / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     kind = weights.VOCABULARIES.get(rows, "no Vicuna")
     print(f"{target} is complete: {rows} tokens ({kind}); set model.llama_model to it.")
     print("The published MiniGPT-4 checkpoints need Vicuna v0, which has 32001 tokens.")
-    return 0
 
 
 if __name__ == "__main__":

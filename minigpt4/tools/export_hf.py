@@ -30,7 +30,7 @@ from minigpt4.models.vision import Q_FORMER, VIT, q_former_state, vit_state
 from minigpt4.processors import eval_image_processor
 from minigpt4.processors.blip_processors import Blip2ImageEvalProcessor
 from minigpt4.tools.hf_folder import check_prompts, write_card, write_origin, write_processor
-from minigpt4.tools.model_folder import check_new, new_folder, write_json, write_shards
+from minigpt4.tools.model_folder import check_new, command, new_folder, write_json, write_shards
 
 # A name of our own: engines that know BLIP-2 by its architecture put the image before the begin token, and would
 # answer wrongly without an error; transformers goes by the model type.
@@ -234,8 +234,9 @@ def _compare(config: dict[str, Any], tensors: dict[str, Any]) -> dict[str, torch
     return shapes
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m minigpt4.tools.export_hf", description=__doc__.split("\n")[0])
     parser.add_argument("--cfg-path", required=True, help="YAML file of the chat, or the config.yaml of a run")
     parser.add_argument("--options", nargs="+", help="settings that override the file: model.llama_model=FOLDER …")
@@ -245,18 +246,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(names), help="of the weights; default: those of the files")
     options = parser.parse_args(arguments)
     target = options.out.expanduser()
-    try:
-        config = Config(options).check()
-        cfg = replace(read_section(ModelConfig, config.model_cfg, "model"), ckpt=options.ckpt)
-        export(cfg, target, eval_image_processor(config), names.get(options.dtype))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    config = Config(options).check()
+    cfg = replace(read_section(ModelConfig, config.model_cfg, "model"), ckpt=options.ckpt)
+    export(cfg, target, eval_image_processor(config), names.get(options.dtype))
     print(f"{target} is complete; {target / 'README.md'} shows how to load it.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from minigpt4.models import language_model as lm
 from minigpt4.models.loading import CKPT
 from minigpt4.models.vision import Q_FORMER, VIT
 from minigpt4.tools.hf_folder import ORIGIN, ORIGINAL_LM
-from minigpt4.tools.model_folder import check_new, copy_settings, new_folder, save_tensors, write_shards
+from minigpt4.tools.model_folder import check_new, command, copy_settings, new_folder, save_tensors, write_shards
 
 KEY = "DIR"
 FILES = {lm.KEY: "llama_model", VIT: "eva_vit.safetensors", Q_FORMER: "qformer.safetensors", CKPT: "checkpoint.pth"}
@@ -112,25 +112,18 @@ def _differences(states: Mapping[str, Mapping[str, Tensor]], origin: Mapping[str
     return sentences
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m minigpt4.tools.import_hf", description=__doc__.split("\n")[0])
     parser.add_argument("source", metavar=KEY, help="folder that export_hf wrote, or a Hugging Face id of one")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist or be empty")
     options = parser.parse_args(arguments)
     target = options.out.expanduser()
-    try:
-        differences = import_folder(locate(options.source, KEY), target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    differences = import_folder(locate(options.source, KEY), target)
     print(f"{target} is complete; {target / YAML} names its files: python demo.py --cfg-path {target / YAML}")
     for sentence in differences:
         print(sentence)
-    return 0
 
 
 if __name__ == "__main__":

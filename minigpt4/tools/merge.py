@@ -18,7 +18,7 @@ from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.models import MiniGPT4, loading
 from minigpt4.models import language_model as lm
 from minigpt4.models.lora import is_lora, lora_delta, tensor_names
-from minigpt4.tools.model_folder import check_new, copy_settings, new_folder, write_shards
+from minigpt4.tools.model_folder import check_new, command, copy_settings, new_folder, write_shards
 
 CHECKPOINT = "checkpoint.pth"  # beside the model: what else was trained
 
@@ -56,8 +56,9 @@ def merge(cfg: ModelConfig, target: Path) -> None:
         torch.save({"model": rest}, folder / CHECKPOINT)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command and returns its exit status."""
+@command
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m minigpt4.tools.merge", description=__doc__.split("\n")[0])
     parser.add_argument("--cfg-path", required=True, help="YAML file of the run, or the config.yaml that it wrote")
     parser.add_argument("--options", nargs="+", help="settings that override the file: model.llama_model=FOLDER …")
@@ -65,18 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist or be empty")
     options = parser.parse_args(arguments)
     target = options.out.expanduser()
-    try:
-        cfg = read_section(ModelConfig, Config(options).check().model_cfg, "model")
-        merge(replace(cfg, ckpt=options.ckpt), target)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    cfg = read_section(ModelConfig, Config(options).check().model_cfg, "model")
+    merge(replace(cfg, ckpt=options.ckpt), target)
     print(f"{target} is complete. Set model.llama_model to it and model.ckpt to {target / CHECKPOINT}, and remove")
     print("model.lora_r, lora_alpha, lora_dropout and lora_target_modules.")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Writes the folder of a language model: complete or not at all, one shard in memory at a time."""
+"""What commands that write folders share: complete or not at all, one shard in memory at a time."""
 
+import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +21,24 @@ from minigpt4.common.errors import UserError
 
 SETTINGS_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")  # of a language model, beside its weights
 SHARD_BYTES = 2 * 10**9  # of one written file, which is assembled in memory
+
+
+def command(run: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """The function of a command that returns its exit status, and reports a user's mistake or an interruption."""
+
+    @functools.wraps(run)
+    def main(arguments: list[str] | None = None) -> int:
+        try:
+            run(arguments)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted; nothing was written", file=sys.stderr)
+            return 130
+        return 0
+
+    return main
 
 
 def check_new(target: Path, key: str) -> None:
