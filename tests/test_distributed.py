@@ -11,6 +11,9 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from family import picture
+from omegaconf import OmegaConf
+from test_family_configs import small
 
 from quickstart import scenes
 
@@ -99,6 +102,32 @@ def test_two_ranks_train_lora_as_one_process(command, tmp_path):
         assert set(model) == set(expected) and any(value.any() for name, value in model.items() if "lora_B" in name)
         for name, value in expected.items():
             assert (model[name] - value).abs().max() < 1e-5, name
+
+
+def test_two_sharded_ranks_train_minigpt_v2_as_one_process(tmp_path):
+    """Conversations about two images and six without any: the projection is left as it is where no rank has one."""
+    turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a bus"}]
+    about = [{"from": "human", "value": "<image> what is it?"}, turns[1]]
+    rows = [{"conversations": turns}] * 6 + [{"image": str(picture(k)), "conversations": about} for k in range(2)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    file = "train_configs/minigptv2_finetune.yaml"
+    run = {"device": "cpu", "amp": False, "max_epoch": 1, "warmup_steps": 0, "init_lr": 1e-3, "min_lr": 1e-3}
+    run |= {"wandb_log": False, "log_freq": 1, "num_workers": 0}
+    run = {f"run.{key}": value for key, value in run.items()} | {"model.lora_dropout": 0}
+    arguments = [*small("v2", {"image_text": {"storage": f"{tmp_path}/own.json"}}, **run)]
+    arguments += [f"datasets.{other}=null" for other in OmegaConf.load(file).datasets]
+    arguments = ["--cfg-path", file, "--options", *arguments]
+    own = [f"run.output_dir={tmp_path}/alone", "run.accum_grad_iters=2", "run.iters_per_epoch=8"]
+    assert forked.wait(forked.start([*arguments, *own], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    losses, expected, _ = result(tmp_path / "alone")
+    own = [f"run.output_dir={tmp_path}/fsdp", "run.parallel=fsdp", "run.iters_per_epoch=4"]
+    statuses, logs = run_ranks(2, [*arguments, *own], tmp_path / "log2")
+    assert statuses == [0, 0], logs
+    found, model, _ = result(tmp_path / "fsdp")
+    assert found == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, 8, 2)], abs=1e-5)
+    assert set(model) == set(expected) and any("lora_B" in key for key in model)
+    for key, value in expected.items():
+        assert (model[key] - value).abs().max() < 1e-6, key
 
 
 def test_accumulation_on_two_ranks_with_uneven_groups_resumes(command, tmp_path):

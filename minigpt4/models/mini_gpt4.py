@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from minigpt4.common import device as devices
-from minigpt4.common import dist_utils
 from minigpt4.common.config_checks import sharding_problem
 from minigpt4.common.errors import UserError
 from minigpt4.common.registry import registry
@@ -86,6 +85,7 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         self.max_txt_len, self.end_sym, self.conversation = max_txt_len, end_sym, conversation
         self.max_context_len = min(max_context_len, getattr(llama_model.config, "max_position_embeddings", 2**31))
         self.lora = lora
+        self._has_images = True  # in the latest batch
         self.packs_rows = True  # False for architectures whose attention cannot compute packed rows
         self.frozen_parts.append(llama_model.requires_grad_(False))
         self.train()
@@ -269,6 +269,16 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         counts["num_truncated"] = sum(row.is_truncated for row in rows)
         return {"loss": loss, **counts, "num_targets": len(target_positions)}
 
+    def before_update(self) -> None:
+        """Drops the projection's gradient of batches of text alone, where LoRA is trained beside it.
+
+        As in the reference, the optimizer then leaves it as it is. On several ranks it takes part in each step, and its
+        gradient is zero where no rank had an image.
+        """
+        for parameter in () if self._has_images or not self.lora else self.llama_proj.parameters():
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None
+
     def _image_features(self, samples: Mapping[str, Any]) -> Tensor:
         """Features [n, Q, H] of all images of a batch."""
         if (features := samples.get("features")) is not None:
@@ -298,8 +308,7 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
             problem = f"the batch has {len(features)} images, {given} by row, and {needed} placeholders"
             raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; {problem}.")
         embeds = self.project_features(features).flatten(0, 1)  # [n * Q, L]
-        if not len(features) and self.lora and dist_utils.get_world_size() == 1:
-            return embeds.detach()  # as in the reference, whose optimizer then leaves the projection as it is
+        self._has_images = len(features) > 0
         if not any(row.is_truncated for row in rows):
             return embeds
         starts = [0, *accumulate(count * self.num_query_token for count in given)]

@@ -30,6 +30,8 @@ class Updater:
             betas=(0.9, run_cfg.beta2),
             fused=devices.has_fused_optimizer(device),
         )
+        if hasattr(model, "before_update"):
+            self.optimizer.register_step_pre_hook(lambda *_: model.before_update())
         self.scaler = devices.make_scaler(device, amp_dtype)
         # Counted on the device, so that no step waits: non-finite losses of the current accumulation group, and updates
         # skipped because of them, in total and in a row.
