@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import shutil
 from argparse import Namespace
 from collections import Counter
 
@@ -24,6 +25,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
+from minigpt4.common import pickles
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.builders.base_dataset_builder import create_builder
 from minigpt4.datasets.datasets.instructions import CONNECT_SYM, FORMATS
@@ -166,6 +168,18 @@ def write_refs(folder, bbox=(1, 2, 3, 4), refs=None):
     (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([ref], 2) if refs is None else refs)
     (folder / "refcoco" / "instances.json").write_text(json.dumps(content))
     return BUILD_INFO["refcoco"] | {"ann_path": str(folder)}
+
+
+def test_files_of_refcoco_are_read_once(tmp_path, monkeypatch):
+    """They are large, and the inverse data set needs the same; a changed file is read again."""
+    read, plain = [], pickles.load_plain
+    monkeypatch.setattr(pickles, "load_plain", lambda file: read.append(file) or plain(file))
+    info = write_refs(tmp_path)
+    assert len(build_set("refcoco", info)) == len(build_set("invrefcoco", info | {"dataset": "invrefcoco"})) == 1
+    assert len(read) == 1
+    shutil.rmtree(tmp_path / "refcoco")
+    assert "outside" in refused("refcoco", write_refs(tmp_path, bbox=(70, 2, 3, 4)))
+    assert len(read) == 2
 
 
 PICKLES = {

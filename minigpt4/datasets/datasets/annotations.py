@@ -6,6 +6,7 @@ Each reader takes a parsed file, or a folder, and checks what it takes from it: 
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from minigpt4.common import pickles
 from minigpt4.common.boxes import box_to_text
 from minigpt4.common.errors import UserError
 from minigpt4.common.utils import parse_json
+from minigpt4.datasets.datasets.sample import file_identity
 
 MAX_REGION_AREA = 128 * 128  # pixels; larger regions of Visual Genome are not used, as in OFA
 _SEE = "see dataset/README_MINIGPT_V2.md"
@@ -131,26 +133,39 @@ def refcoco(folder: Path, key: str, dataset: str, split_by: str) -> Iterator[Row
         if not path.is_file():
             raise UserError(f"{key}: there is no {path}; expected it with build_info.dataset and splitBy, {_SEE}.")
     try:
+        yield from _read_refcoco(file, instances, str([file_identity(file), file_identity(instances)]))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
+@lru_cache(maxsize=3)  # the inverse data sets read the same files, which takes seconds
+def _read_refcoco(file: Path, instances: Path, identity: str) -> tuple[Row, ...]:
+    """The rows of ``refcoco``; ``identity`` changes with the files."""
+    try:
         refs = pickles.load_plain(file)
     except Exception as error:  # a damaged pickle raises many kinds
-        raise UserError(
-            f"{key}: {file} is refused: {str(error) or type(error).__name__}; download the file of refer again, {_SEE}."
-        ) from error
-    content, where = read_file(instances, key), f"{key}: {instances}"
-    images = entries(_field(content, "images", list, where), f"{where}: images", id=int, width=int, height=int)
+        cause = str(error) or type(error).__name__
+        raise UserError(f"{file} is refused: {cause}; download the file of refer again, {_SEE}.") from error
+    content = parse_json(instances.read_bytes(), str(instances))
+    images = entries(
+        _field(content, "images", list, str(instances)), f"{instances}: images", id=int, width=int, height=int
+    )
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
-    found = entries(_field(content, "annotations", list, where), f"{where}: annotations", id=int, bbox=list)
+    found = entries(
+        _field(content, "annotations", list, str(instances)), f"{instances}: annotations", id=int, bbox=list
+    )
     boxes = {entry["id"]: entry["bbox"] for entry in found}
-    kinds = {"image_id": int, "ann_id": int, "split": str, "sentences": list}
-    for number, ref in enumerate(entries(refs, f"{key}: {file}", **kinds), 1):
+    kinds, rows = {"image_id": int, "ann_id": int, "split": str, "sentences": list}, []
+    for number, ref in enumerate(entries(refs, str(file), **kinds), 1):
         if ref["split"] != "train":
             continue
         if ref["ann_id"] not in boxes or ref["image_id"] not in sizes:
-            raise UserError(f"{key}: entry {number} of {file} is not in {instances}; copy both from one download.")
+            raise UserError(f"entry {number} of {file} is not in {instances}; copy both from one download.")
         sentences = [sentence.get("raw") for sentence in ref["sentences"] if isinstance(sentence, dict)]
-        box = _box(boxes[ref["ann_id"]], sizes[ref["image_id"]], f"{where}: annotation {ref['ann_id']}")
+        box = _box(boxes[ref["ann_id"]], sizes[ref["image_id"]], f"{instances}: annotation {ref['ann_id']}")
         names = coco_names(f"COCO_train2014_{ref['image_id']:012}.jpg")
-        yield Row(names, tuple(_texts(sentences, f"{key}: {file}", number)), box, ref["image_id"])
+        rows.append(Row(names, tuple(_texts(sentences, str(file), number)), box, ref["image_id"]))
+    return tuple(rows)
 
 
 def _box(xywh: Any, size: tuple[int, int], where: str) -> str:
