@@ -1,5 +1,7 @@
 """The later family: prompts, contexts and answers against the reference's scripted chats, and its tokenizers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from family import FAMILY, MEMBERS, images, picture, recorded, shared, tensors
@@ -15,6 +17,7 @@ from minigpt4.models import MiniGPT4
 from minigpt4.models.llama_tokenizer import load_tokenizer
 from minigpt4.models.text_rows import IMAGE_TOKEN_INDEX
 from minigpt4.processors import Blip2ImageEvalProcessor
+from minigpt4.serve import page_boxes
 
 SCRIPTS = [(member, script) for member in MEMBERS for script in recorded(member, "chat")["scripts"]]
 TEMPLATES = read_json("templates.json", FAMILY)
@@ -50,6 +53,12 @@ def test_template(member):
         conv.append_message(conv.roles[0], f"<Img><ImageHere></Img> {question}")
         conv.append_message(conv.roles[1], None)
         assert conv.get_prompt() == text
+
+
+def test_tasks_of_the_page_begin_as_in_the_reference():
+    code = (Path(page_boxes.__file__).parent / "page.js").read_text(encoding="utf-8")
+    assert len(TEMPLATES["demo_task_prompts"]) == 6
+    assert all(f': ["{text}", "' in code for text in TEMPLATES["demo_task_prompts"])
 
 
 @pytest.fixture
@@ -114,7 +123,7 @@ def test_segments(member, script):
 
 
 @pytest.mark.parametrize("folder", ["llama_v0", "llama_chat"])
-def test_tokenizers(folder):
+def test_tokenizers(folder, monkeypatch):
     golden, tokenizer = read_json("tokenizer.json", FAMILY)[folder], load_tokenizer(FAMILY / folder)
     model = next(shared(member) for member in MEMBERS if shared(member).llama_tokenizer.vocab_size == len(tokenizer))
     assert model.pad_id == golden["pad_token_id"] and len(tokenizer) == golden["len"]
@@ -123,5 +132,18 @@ def test_tokenizers(folder):
         assert (ids, tokenizer(row["text"]).input_ids) == (row["ids"], row["ids_special"])
         assert tokenizer.convert_ids_to_tokens(ids) == row["pieces"]
         assert model.decode_plain(ids) == row["decode_skip_special"]
-        if "$$" not in row["text"]:  # the reference calls it a special token
+        if "$$" in row["text"]:  # which the reference calls a special token: what it splits gets a space in front
+            assert tokenizer.decode(ids).strip() == row["decode"].strip()
+        else:
             assert tokenizer.decode(ids) == row["decode"]
+    answers = recorded("v2", "forward")["caption"]["samples"]["answer"]
+    questions = ["name two birds", "write a short sentence about the snowy mountain and the lake"]
+    batches = [(int(length), answers, "</s>", batch) for length, batch in golden["answers_padded"].items()]
+    for length, texts, end_sym, batch in [*batches, (99, questions, "", golden["questions_padded"])]:
+        monkeypatch.setattr(model, "max_txt_len", length)
+        monkeypatch.setattr(model, "end_sym", end_sym)
+        rows = [row.ids[len(model.bos_ids) :] for row in model.tokenize_rows(texts, [""] * len(texts))]
+        assert rows == [ids[: sum(mask)] for ids, mask in zip(batch["ids"], batch["mask"], strict=True)]
+        assert all(
+            set(ids[sum(mask) :]) <= {model.pad_id} for ids, mask in zip(batch["ids"], batch["mask"], strict=True)
+        )

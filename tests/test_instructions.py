@@ -200,6 +200,11 @@ def test_pickles_with_code_are_refused(tmp_path, kind):
     assert kind in message or kind == "truncated"
 
 
+def test_plain_pickles_are_read_as_they_are():
+    refs = pickles.load_plain(FILES / "refcoco" / "refs(unc).p")
+    assert refs == read_json("refs_unc_as_json.json", FILES / "refcoco")
+
+
 def test_a_pickle_of_python_2_is_read(tmp_path):
     text = b"(lp0\n(dp1\nS'image_id'\np2\nI123\nsS'ann_id'\nI1\nsS'split'\nS'train'\nsS'sentences'\n"
     text += b"(lp3\n(dp4\nS'raw'\nVcaf\\u00e9 \\u4e2d\nsasa."
