@@ -62,10 +62,10 @@ def half(tmp_path):
     return {"vit_weights": str(tmp_path / "vit.safetensors"), "ckpt": str(tmp_path / "ckpt.pth")}
 
 
-@pytest.mark.parametrize("case", ["float32", "mixed", "tied embeddings", "own vision"])
+@pytest.mark.parametrize("case", ["float32", "mixed", "mixed and widened", "tied embeddings", "own vision"])
 def test_export_and_import_give_every_tensor_to_the_bit(tmp_path, monkeypatch, case):
     changes = {}
-    if case == "mixed":
+    if "mixed" in case:
         changes = half(tmp_path)
     elif case == "tied embeddings":  # and several shards
         changes = {"llama_model": str(write_language_model(tmp_path / "llm", "llama3"))}
@@ -75,7 +75,7 @@ def test_export_and_import_give_every_tensor_to_the_bit(tmp_path, monkeypatch, c
         monkeypatch.setattr("minigpt4.tools.model_folder.SHARD_BYTES", 10**5)
     original = section(**changes)
     expected = read(original)
-    source = export(tmp_path / "export", **changes)
+    source = export(tmp_path / "export", torch.float32 if "widened" in case else None, **changes)
     if case == "own vision":  # an exported folder is a source of vision weights, too
         both = {"vit_weights": str(source), "q_former_model": str(source)}
         assert all(is_equal(read(section(**both))[key], state) for key, state in expected.items())
@@ -131,6 +131,15 @@ def test_what_cannot_be_imported_is_refused(tmp_path, capsys):
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UserError, match=r"1 of 2 files .* missing .*\(first: model-00001-of-00002.safetensors\)"):
         import_hf.import_folder(source, tmp_path / "back")
-    (source / "minigpt4" / "origin.json").unlink()
+    tensors = load_file(source / "model-00002-of-00002.safetensors")
+    (source / "model.safetensors.index.json").unlink()
+    for name in ("language_projection.bias", "language_model.model.norm.weight"):
+        (source / "model-00002-of-00002.safetensors").unlink(missing_ok=True)
+        save_file({n: value for n, value in tensors.items() if n != name}, source / "model.safetensors")
+        with pytest.raises(
+            UserError, match=r"no tensor from which '(llama_proj.bias|model.norm.weight)'.*copy it again"
+        ):
+            import_hf.import_folder(source, tmp_path / "back")
+    (source / "minigpt4" / "origin.json").write_text("{}")
     assert import_hf.main([str(source), "--out", str(tmp_path / "back")]) == 1
-    assert "export_hf did not write it" in capsys.readouterr().err and not (tmp_path / "back").exists()
+    assert "as export_hf writes it" in capsys.readouterr().err and not (tmp_path / "back").exists()

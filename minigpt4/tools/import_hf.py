@@ -1,12 +1,13 @@
 """Restores the files of an exported folder, with a YAML file that names them: python -m minigpt4.tools.import_hf.
 
-The tensors are those of the original files to the bit where the export kept their precision: all that the model uses,
-the language model without the row that was added for ``<image>``. Its other files are the original ones.
+The tensors are those of the original files to the bit unless the export narrowed their precision: all that the model
+uses, the language model without the row that was added for ``<image>``. Its other files are the original ones.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +40,26 @@ def import_folder(source: Path, target: Path) -> list[str]:
     """
     check_new(target, "--out")
     origin = read_json_object(source / ORIGIN, KEY)
-    if not origin:
+    if not {"model", "vis_processor", "dtypes", "ckpt", "has_merged_lora"} <= origin.keys():
         advice = "name it in model.vit_weights and model.q_former_model, or export it again"
-        raise UserError(f"{KEY}: {source} has no {ORIGIN}, so export_hf did not write it; {advice}.")
+        raise UserError(f"{KEY}: {source} has no {ORIGIN} as export_hf writes it; {advice}.")
     states = restored(weights.read_state_dict(source, KEY), source, origin["ckpt"])
+    dtypes = {key: _original_dtype(state, origin["dtypes"][key]) for key, state in states.items()}
+
+    def make(key: str, name: str) -> Tensor:
+        value = states[key][name]
+        return value.to(dtypes[key] or value.dtype).contiguous()
+
     with new_folder(target, "--out") as folder:
-        llm = states[lm.KEY]
         copy_settings(source / ORIGINAL_LM, folder / FILES[lm.KEY])
-        shapes = {name: (value.shape, value.dtype) for name, value in llm.items()}
-        write_shards(folder / FILES[lm.KEY], shapes, lambda name: llm[name], "--out")
+        shapes = {name: (value.shape, dtypes[lm.KEY] or value.dtype) for name, value in states[lm.KEY].items()}
+        write_shards(folder / FILES[lm.KEY], shapes, partial(make, lm.KEY), "--out")
         for key in (VIT, Q_FORMER):
-            save_tensors({name: value.contiguous() for name, value in states[key].items()}, folder / FILES[key])
-        torch.save({"model": {name: value.clone() for name, value in states[CKPT].items()}}, folder / FILES[CKPT])
+            save_tensors({name: make(key, name) for name in states[key]}, folder / FILES[key])
+        torch.save({"model": {name: make(CKPT, name).clone() for name in states[CKPT]}}, folder / FILES[CKPT])
         _check(origin["model"] | _paths(folder))
         _write_yaml(folder / YAML, origin["model"] | _paths(target.resolve()), origin["vis_processor"])
-    return _differences(states, origin)
+    return _differences(states, dtypes, origin)
 
 
 def restored(state: Mapping[str, Tensor], source: Path, trained: list[str]) -> dict[str, dict[str, Tensor]]:
@@ -74,8 +80,17 @@ def restored(state: Mapping[str, Tensor], source: Path, trained: list[str]) -> d
     for name, value in weights.published_names(vision).items():
         parts[Q_FORMER if name.startswith(("ln_vision.", "Qformer.", "query_tokens")) else VIT][name] = value
     everything = parts[CKPT] | parts[Q_FORMER] | {f"visual_encoder.{n}": value for n, value in parts[VIT].items()}
+    if missing := [*(name for name in trained if name not in everything), *(rows.keys() - parts[lm.KEY].keys())]:
+        raise UserError(f"{KEY}: {source} has no tensor from which '{missing[0]}' could be restored; copy it again.")
     parts[CKPT] = {name: everything[name] for name in trained}
     return parts
+
+
+def _original_dtype(state: Mapping[str, Tensor], original: Sequence[str]) -> torch.dtype | None:
+    """The dtype of the original tensors, if the exported ones, perhaps of a wider one, hold the same numbers."""
+    dtype = getattr(torch, original[0].removeprefix("torch."))
+    is_exact = len(original) == 1 and all(torch.promote_types(dtype, v.dtype) == v.dtype for v in state.values())
+    return dtype if is_exact else None
 
 
 def _write_yaml(file: Path, model: Mapping[str, Any], images: Mapping[str, Any]) -> None:
@@ -100,10 +115,12 @@ def _check(section: Mapping[str, Any]) -> None:
         read()
 
 
-def _differences(states: Mapping[str, Mapping[str, Tensor]], origin: Mapping[str, Any]) -> list[str]:
+def _differences(
+    states: Mapping[str, Mapping[str, Tensor]], dtypes: Mapping[str, torch.dtype | None], origin: Mapping[str, Any]
+) -> list[str]:
     sentences = []
     for key, state in states.items():
-        was, now = origin["dtypes"][key], sorted({str(value.dtype) for value in state.values()})
+        was, now = origin["dtypes"][key], sorted({str(dtypes[key] or value.dtype) for value in state.values()})
         if was != now:
             change = f"{', '.join(now)} here, as they were exported, and {', '.join(was)} in the original files"
             sentences.append(f"{key}: weights are {change}; they are not equal to the bit.".replace("torch.", ""))
