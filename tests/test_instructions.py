@@ -236,6 +236,25 @@ def test_few_boxes_outside_are_left_out_with_a_warning(tmp_path, caplog):
     assert "1 of 151 boxes lie outside" in caplog.text and "tree" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["text", "conversation"])
+def test_boxes_in_own_texts_are_checked_for_minigpt_v2(tmp_path, name):
+    row = {
+        "image": str(FILES / "images" / "58.jpg"),
+        "caption": "<p>a bus</p> {<10><20><130><140>}",
+        "instruction": "?",
+    }
+    turns = [{"from": "human", "value": "<image> [identify] {<1><120><3><140>}"}, {"from": "gpt", "value": "a bus"}]
+    row = row if name == "text" else {"image": row["image"], "conversations": turns}
+    (tmp_path / "own.json").write_text(json.dumps([row, row | {"caption": "no"}]))
+    section = {"builder": "image_text", "build_info": {"storage": f"{tmp_path}/own.json"}}
+    assert len(create_builder("own", section, "mini_gpt4").build_datasets()["train"]) == 2
+    if name == "text":  # it has a part in the image
+        assert len(create_builder("own", section, "minigpt_v2").build_datasets()["train"]) == 2
+        return
+    with pytest.raises(UserError, match=r"datasets\.own\.build_info\.storage: 2 of 2 boxes lie outside.*identify"):
+        create_builder("own", section, "minigpt_v2").build_datasets()
+
+
 def test_missing_images(tmp_path, caplog):
     info = BUILD_INFO["flickr_ObjectToPhrase"]
     message = refused("flickr_ObjectToPhrase", info | {"image_path": str(tmp_path)})

@@ -26,6 +26,7 @@ def create_builder(name: str, section: Mapping[str, Any], arch: str) -> "BaseDat
     """
     builder = registry.get_builder_class(section.get("builder") or name)(section)
     builder.name = name
+    builder.has_boxes = arch == "minigpt_v2"
     processor = (section.get("vis_processor") or {}).get("train") or {}
     if arch in LATER and not processor.keys() & {"min_scale", "max_scale"}:
         builder.crops = False
@@ -45,13 +46,14 @@ class BaseDatasetBuilder:
 
     Attributes:
         config: the section, keys of the user's own included.
+        has_boxes: whether texts hold boxes, as those of MiniGPT-v2.
         crops: whether ``blip2_image_train`` crops images; else it resizes them as ``blip2_image_eval`` does.
         vis_processors, text_processors: by ``train`` and ``eval``; the identity until ``build_processors`` is called.
     """
 
     train_dataset_cls: ClassVar[Any] = None
     eval_dataset_cls: ClassVar[Any] = None
-    crops = True
+    crops, has_boxes = True, False
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {}  # type: path of a YAML file, relative to the package or absolute
 
     def __init__(self, cfg: Mapping[str, Any] | str | Path | None = None, name: str = "") -> None:

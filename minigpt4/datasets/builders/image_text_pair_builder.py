@@ -11,6 +11,7 @@ from minigpt4.common.schema import SPLITS, BuildInfo, read_section
 from minigpt4.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from minigpt4.datasets.datasets import ConversationDataset, PairDataset, ShardDataset
 from minigpt4.datasets.datasets.conversations import Dialogue, Pair
+from minigpt4.datasets.datasets.instructions import check_boxes
 from minigpt4.datasets.datasets.lists import shard_patterns
 from minigpt4.datasets.datasets.pairs import check_images, read_align_folder, read_pairs
 from minigpt4.datasets.datasets.shard_urls import expand_shards
@@ -73,9 +74,15 @@ class PairBuilder(StorageBuilder):
         places = [storage] if isinstance(storage, str) else storage
         rows = [row for place in places for row in self.read(locate(place, key), key)]
         check_images(rows, key)
+        rows = check_boxes(rows, key, _texts_of) if self.has_boxes else rows
         logging.info("%s: %d rows.", key, len(rows))
         has_pairs_only = all(isinstance(row, Pair) for row in rows)
         return (PairDataset if has_pairs_only else ConversationDataset)(self.name, rows, self.vis_processors[kind])
+
+
+def _texts_of(row: Pair | Dialogue) -> list[str]:
+    texts = (row.instruction, row.caption) if isinstance(row, Pair) else [text for turn in row.turns for text in turn]
+    return [text for text in texts if isinstance(text, str)]
 
 
 @registry.register_builder("cc_sbu_align")

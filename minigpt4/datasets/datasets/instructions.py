@@ -3,7 +3,7 @@
 import logging
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -172,22 +172,32 @@ class InstructionDataset(Dataset):
 
 
 def check_rows(rows: Iterable[Row], key: str) -> list[Row]:
-    """The rows that can be trained; a warning counts boxes that lie outside their images, whose rows are left out.
+    """The rows that can be trained, see ``check_boxes``; UserError if a text has a mark for an image."""
+    rows = list(rows)
+    for row in rows:
+        if any(IMAGE_PLACEHOLDER in text for text in _texts_of(row)):
+            raise UserError(f"{key}: '{_texts_of(row)[0]:.80}' has {IMAGE_PLACEHOLDER} in its text; remove it.")
+    return check_boxes(rows, key, _texts_of)
+
+
+def _texts_of(row: Row) -> list[str]:
+    return [text for part in (row.question, row.answer) for text in ((part,) if isinstance(part, str) else part)]
+
+
+def check_boxes(rows: Sequence[Any], key: str, texts_of: Callable[[Any], Iterable[str]]) -> list[Any]:
+    """The rows without boxes that lie outside their images; a warning counts those that are left out.
 
     Raises:
-        UserError: more than 1 % of the boxes lie outside, or a text has a mark for an image.
+        UserError: more than 1 % of the boxes lie outside.
     """
     good, bad, num_boxes = [], [], 0
     for row in rows:
-        texts = [text for part in (row.question, row.answer) for text in ((part,) if isinstance(part, str) else part)]
-        if any(IMAGE_PLACEHOLDER in text for text in texts):
-            raise UserError(f"{key}: '{texts[0]:.80}' has {IMAGE_PLACEHOLDER} in its text; remove it from the file.")
-        boxes = [box for text in texts for box in text_boxes(text)]
+        boxes = [box for text in texts_of(row) for box in text_boxes(text)]
         num_boxes += len(boxes)
         (bad if any(map(is_outside, boxes)) else good).append(row)
     if bad:
         text = f"{key}: {len(bad)} of {num_boxes} boxes lie outside their image (in hundredths of its sides; first: "
-        text += f"'{bad[0].answer!s:.60}' for '{bad[0].question!s:.60}')"
+        text += f"'{' '.join(texts_of(bad[0])):.120}')"
         if len(bad) > _MAX_OUTSIDE * num_boxes:
             raise UserError(f"{text}; expected 0 to 100: do the annotations belong to images of other sizes?")
         logging.warning("%s; they are left out.", text)
