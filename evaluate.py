@@ -76,15 +76,17 @@ def answerer(
 
     if args.api_url:
         settings = {"api_url": args.api_url, "api_model": args.api_model}
-        return settings, lambda: (_server(args), {})
+        return settings, lambda: _server(args)
     args.gpu_id, args.seed = device.index if args.gpu_id is None else args.gpu_id, 0
     return describe_settings(cfg.to_dict()["model"], {}), lambda: _local_model(args)
 
 
-def _server(args: argparse.Namespace) -> "Answerer":
+def _server(args: argparse.Namespace) -> tuple["Answerer", dict[str, Any]]:
+    """The server, and the name of the model that answers there."""
     from minigpt4.evaluation.answering import Server
 
-    return Server(args.api_url, args.api_model, os.environ.get("MINIGPT4_API_KEY"))
+    server = Server(args.api_url, args.api_model, os.environ.get("MINIGPT4_API_KEY"))
+    return server, {"api_model": server.model}
 
 
 def _local_model(args: argparse.Namespace) -> tuple["Answerer", dict[str, Any]]:

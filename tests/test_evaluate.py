@@ -6,8 +6,8 @@ from random import Random
 
 import family
 import pytest
+import serving
 from golden_evaluation import read_json, read_text
-from serving import Server as ApiServer
 
 import demo
 import evaluate
@@ -152,9 +152,11 @@ def test_a_server_gives_the_answers_of_the_model(run, chat, tmp_path):
     expected = run(*options)
     settings = json.loads((run.out / "results.json").read_text())["settings"]["pope_scenes_random"]
     assert settings["system"] == "Answer in one word."
-    server = ApiServer(chat, max_queue=64)
+    server = serving.Server(chat, max_queue=64)
     try:
         assert run(*options, api_url=server.url, out=str(tmp_path / "api")) == expected
+        results = json.loads((tmp_path / "api" / "results.json").read_text())
+        assert results["settings"]["pope_scenes_random"]["api_model"] == serving.NAME
         for wrong, message in (
             (f"{section}.num_beams=2", "num_beams: 2 cannot"),
             (f"{section}.system=''", "system: ''"),

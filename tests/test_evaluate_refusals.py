@@ -83,6 +83,10 @@ WRONG_ANSWERS = {
     ),
     "missing": ('{"question_id": 1, "answer": "no"}', "no answer to 1 of 2 questions, such as 2"),
     "truncated": ('{"question_id": 1, "answer": "no"}\n{"question_id": 2, "ans', "line 2 of"),
+    "of another split": (
+        '{"question_id": 1, "question": "a?", "answer": "no"}\n{"question_id": 2, "question": "A: b?", "answer": "no"}',
+        "has 'a.' as question 1, which is 'b.'",
+    ),
     "without ids": ('{"answer": "no"}', "1 rows without ids for 2 questions"),
     "without an answer": ('{"question_id": 1, "reply": "no"}', "question 1 has no answer"),
     "empty": ("", "holds no rows"),
@@ -93,6 +97,6 @@ WRONG_ANSWERS = {
 def test_wrong_answer_files_are_refused(case, tmp_path):
     text, message = WRONG_ANSWERS[case]
     (tmp_path / "answers.jsonl").write_text(text)
-    items = [Item(name, "a.jpg", "?", {}) for name in ("1", "2")]
+    items = [Item(name, "a.jpg", "b?", {}) for name in ("1", "2")]
     with pytest.raises(UserError, match=message):
         read_answers(tmp_path / "answers.jsonl", items)

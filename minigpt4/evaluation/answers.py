@@ -142,7 +142,7 @@ def read_answers(path: Path, items: Sequence[Item]) -> dict[tuple[str, int], Row
     only where a question has it.
 
     Raises:
-        UserError: the file is truncated, has answers to unknown questions, several to one, or none to some.
+        UserError: the file is truncated, has answers to unknown or other questions, several to one, or none to some.
     """
     where = f"--score-only: {path}"
     content = read_json_rows(path, "--score-only")
@@ -167,6 +167,10 @@ def read_answers(path: Path, items: Sequence[Item]) -> dict[tuple[str, int], Row
             raise UserError(f"{where} answers question {name}, which the benchmark does not have.")
         if key in rows:
             raise UserError(f"{where} has two answers to question {name}; keep one.")
+        asked = str(row.get("question", known[name].question))  # may be a whole prompt
+        if not key[1] and known[name].question not in asked:
+            problem = f"has '{asked}' as question {name}, which is '{known[name].question}'"
+            raise UserError(f"{where} {problem}; give the answers to this split.")
         text = next((row[field] for field in TEXTS if field in row), "" if "losses" in row or "error" in row else None)
         if text is None:
             raise UserError(f"{where}: the row of question {name} has no answer ({', '.join(row)}).")

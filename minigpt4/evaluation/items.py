@@ -52,7 +52,7 @@ Reader = Callable[[BenchmarkConfig, str], dict[str, list[Item]]]  # of a section
 def read_json_rows(path: Path, where: str) -> Any:
     """The content of a JSON file, or the rows of JSON lines; UserError where it is missing, damaged or truncated."""
     if not path.is_file():
-        raise UserError(f"{where}: there is no file {path}; give the published annotation file.")
+        raise UserError(f"{where}: there is no file {path}; correct the path.")
     text = decode_text(path.read_bytes(), f"{where}: {path}")
     try:
         return json.loads(text)
