@@ -117,6 +117,23 @@ def test_vizwiz_and_aokvqa_by_the_rules_of_vqa(tmp_path):
     assert values == pytest.approx({"allenai": (1 / 3 + 1) / 2, "official": (0.3 + 1) / 2})
 
 
+def test_caption_loss_of_conversations_asks_their_questions(tmp_path):
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A circle."}]
+    rows = [
+        {"image": "a.jpg", "conversations": turns},
+        {"image": "a.jpg", "conversations": [*turns, {**turns[0], "value": "Why?"}, turns[1]]},
+    ]
+    for kept in (rows[:1], rows):
+        (tmp_path / "train.json").write_text(json.dumps(kept))
+        section = Configuration(caption_loss={"eval_file_path": str(tmp_path / "train.json")})
+        if len(kept) == 1:
+            ((item,),) = (part.items for part in find_work(section, None, needs_images=False))
+            assert (item.question, item.candidates) == ("What is it?", ("A circle.",))
+        else:  # they were left out without a word
+            with pytest.raises(UserError, match=r"row 2 of .*not one image in a file of its own and one text"):
+                find_work(section, None, needs_images=False)
+
+
 def test_files_of_vqa_and_pope_that_do_not_fit_are_refused(tmp_path):
     questions = read_json("vqa/questions.json")
     (tmp_path / "annotations.json").write_text(read_text("vqa/annotations.json"))

@@ -300,7 +300,7 @@ BENCHMARKS = {
         ("exact",), 1, submit=_list("answer"),
     ),
     "caption_loss": Benchmark(
-        readers.read_caption_loss, "Describe this image in detail.", _score_loss, ("per_token", "per_word"), 2,
+        readers.read_caption_loss, "{question}", _score_loss, ("per_token", "per_word"), 2,
     ),
 }  # fmt: skip
 

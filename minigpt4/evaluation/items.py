@@ -10,8 +10,9 @@ from typing import Any
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.sections import key
-from minigpt4.common.utils import decode_text, parse_json
+from minigpt4.common.utils import IMAGE_PLACEHOLDER, decode_text, parse_json
 
+CAPTION_QUESTION = "Describe this image in detail."  # of captions without a question of their own
 Row = dict[str, Any]
 ID_FIELDS = ("question_id", "questionId", "image_id", "id", "image")  # of answers, as benchmarks and programs have them
 
@@ -265,7 +266,10 @@ def read_captions(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]
 
 
 def read_caption_loss(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
-    """Images and captions in any form that a training reads from files; each caption is the only candidate."""
+    """Images and texts in any form that a training reads from files; each text is the only candidate.
+
+    A conversation has one question and answer, and one image.
+    """
     from minigpt4.datasets.datasets.conversations import Pair
     from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
 
@@ -273,11 +277,16 @@ def read_caption_loss(section: BenchmarkConfig, where: str) -> dict[str, list[It
     root = Path(section.img_path) if section.img_path else None
     is_align = (path / "filter_cap.json").is_file()
     pairs = read_align_folder(path, where) if is_align else read_pairs(path, where, root)
-    items = [
-        Item(str(number), str(pair.image), "", {}, (pair.caption,))
-        for number, pair in enumerate(pairs)
-        if isinstance(pair, Pair) and isinstance(pair.image, str | Path)
-    ]
+    items = []
+    for number, pair in enumerate(pairs):
+        is_pair, image = isinstance(pair, Pair), pair.images[0] if len(pair.images) == 1 else None
+        turns = [(pair.instruction or CAPTION_QUESTION, pair.caption)] if is_pair else pair.turns
+        if len(turns) != 1 or not isinstance(image, str | Path):
+            problem = "has not one image in a file of its own and one text"
+            raise UserError(f"{where}: row {number + 1} of {path} {problem}; leave such rows out.")
+        ((question, text),) = turns
+        question = question.replace(f"<Img>{IMAGE_PLACEHOLDER}</Img>", "").replace(IMAGE_PLACEHOLDER, "").strip()
+        items.append(Item(str(number), str(image), question, {}, (text,)))
     return {path.stem: items}
 
 
