@@ -27,7 +27,8 @@ BOS_IDS, EOS_IDS = [1], []  # random models do not end early
 
 def ours(llm: nn.Module, embeds: Tensor, mask: Tensor, num_tokens: int) -> Iterator[Any]:
     """Yields whenever each row has one token more."""
-    options, state = GenerationOptions(do_sample=False, max_new_tokens=num_tokens), DecodingState(llm, BOS_IDS, EOS_IDS)
+    options = GenerationOptions(do_sample=False, max_new_tokens=num_tokens)
+    state = DecodingState(llm, BOS_IDS, EOS_IDS, devices.recorder(embeds.device))
     yield state.add(embeds, mask, [options] * len(embeds))
     while state.rows:
         yield state.step()

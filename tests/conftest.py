@@ -191,7 +191,7 @@ def load(tmp_path_factory):
     def get(name="llama with biases"):
         if name not in models:
             folder = write_language_model(tmp_path_factory.mktemp("llm"), name)
-            models[name] = load_language_model(folder, torch.float32)
+            models[name] = load_language_model(folder, torch.float32, DEVICE)
         return models[name]
 
     return get

@@ -14,7 +14,7 @@ def contexts(llm, lengths=LENGTHS, seed=1):
     width = max(lengths)
     generator = torch.Generator().manual_seed(seed)
     embeds = 0.5 * torch.randn(len(lengths), width, llm.config.hidden_size, generator=generator)
-    return embeds, torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
+    return embeds.to(llm.device), torch.stack([(torch.arange(width) >= width - length).long() for length in lengths])
 
 
 def context(llm, length, seed):
@@ -65,6 +65,6 @@ def _each(options, embeds):
 
 def by_transformers(llm, embeds, mask, count, **settings):
     settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": EOS} | settings
-    output = llm.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count, **settings)
+    output = llm.generate(inputs_embeds=embeds, attention_mask=mask.to(embeds.device), max_new_tokens=count, **settings)
     rows = [row.tolist() for row in output]
     return [row[: row.index(EOS[0]) + 1] if EOS[0] in row else row for row in rows]

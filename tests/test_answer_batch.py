@@ -11,6 +11,7 @@ from minigpt4.conversation import answer_batch, generation
 from minigpt4.conversation.answer_batch import AnswerBatch
 from minigpt4.conversation.conversation import CONV_VISION, Chat
 from minigpt4.conversation.generation import GenerationOptions
+from minigpt4.models import recorded_step
 from minigpt4.processors import Blip2ImageEvalProcessor
 
 GREEDY = GenerationOptions(do_sample=False, max_new_tokens=12)
@@ -247,7 +248,8 @@ def test_a_failure_ends_all_answers_and_the_batch_can_be_used_again(new_chat, mo
     add(batch, conv, images)
     batch.step()
     with monkeypatch.context() as patch:
-        patch.setattr(generation, "next_token_logits", lambda *_: torch.zeros(1).new_empty(-1))
+        for module in (generation, recorded_step):
+            patch.setattr(module, "next_token_logits", lambda *_: torch.zeros(1).new_empty(-1))
         with pytest.raises(RuntimeError):
             batch.step()
     assert len(batch) == 0 and len(chat.prefixes) == 0 and conv.messages[-1][0] == "Assistant"

@@ -6,9 +6,12 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, write_language_model
 from decoding import BOS, EOS, LENGTHS, NO_EOS, by_transformers, context, contexts, generate, greedy, stream
+from golden_data import DEVICE
 
+from minigpt4.common import device as devices
 from minigpt4.conversation import generation
 from minigpt4.conversation.generation import DecodingState, GenerationOptions
+from minigpt4.models import recorded_step
 from minigpt4.models.growing_cache import new_cache
 from minigpt4.models.language_model import load_language_model, next_token_logits
 from minigpt4.models.quantization import quantize_layers
@@ -83,15 +86,49 @@ def test_a_row_that_joins_gets_the_tokens_it_gets_alone(llm, joins_at, length, o
     assert run(state, ids) == dict(enumerate([*others, alone]))
 
 
-def test_rows_join_and_leave_in_every_architecture(any_llm):
-    """Three contexts join at steps 0, 2 and 5 and leave after 4, 9 and 6 tokens; a fourth fills the empty state."""
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["plain", "recorded"])
+def test_rows_join_and_leave_in_every_architecture(any_llm, is_recorded, monkeypatch):
+    """Three contexts join at steps 0, 2 and 5 and leave after 4, 9 and 6 tokens; a fourth fills the empty state.
+
+    As a CPU cannot record, the function itself is in the place of its recording, with the tensors of fixed shape.
+    """
+    monkeypatch.setattr(recorded_step, "NUM_PLAIN_STEPS", 1)
     parts = [context(any_llm, length, seed) for seed, length in enumerate((9, 4, 6, 5))]
     each = [greedy(count) for count in (4, 9, 6, 3)]
     pairs = zip(parts, each, strict=True)
     alone = [generate(any_llm, *part, options, BOS, NO_EOS)[0].ids for part, options in pairs]
-    state, ids = DecodingState(any_llm, BOS, NO_EOS), {}
+    replayed = []
+
+    def record(function):
+        return lambda: replayed.append(function())
+
+    state, ids = DecodingState(any_llm, BOS, NO_EOS, record if is_recorded else None), {}
     for part, options, num_steps in zip(parts, each, (2, 3, 99, 99), strict=True):
         collect(ids, state.add(*part, [options]))
+        run(state, ids, num_steps)
+    assert ids == dict(enumerate(alone))
+    if any_llm.config.model_type in ("llama", "mistral", "gemma2"):  # the last two have sliding windows
+        assert bool(replayed) == (is_recorded and any_llm.config.model_type == "llama")
+
+
+def test_steps_are_launched_anew_where_they_cannot_be_recorded(llm, caplog):
+    def record(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = generate(llm, *context(llm, 8, seed=4), greedy(20), BOS, NO_EOS)[0].ids
+    state, ids = DecodingState(llm, BOS, NO_EOS, record), {}
+    collect(ids, state.add(*context(llm, 8, seed=4), [greedy(20)]))
+    assert run(state, ids) == {0: expected} and "cannot be recorded" in caplog.text
+
+
+def test_a_recorded_answer_grows_beyond_the_buffers(llm):
+    """On a device that records: the same tokens as without, over several recordings, and for rows that join later."""
+    record = devices.recorder(DEVICE) or (lambda function: function)
+    parts, each = [context(llm, length, seed=length) for length in (8, 5)], [greedy(150), greedy(90)]
+    alone = [generate(llm, *part, own, BOS, NO_EOS)[0].ids for part, own in zip(parts, each, strict=True)]
+    state, ids = DecodingState(llm, BOS, NO_EOS, record), {}
+    for part, own, num_steps in zip(parts, each, (30, None), strict=True):
+        collect(ids, state.add(*part, [own]))
         run(state, ids, num_steps)
     assert ids == dict(enumerate(alone))
 
@@ -116,6 +153,7 @@ def test_rows_that_ended_are_not_computed_nor_are_columns_that_only_they_used(ll
         return plain(llm, embeds, mask, cache)
 
     monkeypatch.setattr(generation, "next_token_logits", spy)
+    monkeypatch.setattr(recorded_step, "next_token_logits", spy)
     embeds, mask = contexts(llm, (3, 20, 6))
     each = [greedy(9), greedy(2), greedy(5)]
     generate(llm, embeds, mask, each, BOS, NO_EOS)
@@ -130,7 +168,7 @@ def test_a_cache_has_everything_but_the_last_token_wherever_the_reader_stops(llm
     answer = stream(llm, embeds, mask, greedy(20), BOS, NO_EOS, cache)
     ids = [next(answer)[1] for _ in range(4)]
     answer.close()
-    everything = torch.cat([embeds, llm.get_input_embeddings()(torch.tensor([ids[:3]]))], 1)
+    everything = torch.cat([embeds, llm.get_input_embeddings()(torch.tensor([ids[:3]], device=llm.device))], 1)
     with torch.no_grad():
         next_token_logits(llm, everything, torch.ones(1, 9, dtype=torch.long), expected := new_cache())
     assert cache.get_seq_length() == 9

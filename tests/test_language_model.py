@@ -79,7 +79,8 @@ def test_a_cache_in_pieces_and_left_padding_equal_whole_rows(both):
 def next_token(llm, cache, rows=1):
     """One more token of each row, and its logits."""
     mask = torch.ones(rows, cache.get_seq_length() + 1, dtype=torch.long)
-    return next_token_logits(llm, torch.ones(rows, 1, llm.config.hidden_size), mask, cache)
+    embeds = torch.ones(rows, 1, llm.config.hidden_size, device=llm.device)
+    return next_token_logits(llm, embeds, mask, cache)
 
 
 def test_a_model_class_is_inspected_once(model, monkeypatch):

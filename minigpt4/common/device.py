@@ -8,7 +8,7 @@ import functools
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,30 @@ def has_quantization(device: torch.device) -> bool:
 def compiles(device: torch.device) -> bool:
     """Whether ``run.compile`` is used: Inductor generates kernels for CUDA; on a CPU it gained nothing."""
     return device.type == "cuda"
+
+
+def recorder(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
+    """What records the kernels of a function, as ``_record`` does; None where this is not known to work."""
+    return functools.partial(_record, device) if device.type == "cuda" else None
+
+
+def _record(device: torch.device, function: Callable[[], None]) -> Callable[[], None]:
+    """Records the kernels that a function launches, without computing them; returns a function that launches them all.
+
+    All tensors must keep their addresses, and the function must have run once on this thread. RuntimeError where it
+    waits for the device or the memory is short.
+    """
+    module = torch.get_device_module(device)
+    graph, stream = module.CUDAGraph(), module.Stream(device)
+    stream.wait_stream(module.current_stream(device))
+    with module.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+    module.current_stream(device).wait_stream(stream)
+    return graph.replay
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

@@ -127,8 +127,8 @@ class AnswerBatch:
 
     def clear(self) -> None:
         """Forgets all conversations."""
-        model = self.chat.model
-        self._state = DecodingState(model.llama_model, model.bos_ids, model.eos_ids)
+        model, record = self.chat.model, devices.recorder(self.chat.device) if self.chat.records_steps else None
+        self._state = DecodingState(model.llama_model, model.bos_ids, model.eos_ids, record)
         self._waiting: deque[_Row] = deque()  # to be prefilled
         self._shared: Prefix | None = None  # the common beginning of the latest contexts
         self._searching: deque[tuple[_Row, Generator[None, None, Generated]]] = deque()  # with beams

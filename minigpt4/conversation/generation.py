@@ -16,6 +16,7 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
 from minigpt4.conversation.sampling import Generated, GenerationOptions, build_processors, build_warpers, sample
 from minigpt4.models.growing_cache import copy_cache, new_cache
 from minigpt4.models.language_model import next_token_logits
+from minigpt4.models.recorded_step import Record, RecordedStep
 
 __all__ = ["DecodingState", "Generated", "GenerationOptions"]
 
@@ -87,10 +88,13 @@ class DecodingState:
         llm: the language model.
         bos_ids: begin token, which counts as history; empty where the LM has none.
         eos_ids: tokens that end a row, beside ``options.stop``.
+        record: where given, steps of rows that stay the same are recorded and replayed, without hooks of modules.
     """
 
-    def __init__(self, llm: PreTrainedModel, bos_ids: Sequence[int], eos_ids: Sequence[int]) -> None:
-        self.llm, self.bos_ids, self.eos_ids = llm, bos_ids, eos_ids
+    def __init__(
+        self, llm: PreTrainedModel, bos_ids: Sequence[int], eos_ids: Sequence[int], record: Record | None = None
+    ) -> None:
+        self.llm, self.bos_ids, self.eos_ids, self._next = llm, bos_ids, eos_ids, RecordedStep(llm, record)
         self.rows: list[_Row] = []  # those that are decoded: the batch dimension of the tensors below
         self._num_rows = 0  # added so far
         self._cache: DynamicCache | None = None
@@ -139,8 +143,7 @@ class DecodingState:
         """Chooses one more token for each row; rows that end leave."""
         ids = torch.tensor([row.ids[-1:] for row in self.rows], device=self.llm.device)
         self._attention_mask = pad(self._attention_mask, (0, 1), value=1)
-        embeds = self.llm.get_input_embeddings()(ids)
-        return self._choose(self.rows, next_token_logits(self.llm, embeds, self._attention_mask, self._cache))
+        return self._choose(self.rows, self._next.logits(ids, self._attention_mask, self._cache))
 
     def _choose(self, rows: Sequence[_Row], logits: Tensor) -> list[Token]:
         """Tokens for rows by their logits float32 [B, V]; those that end leave."""

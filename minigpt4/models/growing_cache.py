@@ -27,11 +27,17 @@ class GrowingLayer(DynamicLayer):
     _buffers: tuple[Tensor, ...] = ()
     _views: tuple[Tensor | None, ...] = (None, None)
     _start = 0  # position of the buffers at which the cache begins
+    next_position: Tensor | None = None  # int64 [1]: while given, updates write there and return the whole buffers
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends [B, G, t, D] to all rows and returns all keys and values."""
         if self.get_seq_length() == 0:
             return super().update(key_states, value_states, *args, **kwargs)
+        if self.next_position is not None:
+            whole = tuple(buffer[: len(key_states)] for buffer in self._buffers)
+            for buffer, new in zip(whole, (key_states, value_states), strict=True):
+                buffer.index_copy_(2, self.next_position, new)
+            return whole
         (num_rows, _, length, _), num_new = self.keys.shape, key_states.shape[-2]
         self._reserve(num_rows, 0, num_new)
         end = self._start + length + num_new
@@ -39,6 +45,29 @@ class GrowingLayer(DynamicLayer):
             buffer[:num_rows, :, end - num_new : end] = new
         self._show(num_rows, self._start, end)
         return self.keys, self.values
+
+    def reserve(self, num_new: int) -> None:
+        """Makes sure that so many further positions fit into the buffers."""
+        self._reserve(len(self.keys), 0, num_new)
+
+    def advance(self) -> None:
+        """Adds the token that an update has written at ``next_position``, which must be ``end``."""
+        self._show(len(self.keys), self._start, self.end + 1)
+
+    @property
+    def end(self) -> int:
+        """Position of the buffers at which the next token will be."""
+        return self._start + self.keys.shape[-2]
+
+    @property
+    def capacity(self) -> int:
+        """Positions of the buffers."""
+        return self._buffers[0].shape[-2]
+
+    @property
+    def address(self) -> int:
+        """Where the buffers are in memory."""
+        return self._buffers[0].data_ptr()
 
     def add_rows(self, other: "GrowingLayer") -> None:
         """Adds the rows of another layer [b, G, s, D], which end where the others end."""

@@ -89,9 +89,19 @@ def next_token_logits(llm: PreTrainedModel, embeds: Tensor, attention_mask: Tens
         cache: keys and values of the first S tokens; the new ones are appended.
     """
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-    inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
-    inputs = {name: value.to(embeds.device) for name, value in inputs.items()} | {_cache_argument(type(llm)): cache}
-    return llm(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1].float()
+    return forward_cached(llm, embeds, attention_mask.to(embeds.device), position_ids.to(embeds.device), cache)
+
+
+def forward_cached(
+    llm: PreTrainedModel, embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: DynamicCache
+) -> Tensor:
+    """The logits float32 [B, V] of the last of the new positions [B, t, L], which the cache receives.
+
+    ``attention_mask`` is int64 [B, S + t] or bool [B, 1, t, S + t], and like ``position_ids`` [B, t] on the device.
+    """
+    settings = {"use_cache": True, "logits_to_keep": 1, _cache_argument(type(llm)): cache}
+    output = llm(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, **settings)
+    return output.logits[:, -1].float()
 
 
 @functools.cache

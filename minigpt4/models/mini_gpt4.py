@@ -263,7 +263,8 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         batch = PackedBatch([len(row.ids) - shared for row in rows], shared, embeds.device, hidden)
         hidden = lm.last_hidden_states(self.llama_model, embeds, batch, self.packs_rows)  # [N, L]
         hidden, targets = (part.index_select(0, target_positions) for part in (hidden, labels))
-        loss = next_token_loss(hidden, lm.lm_head(self.llama_model), targets)
+        chunk = 64 if hidden.is_cpu else 256  # fewer launches
+        loss = next_token_loss(hidden, lm.lm_head(self.llama_model), targets, chunk)
         lengths = [len(row.ids) for row in rows]
         counts = {"num_tokens": sum(lengths), "num_padded_tokens": max(lengths) * len(lengths)}
         counts["num_truncated"] = sum(row.is_truncated for row in rows)

@@ -71,6 +71,7 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         chat.prefixes.num_chats, chat.prefixes.max_tokens = MAX_KEPT_CHATS, self.max_batch_tokens // 2
         self.waiting = RequestQueue(max_queue)
+        chat.records_steps = True
         self._batch = AnswerBatch(chat, max_length, self.max_batch_tokens, shortens_answers=True)
         self._next: _Planned | None = None  # was taken from the queue, and waits for memory
         self._running: dict[int, tuple[Answer, Request]] = {}  # by the answers' ids
