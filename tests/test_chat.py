@@ -322,3 +322,9 @@ def test_mistakes_are_told(chat, tmp_path):
     with pytest.raises(UserError, match=r"absent\.png"):
         chat.upload_img(str(tmp_path / "absent.png"), conv, images)
     assert len(images) == 1
+
+
+def test_a_number_is_the_index_of_an_accelerator(model, monkeypatch):
+    picked = []
+    monkeypatch.setattr("minigpt4.common.device.pick", lambda *names: picked.append(names) or model.device)
+    assert Chat(model, None, device=1).device == model.device and picked == [("auto:1",)]

@@ -49,7 +49,8 @@ class Chat:
     Args:
         model: built and loaded; it is switched to eval mode and moved to ``device``.
         vis_processor: PIL image to float32 [3, S, S].
-        device: by default where the model is; a kind that is unavailable is replaced by the best available one.
+        device: by default where the model is; a kind that is unavailable is replaced by the best available one. A
+            number is the index of an accelerator, as evaluation kits pass it.
         stopping_criteria: further ends of answers beside the end token and the template's stop string.
         template: the conversation that new chats start from.
         num_kept_chats: number of chats whose key-value caches are kept for their next turn.
@@ -64,12 +65,13 @@ class Chat:
         self,
         model: MiniGPT4,
         vis_processor: Callable[[Image.Image], Tensor],
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         template: Conversation = CONV_VISION,
         num_kept_chats: int = 4,
     ) -> None:
-        self.device = model.device if device is None else devices.pick(str(device))
+        name = f"auto:{device}" if isinstance(device, int) else str(device)
+        self.device = model.device if device is None else devices.pick(name)
         self.model = model.to(self.device).eval()
         if getattr(model, "lora", None):
             check_trained(model.llama_model, model.lora)
