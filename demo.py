@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from minigpt4.conversation.generation import GenerationOptions
 
 QUESTION = "Describe this image in detail."
-MODES = {
-    "page": "the web page", "terminal": "--terminal", "question": "--ask", "batch": "--batch", "api": "--api",
-}  # fmt: skip
+MODES = {"page": "the web page", "terminal": "--terminal", "question": "--ask", "batch": "--batch", "api": "--api"}
 _SAMPLING = ("greedy", "temperature", "top_p", "num_beams", "max_new_tokens")
 USED_BY = {  # flags that not every mode uses
     "image": ("terminal", "question"),
@@ -33,9 +31,8 @@ USED_BY = {  # flags that not every mode uses
     "out": ("batch",),
     **dict.fromkeys(("share", "feedback"), ("page",)),
     "batch_size": ("page", "batch", "api"),
-    **dict.fromkeys(("max_batch_tokens", "max_queue"), ("page", "api")),
-    **dict.fromkeys(("host", "port", "allow_origin"), ("page", "api")),
-    **dict.fromkeys(("api_key", "api_keys", "rate_limit", "allow_host", "allow_folder"), ("api",)),
+    **dict.fromkeys(("max_batch_tokens", "max_queue", "host", "port", "allow_origin"), ("page", "api")),
+    **dict.fromkeys(("api_key", "api_keys", "rate_limit", "allow_host", "allow_folder", "lm_url"), ("api",)),
     "shutdown_seconds": ("api",),
 }
 
@@ -103,6 +100,8 @@ def parse_args() -> argparse.Namespace:
     tokens = "tokens of the requests that the API answers together; default: what the free memory holds"
     add("--max-batch-tokens", type=_number(int, 1, 10**9), help=tokens)
     modes.add_argument("--api", dest="mode", action="store_const", const="api", help="serve /v1/chat/completions")
+    text = "server of the language model (vLLM), which then is not loaded; its key: MINIGPT4_LM_API_KEY"
+    add("--lm-url", type=_text(r"https?://\S+", "{} is no address such as http://127.0.0.1:8001/v1."), help=text)
     add("--host", type=host, default="127.0.0.1", help="address of page or API; 0.0.0.0 opens it to the network")
     add("--port", type=_number(int, 0, 65535), help="default: 7860 for the page, 8000 for the API; 0: any free port")
     add("--feedback", help="JSONL file to which the page's users can add ratings of answers, with their chats")
@@ -148,6 +147,8 @@ def _check_combination(parser: argparse.ArgumentParser, args: argparse.Namespace
             parser.error(f"{flag} has no effect with {MODES[args.mode]}; it is for {others}.")
         if args.greedy and args.mode != "page" and name in ("temperature", "top_p"):
             parser.error(f"{flag} has no effect with --greedy, which does not sample; leave one of them out.")
+        if args.lm_url and name in ("max_batch_tokens", "num_beams"):
+            parser.error(f"{flag} is not for a language model on a server; leave it out with --lm-url.")
 
 
 def open_socket(args: argparse.Namespace, default_port: int) -> socket.socket:
@@ -182,7 +183,8 @@ def build_chat(args: argparse.Namespace) -> "Chat":
         text = f"--gpu-id is {args.gpu_id}, but run.device is {run_cfg.device} and the model would run on {device}"
         raise UserError(f"{text}; leave --gpu-id out, or give another run.device.")
     devices.seed_everything(42 if args.seed is None else args.seed)
-    model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device)
+    more = {"has_language_model": False} if getattr(args, "lm_url", None) else {}
+    model = registry.get_model_class(cfg.model_cfg.arch).from_config(cfg.model_cfg, device=device, **more)
     if getattr(model, "lora", None):  # models of another arch have none
         merge_lora(model.llama_model, model.lora)
     if not cfg.model_cfg.get("ckpt"):
@@ -195,14 +197,8 @@ def generation_options(args: argparse.Namespace) -> "GenerationOptions":
     """The options that the command line selects."""
     from minigpt4.conversation.generation import GenerationOptions
 
-    return GenerationOptions(
-        do_sample=not args.greedy,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        num_beams=args.num_beams,
-        max_new_tokens=args.max_new_tokens,
-        seed=args.seed,
-    )
+    names = ("temperature", "top_p", "num_beams", "max_new_tokens", "seed")
+    return GenerationOptions(do_sample=not args.greedy, **{name: getattr(args, name) for name in names})
 
 
 def describe_model(args: argparse.Namespace, chat: "Chat") -> str:
@@ -237,13 +233,17 @@ def run_api(args: argparse.Namespace) -> None:
     from minigpt4.serve.api import build_app
     from minigpt4.serve.api_requests import Limits
     from minigpt4.serve.engine import Engine
+    from minigpt4.serve.remote_lm import LanguageModelServer, RemoteBatch
     from minigpt4.serve.server import address, serve
 
     listener = open_socket(args, 8000)
     folder = Path(args.allow_folder) if args.allow_folder else None
     limits, name = Limits(allowed_hosts=args.allow_host, allowed_folder=folder), Path(args.cfg_path).stem
     limits.max_tokens = max(limits.max_tokens, args.max_new_tokens)
-    engine = Engine(build_chat(args), args.batch_size or 64, args.max_queue, max_batch_tokens=args.max_batch_tokens)
+    server = LanguageModelServer(args.lm_url, os.environ.get("MINIGPT4_LM_API_KEY")) if args.lm_url else None
+    chat, settings = build_chat(args), (args.batch_size or 64, args.max_queue)
+    batch = RemoteBatch(chat, server) if server else None
+    engine = Engine(chat, *settings, max_batch_tokens=args.max_batch_tokens, batch=batch)
     access = (args.api_key, args.host, args.allow_origin, args.api_keys, args.rate_limit)
     app = build_app(engine, name, limits, *access, generation_options(args))
     print(f"Model '{name}' at {address(listener)}/v1", flush=True)

@@ -73,6 +73,24 @@ def build_language_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return llm.requires_grad_(False)
 
 
+class TokenEmbeddings(nn.Module):
+    """What remains of an LM that a server of its own computes: its configuration and its token embeddings."""
+
+    def __init__(self, llm: PreTrainedModel) -> None:
+        super().__init__()
+        self.config, self.embed_tokens = llm.config, llm.get_input_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> None:
+        """There are none."""
+
+    def tie_weights(self) -> None:
+        """Nothing is tied."""
+
+
 def decoder_layers(llm: PreTrainedModel) -> nn.ModuleList:
     """The decoder's layers, by whatever name the architecture has for them."""
     count = llm.config.get_text_config().num_hidden_layers

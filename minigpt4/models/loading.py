@@ -27,6 +27,7 @@ from minigpt4.models.quantization import quantize_layers
 from minigpt4.models.vision import Q_FORMER, VIT, States, load_vision, locate_vision, q_former_state, vit_state
 
 CKPT, PROMPTS = "model.ckpt", "model.prompt_path"
+_PLAIN_EMBEDDINGS = ("llama", "mistral", "phi3", "qwen2", "qwen3")  # others scale or change them
 
 
 class ModelFiles(NamedTuple):
@@ -71,6 +72,24 @@ def load_weights(
         add_lora(model.llama_model, model.lora)
     if files.ckpt is not None:
         copy_trained_state(model, states[CKPT], files.ckpt)
+
+
+def drop_language_model(model: nn.Module, states: dict[str, Mapping[str, Tensor]]) -> None:
+    """Leaves the token embeddings of a built model's LM, and in ``states`` theirs, so that nothing else is loaded.
+
+    Raises UserError for an LM whose inputs are not plain rows of the table, and for LoRA, which changes the LM.
+    """
+    llm = model.llama_model
+    if model.lora:
+        advice = "merge them (python -m minigpt4.tools.merge), and set model.llama_model to the result"
+        raise UserError(f"model.lora_r is set: LoRA weights belong to the language model; {advice}.")
+    if (kind := llm.config.model_type) not in _PLAIN_EMBEDDINGS:
+        known = ", ".join(_PLAIN_EMBEDDINGS)
+        raise UserError(f"{lm.KEY}: embeddings of type '{kind}' cannot be sent to a server; those of {known} can be.")
+    name = next(name for name, module in llm.named_modules() if module is llm.get_input_embeddings())
+    states[lm.KEY] = {"embed_tokens.weight": states[lm.KEY][f"{name}.weight"]}
+    model.frozen_parts.remove(llm)
+    model.llama_model = lm.TokenEmbeddings(llm)
 
 
 def language_model_dtype(cfg: ModelConfig, device: torch.device) -> torch.dtype:

@@ -100,7 +100,12 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
 
     @classmethod
     def from_config(
-        cls, cfg: Section, device: torch.device | str | None = None, is_sharded: bool = False, has_vision: bool = True
+        cls,
+        cfg: Section,
+        device: torch.device | str | None = None,
+        is_sharded: bool = False,
+        has_vision: bool = True,
+        has_language_model: bool = True,
     ) -> "MiniGPT4":
         """Builds the model of a ``model`` section, compares all its files by names and shapes, and loads them.
 
@@ -112,6 +117,7 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
             device: where the model goes, which decides the default precision; by default the best available one.
             is_sharded: every rank holds a shard of the LM (``run.parallel: fsdp``).
             has_vision: False where batches bring features from a cache in place of images.
+            has_language_model: False where a server computes it; of its weights, only token embeddings are loaded.
         """
         cfg = read_section(ModelConfig, cfg, "model")
         device = devices.pick() if device is None else torch.device(device)
@@ -120,6 +126,8 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
         files = loading.locate_files(cfg, has_vision)
         model = cls.build(cfg, files, torch.device("cpu") if device.type == "meta" else device, has_vision)
         states = {key: read() for key, read in loading.state_readers(model, files).items()}
+        if not has_language_model:
+            loading.drop_language_model(model, states)
         if device.type != "meta":
             loading.load_weights(model, states, cfg, files, device, is_sharded)
             loading.log_summary(model)

@@ -25,6 +25,7 @@ from minigpt4.serve.engine import Request as EngineRequest
 from minigpt4.serve.image_decoder import ImageDecoder
 from minigpt4.serve.image_sources import load_image
 from minigpt4.serve.metrics import Metrics
+from minigpt4.serve.remote_lm import RemoteError
 from minigpt4.serve.responses import ResponseWriter
 
 T = TypeVar("T")
@@ -200,6 +201,8 @@ class Completions:
                     yield index, update
         except TimeoutError as error:
             raise self._timeout() from error
+        except RemoteError as error:
+            raise ApiError(str(error), status=502, code="language_model_server") from error
         except UserError as error:
             code = "context_length_exceeded" if isinstance(error, ContextTooLong) else "bad_request"
             raise ApiError(str(error), "messages", code=code) from error

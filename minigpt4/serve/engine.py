@@ -50,6 +50,7 @@ class Engine:
         max_batch_tokens: positions of the key-value cache for all running requests, padding included; by default what
             fits into the free memory. UserError if one request may need more.
         fills_batches: waits for requests while there is room in the batch, until ``close``.
+        batch: computes the answers, by default with the chat's LM; ``max_length`` is then its own.
     """
 
     def __init__(
@@ -60,7 +61,10 @@ class Engine:
         max_length: int = 2000,
         max_batch_tokens: int | None = None,
         fills_batches: bool = False,
+        batch: AnswerBatch | None = None,
     ) -> None:
+        if batch is not None:
+            max_length, max_batch_tokens = batch.max_length, max_batch * batch.max_length
         self.chat, self.max_batch, self.max_length = chat, max_batch, max_length
         self.fills_batches = fills_batches
         if max_batch_tokens is None:
@@ -71,8 +75,10 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         chat.prefixes.num_chats, chat.prefixes.max_tokens = MAX_KEPT_CHATS, self.max_batch_tokens // 2
         self.waiting = RequestQueue(max_queue)
-        chat.records_steps = True
-        self._batch = AnswerBatch(chat, max_length, self.max_batch_tokens, shortens_answers=True)
+        if batch is None:
+            chat.records_steps = True
+            batch = AnswerBatch(chat, max_length, max_batch_tokens, shortens_answers=True)
+        self._batch = batch
         self._next: _Planned | None = None  # was taken from the queue, and waits for memory
         self._running: dict[int, tuple[Answer, Request]] = {}  # by the answers' ids
         self._embeddings: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()  # by client and content
