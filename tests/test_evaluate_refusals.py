@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from minigpt4.common.errors import UserError
-from minigpt4.evaluation.answers import read_answers
+from minigpt4.evaluation.answers import AnswerFile, read_answers
 from minigpt4.evaluation.items import Item
 from minigpt4.evaluation.tasks import find_work
 
@@ -58,6 +58,15 @@ def test_wrong_sections_are_refused(tmp_path):
         find_work(Configuration(pope={"variants": ["ofical"]}), None)
     with pytest.raises(UserError, match=r"imgpath.*img_path"):
         find_work(Configuration(pope={"imgpath": "x"}), None)
+    with pytest.raises(UserError, match=r"pope\.eval_file_path is not set"):
+        find_work(Configuration(pope={}), None)
+    with pytest.raises(UserError, match=r"pope\.eval_file_path is still the placeholder"):
+        find_work(Configuration(pope={"eval_file_path": "/path/to/POPE"}), None)
+    (tmp_path / "two.json").write_text(json.dumps([POPE_ROW, POPE_ROW | {"question_id": 2, "text": "Is there a dog?"}]))
+    with pytest.raises(UserError, match=r"prompt has no \{question\}"):
+        find_work(Configuration(pope={"eval_file_path": str(tmp_path / "two.json"), "prompt": "Why?"}), None)
+    with pytest.raises(UserError, match=r"--out: .* cannot be written"):
+        AnswerFile(tmp_path / "two.json", "pope")
     (tmp_path / "subset.json").write_text("[77]")
     (tmp_path / "file.json").write_text(json.dumps([POPE_ROW]))
     section = {"eval_file_path": str(tmp_path / "file.json"), "subset": str(tmp_path / "subset.json")}

@@ -28,9 +28,12 @@ class AnswerFile:
     def __init__(self, folder: Path, name: str, rank: int = 0, world_size: int = 1) -> None:
         self._folder, self.name = folder, name
         self._settings: Mapping[str, Any] = {}
-        folder.mkdir(parents=True, exist_ok=True)
         self._file = folder / (f"{name}.rank{rank}.jsonl" if world_size > 1 else f"{name}.jsonl")
-        self._stream = self._file.open("ab+", buffering=0)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream = self._file.open("ab+", buffering=0)
+        except OSError as error:
+            raise UserError(f"--out: {folder} cannot be written ({error.strerror}); give another folder.") from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

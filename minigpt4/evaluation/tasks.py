@@ -8,11 +8,12 @@ from typing import Any
 from minigpt4.common import dist_utils
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError, nearest
+from minigpt4.common.files import refuse_placeholder
 from minigpt4.common.schema import read_section
 from minigpt4.evaluation.answering import Answerer, answer_all, by_image
 from minigpt4.evaluation.answers import AnswerFile, collect, read_answers, read_rows, read_settings
 from minigpt4.evaluation.benchmarks import Benchmark, find_benchmark
-from minigpt4.evaluation.items import BenchmarkConfig, Item, Row, check_images, select
+from minigpt4.evaluation.items import BenchmarkConfig, Item, Row, check_images, read_easy_vqa, select
 from minigpt4.evaluation.report import score, write_results, write_submission
 
 Settings = Mapping[str, Any]
@@ -55,6 +56,9 @@ def find_work(cfg: Config, names: str | None, needs_images: bool = True) -> list
         benchmark = find_benchmark(section.benchmark or name, where)
         section = replace(section, prompt=benchmark.prompt if section.prompt is None else section.prompt)
         section = benchmark.with_variants(section, where)
+        if not section.eval_file_path and benchmark.read is not read_easy_vqa:
+            raise UserError(f"{where}.eval_file_path is not set; docs/EVALUATION.md names the files of each benchmark.")
+        refuse_placeholder(section.eval_file_path or "", f"{where}.eval_file_path", "the benchmark's file or folder")
         try:
             found = benchmark.read(section, where)
         except UserError:
@@ -68,6 +72,8 @@ def find_work(cfg: Config, names: str | None, needs_images: bool = True) -> list
             raise UserError(f"{where}.splits has '{unknown[0]}'; the files have: {', '.join(found) or 'none'}.")
         for split in section.splits or found:
             items = select(found[split], section, where)
+            if "{question}" not in section.prompt and len({item.question for item in items}) > 1:
+                raise UserError(f"{where}.prompt has no {{question}}, so that all questions would be the same; add it.")
             if needs_images:
                 check_images(items, where)
             work.append(Work(name, split, benchmark, section, items))
