@@ -300,22 +300,34 @@ class MiniGPT4(PromptAnswers, VisionEncoder):
             return self.encode_images(blank)[:0]
         return torch.zeros(0, self.num_query_token, self.feature_width, device=self.device)
 
+    def check_samples(self, samples: Mapping[str, Any]) -> None:
+        """Raises the UserError of ``forward`` for a batch whose texts do not fit its images; computes nothing."""
+        parts = ((samples.get("features"), -3), (samples.get("image"), -4))
+        counts = [len(part.flatten(0, last)) for part, last in parts if part is not None and part.numel()]
+        self._images_by_row(samples, self.training_rows(samples), next(iter(counts), 0))
+
+    def _images_by_row(self, samples: Mapping[str, Any], rows: Sequence[TextRow], num_images: int) -> list[int]:
+        """How many of the images belong to each row; UserError where a row has another number of placeholders."""
+        given, lengths, per_row = samples.get("num_images"), samples.get("length"), num_images // len(rows)
+        if given is None:
+            given = [per_row] * len(rows) if lengths is None else [min(per_row, int(length)) for length in lengths]
+            num_images = num_images if lengths is None else sum(given)
+        given, needed = [int(count) for count in given], [row.num_images for row in rows]
+        if given != needed or sum(given) != num_images:
+            problem = f"the batch has {num_images} images, {given} by row, and {needed} placeholders"
+            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; {problem}.")
+        return given
+
     def _image_embeds(self, samples: Mapping[str, Any], rows: Sequence[TextRow]) -> Tensor:
         """LM inputs [m, L] for the image positions of the rows; those that were cut off are not among them.
 
         Raises UserError where the placeholders of a row are not as many as its images.
         """
         features = self._image_features(samples)
-        given = samples.get("num_images")
-        if given is None:
-            given = [len(features) // len(rows)] * len(rows)
-            if (lengths := samples.get("length")) is not None:  # rows of as many images, of which the first ones count
-                keep = [torch.arange(given[0]) < int(length) for length in lengths]
-                features, given = features[torch.cat(keep).to(features.device)], [int(length) for length in lengths]
-        given, needed = [int(count) for count in given], [row.num_images for row in rows]
-        if given != needed or sum(given) != len(features):
-            problem = f"the batch has {len(features)} images, {given} by row, and {needed} placeholders"
-            raise UserError(f"Each prompt needs {IMAGE_PLACEHOLDER} once for each image; {problem}.")
+        given = self._images_by_row(samples, rows, len(features))
+        if sum(given) < len(features):  # of rows with as many images, the first ones count
+            keep = [torch.arange(len(features) // len(rows)) < count for count in given]
+            features = features[torch.cat(keep).to(features.device)]
         embeds = self.project_features(features).flatten(0, 1)  # [n * Q, L]
         self._has_images = len(features) > 0
         if not any(row.is_truncated for row in rows):

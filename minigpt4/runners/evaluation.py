@@ -4,6 +4,7 @@ import copy
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from minigpt4.common import device as devices
 from minigpt4.common import dist_utils
 from minigpt4.common.errors import UserError
 from minigpt4.common.schema import RunConfig
+from minigpt4.datasets.batches import is_map_style
 from minigpt4.datasets.loader import LOADER_KEY, eval_batches
+from minigpt4.models.mini_gpt4 import MiniGPT4
 
 
 def splits_of(run_cfg: RunConfig) -> list[str]:
@@ -72,6 +75,24 @@ def evaluate_split(
     metrics = task.after_evaluation(val_result=results, split_name=split, epoch=epoch) or {}
     values = {name: value.item() if torch.is_tensor(value) else value for name, value in metrics.items()}
     return dist_utils.broadcast_object(values)
+
+
+def check_sources(model: nn.Module, sources: Mapping[str, Any], run_cfg: RunConfig) -> None:
+    """Compares texts and images of a sample of each listed source with the model's prompts, before the training.
+
+    Otherwise a source whose samples do not fit would end the run at its first batch, which may come late. Models with a
+    forward of their own are not checked, nor are streams, whose first sample may be far away.
+    """
+    if type(model).forward is not MiniGPT4.forward:
+        return
+    known = {name: data for name, data in sources.items() if is_map_style(data)}
+    one = replace(run_cfg, batch_size_eval=1, num_workers=min(1, run_cfg.num_workers), parallel="ddp")
+    for batch in SplitLoader(known, one, torch.device("cpu"), limit=1):
+        try:
+            with devices.local_seed(run_cfg.seed):  # a prompt is drawn
+                model.check_samples(batch)
+        except UserError as error:
+            raise UserError(f"datasets.{batch[LOADER_KEY]['source']}: {error}") from error
 
 
 def try_evaluation(

@@ -25,7 +25,7 @@ from minigpt4.datasets.loader import TrainLoader
 from minigpt4.models.parallel import replicate
 from minigpt4.runners import checkpoints, run_folder
 from minigpt4.runners.checkpoints import BEST, RESUME_KEY, TrainState
-from minigpt4.runners.evaluation import evaluate_split, splits_of, try_evaluation
+from minigpt4.runners.evaluation import check_sources, evaluate_split, splits_of, try_evaluation
 from minigpt4.runners.progress import EpochProgress, Tracker
 from minigpt4.runners.report import write_report
 from minigpt4.runners.signals import StopRequest, StopWaiting
@@ -159,6 +159,7 @@ class RunnerBase:
                 self.max_epoch,
             )
             return
+        check_sources(self.model, self._sources, self.run_cfg)
         try_evaluation(self.task, self.model, self.datasets, self.run_cfg, self.device)
         logging.info("Start training")
         start = time.time()
