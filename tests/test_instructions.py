@@ -29,6 +29,7 @@ from minigpt4.common import pickles
 from minigpt4.common.errors import UserError
 from minigpt4.datasets.builders.base_dataset_builder import create_builder
 from minigpt4.datasets.datasets.instructions import CONNECT_SYM, FORMATS
+from minigpt4.datasets.datasets.sample import SkipSample
 from minigpt4.datasets.loader import LOADER_KEY
 from minigpt4.doctor.findings import OK
 from minigpt4.doctor.samples import check_samples, draw
@@ -234,6 +235,27 @@ def test_few_boxes_outside_are_left_out_with_a_warning(tmp_path, caplog):
     info = BUILD_INFO["flickr_ObjectToPhrase"] | {"ann_path": str(tmp_path / "a.json")}
     assert len(build_set("flickr_ObjectToPhrase", info)) == 150
     assert "1 of 151 boxes lie outside" in caplog.text and "tree" in caplog.text
+
+
+@pytest.mark.parametrize("first", ["gpt", "system"])
+def test_conversations_that_do_not_begin_with_a_question_are_left_out(tmp_path, caplog, first):
+    """By their places, questions would be trained as answers."""
+    turns = [{"from": "human", "value": "what is it?"}, {"from": "gpt", "value": "a bus"}]
+    rows = [{"id": "58", "conversations": [{"from": first, "value": "hello"}, *turns]}] * 2
+    rows += [{"id": "58", "conversations": turns}, {"id": "58", "conversations": [turns[0], {"value": "a !@# bus"}]}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    dataset = build_set("llava_conversation", BUILD_INFO["llava_conversation"] | {"ann_path": f"{tmp_path}/a.json"})
+    assert len(dataset) == 2 and dataset[0]["conv_a"] == "a bus"
+    assert "2 conversations begin with an answer or a system text" in caplog.text and "(entry 1)" in caplog.text
+    with pytest.raises(SkipSample, match="!@# in a text"):
+        dataset[1]
+
+
+def test_boxes_in_another_form_are_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"image_id": 58, "phrase": "bus", "bbox": "[1, 2, 3, 4]"}]))
+    message = refused("flickr_ObjectToPhrase", BUILD_INFO["flickr_ObjectToPhrase"] | {"ann_path": f"{tmp_path}/a.json"})
+    assert "build_info.ann_path: no text has a box" in message and "[1, 2, 3, 4]" in message
+    assert "expected {<left><top><right><bottom>}" in message
 
 
 @pytest.mark.parametrize("name", ["text", "conversation"])

@@ -59,7 +59,7 @@ class InstructionBuilder(BaseDatasetBuilder):
         key, _ = _first(
             section, ann_path=info.ann_path, data_dir=info.data_dir, annotations=info.annotations.train.storage
         )
-        rows = check_rows(self._read(info, section), key)
+        rows = check_rows(self._read(info, section), key, self.format.has_boxes)
         if any(row.images for row in rows):
             places = {"image_path": info.image_path, "data_dir": info.data_dir, "images.storage": info.images.storage}
             key, folder = _first(section, **places)

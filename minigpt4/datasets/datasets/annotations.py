@@ -3,6 +3,7 @@
 Each reader takes a parsed file, or a folder, and checks what it takes from it: a file of another data set is refused.
 """
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -93,11 +94,20 @@ def _texts(values: Any, where: str, number: int) -> list[str]:
 
 # LLaVA
 
+_PERSON, _ASSISTANT = ("human", "user", "system"), ("gpt", "assistant", "system")
+
 
 def llava(content: Any, where: str) -> Iterator[Row]:
-    """Conversations of LLaVA: all questions and answers. Line ends and the image's mark leave the first question."""
-    found = entries(content, where, id=(str, int), conversations=list)
+    """Conversations of LLaVA: all questions and answers. Line ends and the image's mark leave the first question.
+
+    Those whose turns are not by a person and the assistant in turn are left out; a warning counts them.
+    """
+    found, others = entries(content, where, id=(str, int), conversations=list), []
     for number, entry in enumerate(found, 1):
+        speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in entry["conversations"]]
+        if any(speaker in (_ASSISTANT, _PERSON)[i % 2] for i, speaker in enumerate(speakers)):
+            others.append(number)
+            continue
         turns = [turn.get("value") if isinstance(turn, dict) else None for turn in entry["conversations"]]
         turns = _texts(turns[: len(turns) // 2 * 2], where, number)  # a last question without answer is left out
         first = turns[0].replace("<image>", "").replace("\n", "").strip()
@@ -105,6 +115,10 @@ def llava(content: Any, where: str) -> Iterator[Row]:
         if isinstance(entry.get("image"), str):
             names += (entry["image"],)
         yield Row(names, (first, *turns[2::2]), tuple(turns[1::2]), entry["id"])
+    if others:
+        problem = "begin with an answer or a system text, or have two turns of one side"
+        advice = "they are left out. The data set image_text reads such files"
+        logging.warning("%s: %d conversations %s (entry %d); %s.", where, len(others), problem, others[0], advice)
 
 
 def llava_first_turn(content: Any, where: str) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from minigpt4.datasets.datasets.conversations import read_source
 from minigpt4.datasets.datasets.sample import (
     ImageProcessor,
     Sample,
+    SkipSample,
     TextProcessor,
     check_caption,
     collate,
@@ -85,12 +86,14 @@ class InstructionFormat:
         templates: one is drawn for each sample, and the question is formatted into it.
         cleaned: which texts pass the text processor.
         is_conversation: rows hold several questions and answers.
+        has_boxes: texts of the file hold boxes.
     """
 
     read: Any
     templates: tuple[str, ...] = ("{}",)
     cleaned: tuple[str, ...] = ()
     is_conversation: bool = False
+    has_boxes: bool = False
 
 
 def _inverse_refcoco(*source: Any) -> Iterator[Row]:
@@ -106,9 +109,9 @@ FORMATS = {
     **dict.fromkeys(("refcoco", "refcocop", "refcocog"), _REFCOCO),
     **dict.fromkeys(("invrefcoco", "invrefcocop", "invrefcocog"), _INVERSE),
     "refvg": InstructionFormat(annotations.visual_genome, _REFER, ("question",)),
-    "flickr_grounded_caption": InstructionFormat(annotations.flickr_grounded_caption, _GROUND),
-    "flickr_CaptionToPhrase": InstructionFormat(annotations.flickr_caption_to_phrase, _DETECTION),
-    "flickr_ObjectToPhrase": InstructionFormat(annotations.flickr_object_to_phrase, _DETECTION),
+    "flickr_grounded_caption": InstructionFormat(annotations.flickr_grounded_caption, _GROUND, has_boxes=True),
+    "flickr_CaptionToPhrase": InstructionFormat(annotations.flickr_caption_to_phrase, _DETECTION, has_boxes=True),
+    "flickr_ObjectToPhrase": InstructionFormat(annotations.flickr_object_to_phrase, _DETECTION, has_boxes=True),
     **dict.fromkeys(("llava_detail", "llava_reason"), _LLAVA),
     **dict.fromkeys(("llava_conversation", "multitask_conversation"), _CONVERSATION),
     "unnatural_instruction": InstructionFormat(annotations.unnatural_instructions, cleaned=("question", "answer")),
@@ -148,6 +151,8 @@ class InstructionDataset(Dataset):
             sample["image"] = prepare_image(read_source(Path(row.images[0])), self.vis_processor)
         begin, end = (_IMAGE, " ") if row.images else ("", "")
         if self.format.is_conversation:
+            if any(CONNECT_SYM in text for text in (*row.question, *row.answer)):
+                raise SkipSample(f"{CONNECT_SYM} in a text")
             questions = CONNECT_SYM.join(f"{question} " for question in row.question)
             sample |= {"conv_q": begin + questions, "conv_a": check_caption(CONNECT_SYM.join(row.answer))}
             sample["connect_sym"] = CONNECT_SYM
@@ -171,9 +176,16 @@ class InstructionDataset(Dataset):
         return self.rows[0].images[0] if self.rows[0].images else "none"
 
 
-def check_rows(rows: Iterable[Row], key: str) -> list[Row]:
-    """The rows that can be trained, see ``check_boxes``; UserError if a text has a mark for an image."""
+def check_rows(rows: Iterable[Row], key: str, has_boxes: bool = False) -> list[Row]:
+    """The rows that can be trained, see ``check_boxes``.
+
+    Raises:
+        UserError: a text has a mark for an image, or none has a box where there should be some.
+    """
     rows = list(rows)
+    if has_boxes and rows and not any(text_boxes(text) for row in rows for text in _texts_of(row)):
+        first = " ".join(_texts_of(rows[0]))
+        raise UserError(f"{key}: no text has a box (first: '{first:.80}'); expected {{<left><top><right><bottom>}}.")
     for row in rows:
         if any(IMAGE_PLACEHOLDER in text for text in _texts_of(row)):
             raise UserError(f"{key}: '{_texts_of(row)[0]:.80}' has {IMAGE_PLACEHOLDER} in its text; remove it.")
