@@ -12,6 +12,7 @@ from transformers import StoppingCriteriaList
 from minigpt4.common.templates import choose_template
 from minigpt4.conversation import conversation
 from minigpt4.conversation.conversation import Chat, StoppingCriteriaSub
+from minigpt4.conversation.sampling import GenerationOptions
 from minigpt4.conversation.stopping import StopStringCriteria
 from minigpt4.models import MiniGPT4
 from minigpt4.models.llama_tokenizer import load_tokenizer
@@ -111,6 +112,18 @@ def test_script(chat, member, script, monkeypatch):
                 assert close(context, tensors(member, "chat")[golden["context_emb_key"]], 5e-5)
         if not has_deviated:
             assert (conv.messages, conv.get_prompt()) == (after["messages"], after["prompt"])
+
+
+def test_servers_and_batches_have_the_repetition_penalty_of_a_chat(chat, member):
+    def answered(**settings):
+        conv, img_list = getattr(conversation, NAMES[member]).copy(), []
+        chat.upload_img(picture(0), conv, img_list)
+        chat.ask("What is it?", conv)
+        options = GenerationOptions(do_sample=False, max_new_tokens=60, **settings)
+        return chat.answer_batch([conv], [img_list], options)[0][1].tolist()
+
+    assert answered() == answered(repetition_penalty=1.05)
+    assert member == "vicuna0" or answered() != answered(repetition_penalty=1.0)
 
 
 @pytest.mark.parametrize(("member", "script"), SCRIPTS, ids=name_of)

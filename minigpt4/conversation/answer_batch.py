@@ -168,7 +168,8 @@ class AnswerBatch:
         """Adds a conversation with its images [1, Q, L]; its answer grows with each step and is appended at the end."""
         ids, num_dropped = plan.context
         answer = Answer(len(ids), 0, functools.partial(self.chat.decode_answer, conv=conv), num_dropped)
-        plan = replace(plan, options=replace(plan.options, stop=self.chat.stop_function(conv, plan.options.stop)))
+        options = self.chat.with_defaults(plan.options)
+        plan = replace(plan, options=replace(options, stop=self.chat.stop_function(conv, options.stop)))
         self._waiting.append(_Row(conv, list(images), plan, answer))
         return answer
 

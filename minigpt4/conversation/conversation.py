@@ -1,6 +1,7 @@
 """``Chat``, which answers conversations about images. Public names and behaviour are the reference's."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,16 +171,17 @@ class Chat:
         Returns:
             The answer's text and its token ids int64 [n].
         """
-        options = self._options(
+        options = GenerationOptions(
             max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=do_sample, min_length=min_length, top_p=top_p,
             temperature=temperature, repetition_penalty=repetition_penalty, length_penalty=length_penalty, seed=seed,
         )  # fmt: skip
         return self.answer_batch([conv], [img_list], options, max_length)[0]
 
-    def _options(self, repetition_penalty: float | None = None, **settings: Any) -> GenerationOptions:
-        default = 1.05 if self.model.arch in LATER else 1.0
-        penalty = default if repetition_penalty is None else repetition_penalty
-        return GenerationOptions(repetition_penalty=penalty, **settings)
+    def with_defaults(self, options: GenerationOptions) -> GenerationOptions:
+        """The options with the reference's repetition penalty, 1.05 in the later family, where they name none."""
+        if options.repetition_penalty is not None:
+            return options
+        return replace(options, repetition_penalty=1.05 if self.model.arch in LATER else 1.0)
 
     def answer_batch(
         self,
@@ -199,7 +201,7 @@ class Chat:
 
         The conversation then ends with the answer to come (text None), as in the reference.
         """
-        options = self._options(**settings)
+        options = self.with_defaults(GenerationOptions(**settings))
         ids, _ = build_context(self.model, conv, len(img_list), max_length - options.max_new_tokens)
         images = torch.cat(img_list) if img_list else None
         with torch.no_grad():
@@ -218,7 +220,7 @@ class Chat:
     ) -> Iterator[str]:
         """Answers the last question in pieces of text, which add up to the answer; settings as for ``answer``."""
         sent = ""
-        for answer in self.stream(conv, img_list, options or self._options(**settings), max_length):
+        for answer in self.stream(conv, img_list, options or GenerationOptions(**settings), max_length):
             text = answer.text
             final = text if answer.finish_reason else hold_back_partial_stop(text, [conv.stop_string])
             if final.startswith(sent) and final != sent:

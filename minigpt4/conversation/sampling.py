@@ -33,7 +33,7 @@ class GenerationOptions:
     ``seed`` makes sampling repeatable whatever else draws random numbers. ``stop`` is called with a row's new token ids
     after each token and returns whether the row ends there. ``top_logprobs`` asks for log probabilities: of the chosen
     tokens and of so many most probable ones. ``logits_processors`` are called with the history [1, n] of begin and new
-    tokens and the scores [1, V] before temperature, top-k and top-p.
+    tokens and the scores [1, V] before temperature, top-k and top-p. ``repetition_penalty`` None is that of ``Chat``.
     """
 
     max_new_tokens: int = 300
@@ -42,7 +42,7 @@ class GenerationOptions:
     min_length: int = 1
     top_p: float = 0.9
     temperature: float = 1.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     length_penalty: float = 1.0
     seed: int | None = None
     presence_penalty: float = 0.0
@@ -116,7 +116,7 @@ def build_processors(
 ) -> LogitsProcessorList:
     """Penalties on scores [B, V] given the history [B, n] of begin and new tokens; empty where there are none."""
     processors = LogitsProcessorList()
-    if options.repetition_penalty != 1.0:
+    if options.repetition_penalty not in (None, 1.0):
         processors.append(RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty)))
     if options.presence_penalty or options.frequency_penalty:
         processors.append(_CountPenalty(options.presence_penalty, options.frequency_penalty, len(bos_ids)))

@@ -85,7 +85,8 @@ class LocalModel:
         return conv.get_prompt()
 
     def _generate(self, items: Sequence[Item], section: BenchmarkConfig) -> Iterator[list[Row]]:
-        options = GenerationOptions(do_sample=False, num_beams=section.num_beams, max_new_tokens=section.max_new_tokens)
+        settings = {"num_beams": section.num_beams, "max_new_tokens": section.max_new_tokens}
+        options = GenerationOptions(do_sample=False, repetition_penalty=1.0, **settings)  # as in the reference's
         questions = [Question({"question_id": item.id}, item.image, prompt_of(item, section)) for item in items]
         yield from stream_answers(self.chat, questions, options, section.batch_size)
 
