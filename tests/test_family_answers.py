@@ -71,6 +71,29 @@ def test_multi_select(member, monkeypatch):
         assert model.multi_select(*arguments, num_cand=row["num_cand"]) == row["ranks"]
 
 
+ASKED = "<Img><ImageHere></Img> what?"
+
+
+@pytest.mark.parametrize(
+    ("texts", "candidates", "words"),
+    [
+        (["what?"], [["x"], ["y"]], "what.*<ImageHere> once"),
+        ([f"<ImageHere>{ASKED}"], [["x"], ["y"]], "<ImageHere> once"),
+        ([ASKED], [["x"], []], r"1 texts, 1 images and candidates for \[1, 0\] texts"),
+        ([ASKED, ASKED], [["x", "y"]], "2 texts, 1 images"),
+        ([ASKED], [], "candidates for"),
+    ],
+)
+def test_candidates_that_do_not_fit_are_refused(texts, candidates, words):
+    """The reference raises where an image has no placeholder, too."""
+    with pytest.raises(UserError, match=words):
+        shared("v2").multi_select(images("v2", [0]), texts, candidates)
+
+
+def test_no_texts_have_no_answers():
+    assert shared("v2").generate(images("v2", [0]), []) == []
+
+
 def loss_of(model):
     case = recorded("v2", "forward")["instruction"]
     samples = case["samples"] | {"image": images("v2", case["samples"]["image"]["images"])}

@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList, MinLengthLogitsProcessor, Repetiti
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.schema import LATER
+from minigpt4.common.utils import IMAGE_PLACEHOLDER
 from minigpt4.models.candidates import candidate_losses
 from minigpt4.models.text_rows import TextRows
 
@@ -41,6 +42,8 @@ class PromptAnswers(TextRows):
         **settings: Any,
     ) -> list[list[int]]:
         """The token ids of ``generate``, begin token included; rows that end early are filled up."""
+        if not texts:
+            return []
         embeds = [] if images is None else self.encode_img(images)[0]
         if len(embeds) < len(texts):
             raise UserError(f"generate got {len(embeds)} images for {len(texts)} texts; each text needs one.")
@@ -85,6 +88,14 @@ class PromptAnswers(TextRows):
         that ranks depend on the lengths of texts and other prompts' candidates.
         """
         prompts, embeds = self.choose_prompts({"instruction_input": texts}), self.encode_img(images)[0]
+        numbers = [len(embeds), *map(len, answers)]
+        if not answers or set(numbers) != {len(texts)}:
+            given = f"{len(texts)} texts, {numbers[0]} images and candidates for {numbers[1:]} texts"
+            raise UserError(
+                f"multi_select got {given}; each text needs one image and as many candidates as the others."
+            )
+        if other := [prompt for prompt in prompts if prompt.count(IMAGE_PLACEHOLDER) != 1]:
+            raise UserError(f"multi_select got '{other[0]:.80}'; each text needs {IMAGE_PLACEHOLDER} once.")
         rows = [self.tokenize_rows(own, [prompt] * len(own)) for prompt, *own in zip(prompts, *answers, strict=True)]
         sums = [candidate_losses(self, own, embed[None]) for own, embed in zip(rows, embeds, strict=True)]
         starts = [len(self.bos_ids) + len(self.tokenize_prompt(prompt)[: self.max_context_len]) for prompt in prompts]
