@@ -77,13 +77,13 @@ def evaluate_split(
     return dist_utils.broadcast_object(values)
 
 
-def check_sources(model: nn.Module, sources: Mapping[str, Any], run_cfg: RunConfig) -> None:
+def check_sources(task: Any, model: nn.Module, sources: Mapping[str, Any], run_cfg: RunConfig) -> None:
     """Compares texts and images of a sample of each listed source with the model's prompts, before the training.
 
-    Otherwise a source whose samples do not fit would end the run at its first batch, which may come late. Models with a
-    forward of their own are not checked, nor are streams, whose first sample may be far away.
+    Otherwise a source whose samples do not fit would end the run at its first batch, which may come late. Tasks and
+    models with steps of their own are not checked, nor are streams, whose first sample may be far away.
     """
-    if type(model).forward is not MiniGPT4.forward:
+    if type(model).forward is not MiniGPT4.forward or not type(task).train_step.__module__.startswith("minigpt4."):
         return
     known = {name: data for name, data in sources.items() if is_map_style(data)}
     one = replace(run_cfg, batch_size_eval=1, num_workers=min(1, run_cfg.num_workers), parallel="ddp")

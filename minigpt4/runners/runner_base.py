@@ -159,7 +159,7 @@ class RunnerBase:
                 self.max_epoch,
             )
             return
-        check_sources(self.model, self._sources, self.run_cfg)
+        check_sources(self.task, self.model, self._sources, self.run_cfg)
         try_evaluation(self.task, self.model, self.datasets, self.run_cfg, self.device)
         logging.info("Start training")
         start = time.time()
