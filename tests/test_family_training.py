@@ -5,12 +5,15 @@ import random
 
 import pytest
 import torch
-from family import FAMILY, MEMBERS, images, load, recorded, tensors
+from family import FAMILY, MEMBERS, images, load, picture, recorded, tensors
 from golden_data import DEVICE
 from omegaconf import OmegaConf
 
 from minigpt4.common.errors import UserError
+from minigpt4.datasets.datasets.conversations import Pair
+from minigpt4.datasets.datasets.pairs import PairDataset
 from minigpt4.models.lora import checkpoint_name
+from minigpt4.processors import Blip2ImageEvalProcessor
 from minigpt4.runners import RunnerBase, runner_base
 from minigpt4.tasks import setup_task
 
@@ -116,26 +119,17 @@ def check_checkpoint(member, runner):
     assert torch.equal(again.llama_proj.weight.cpu(), theirs["model"]["llama_proj.weight"])
 
 
-class Unfitting(torch.utils.data.Dataset):
-    """One sample whose text has no place for its image."""
-
-    def __len__(self):
-        return 1
-
-    def __getitem__(self, index):
-        return {"image": images("v2", [0])[0].cpu(), "instruction_input": "[vqa] what?", "answer": "a bus"}
-
-
 def test_a_source_that_does_not_fit_ends_the_run_before_the_training(tmp_path, monkeypatch):
     run = recorded("v2", "training")["runs"][0]["run"] | {"output_dir": str(tmp_path), "device": str(DEVICE)}
     cfg = argparse.Namespace(
         run_cfg=OmegaConf.create(run), datasets_cfg=OmegaConf.create({}), config=OmegaConf.create({}),
         to_dict=lambda: {}, save=lambda path: path.write_text("run: {}"),
     )  # fmt: skip
-    parts = {"task": setup_task(cfg), "model": load("v2"), "datasets": {"odd": {"train": Unfitting()}}}
+    captions = PairDataset("captions", [Pair(picture(0), "a bus")], Blip2ImageEvalProcessor(112))
+    parts = {"task": setup_task(cfg), "model": load("v2"), "datasets": {"captions": {"train": captions}}}
     runner = RunnerBase(cfg=cfg, job_id="job", **parts)
     monkeypatch.setattr(runner, "train_epoch", lambda *_: pytest.fail("the training began"))
     state = torch.get_rng_state(), random.getstate()
-    with pytest.raises(UserError, match=r"datasets\.odd: Each prompt needs <ImageHere> once .* 1 images, .* \[0\]"):
+    with pytest.raises(UserError, match=r"datasets\.captions: model\.chat_template is True, but"):
         runner.train()
     assert torch.equal(state[0], torch.get_rng_state()) and state[1] == random.getstate()

@@ -80,12 +80,12 @@ def evaluate_split(
 def check_sources(task: Any, model: nn.Module, sources: Mapping[str, Any], run_cfg: RunConfig) -> None:
     """Compares texts and images of a sample of each listed source with the model's prompts, before the training.
 
-    Otherwise a source whose samples do not fit would end the run at its first batch, which may come late. Tasks and
-    models with steps of their own are not checked, nor are streams, whose first sample may be far away.
+    Otherwise a source whose samples do not fit would end the run at its first batch, which may come late. Tasks, models
+    and data sets of others are not checked, nor are streams, whose first sample may be far away.
     """
-    if type(model).forward is not MiniGPT4.forward or not type(task).train_step.__module__.startswith("minigpt4."):
+    if type(model).forward is not MiniGPT4.forward or not _is_built_in(type(task).train_step):
         return
-    known = {name: data for name, data in sources.items() if is_map_style(data)}
+    known = {name: data for name, data in sources.items() if is_map_style(data) and _is_built_in(type(data))}
     one = replace(run_cfg, batch_size_eval=1, num_workers=min(1, run_cfg.num_workers), parallel="ddp")
     for batch in SplitLoader(known, one, torch.device("cpu"), limit=1):
         try:
@@ -93,6 +93,10 @@ def check_sources(task: Any, model: nn.Module, sources: Mapping[str, Any], run_c
                 model.check_samples(batch)
         except UserError as error:
             raise UserError(f"datasets.{batch[LOADER_KEY]['source']}: {error}") from error
+
+
+def _is_built_in(code: Any) -> bool:
+    return code.__module__.split(".")[0] == "minigpt4"
 
 
 def try_evaluation(
