@@ -2,13 +2,16 @@
 
 import csv
 import json
+from functools import partial
 from random import Random
 
+import httpx
 import pytest
 from golden_evaluation import read_json, read_text
 
 from minigpt4.common.errors import UserError
-from minigpt4.evaluation.items import Item
+from minigpt4.evaluation import answering
+from minigpt4.evaluation.items import BenchmarkConfig, Item
 from minigpt4.evaluation.tasks import answer, find_work, score_all
 
 IMAGES = ("val2014/COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000391895.jpg")
@@ -115,6 +118,24 @@ def test_vizwiz_and_aokvqa_by_the_rules_of_vqa(tmp_path):
     _, table = evaluated("aokvqa", tmp_path / "..", ranked_or_text, variants=["allenai", "official"])
     values = {row["variant"]: row["value"] for row in table}
     assert values == pytest.approx({"allenai": (1 / 3 + 1) / 2, "official": (0.3 + 1) / 2})
+
+
+def test_a_server_is_asked_without_penalty_and_without_the_field_where_it_has_none(tmp_path, monkeypatch):
+    bodies = []
+
+    def respond(request):
+        bodies.append(json.loads(request.content))
+        if "repetition_penalty" in bodies[-1]:
+            return httpx.Response(400, text="Unrecognized request argument supplied: repetition_penalty")
+        return httpx.Response(200, json={"choices": [{"message": {"content": "no"}}]})
+
+    client = partial(httpx.Client, transport=httpx.MockTransport(respond))
+    monkeypatch.setattr(answering.httpx, "Client", client)
+    server, image = answering.Server("http://server", "model"), tmp_path / "a.jpg"
+    image.write_bytes(b"1")
+    rows = list(server([Item(i, str(image), "?", {}) for i in "ab"], BenchmarkConfig(batch_size=1)))
+    assert rows == [[{"question_id": i, "answer": "no"}] for i in "ab"]
+    assert [body.get("repetition_penalty") for body in bodies] == [1.0, None, None]
 
 
 def test_caption_loss_of_conversations_asks_their_questions(tmp_path):

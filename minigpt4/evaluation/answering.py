@@ -139,6 +139,7 @@ class Server:
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
         self.model = model or self._only_model()
+        self._penalty = {"repetition_penalty": 1.0}  # as ``LocalModel``, until the server refuses the field
 
     def _only_model(self) -> str:
         models = [row.get("id") for row in self._request("GET", "/models").get("data", [])]
@@ -168,7 +169,13 @@ class Server:
         body = {"model": self.model, "messages": [*messages, {"role": "user", "content": content}]}
         body |= {"temperature": 0, "max_tokens": section.max_new_tokens}
         try:
-            answer = self._request("POST", "/chat/completions", body)
+            try:
+                answer = self._request("POST", "/chat/completions", body | self._penalty)
+            except _Refused as error:
+                if "repetition_penalty" not in str(error):
+                    raise
+                self._penalty = {}
+                answer = self._request("POST", "/chat/completions", body)
         except _Refused as error:
             return {"question_id": item.id, "error": str(error)}
         return {"question_id": item.id, "answer": answer["choices"][0]["message"]["content"] or ""}
