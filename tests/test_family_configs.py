@@ -16,6 +16,7 @@ import evaluate
 import train
 from minigpt4.common.config import Config
 from minigpt4.common.errors import UserError
+from minigpt4.common.schema import ModelConfig
 from minigpt4.runners import RunnerBase, runner_base
 from minigpt4.tasks import setup_task
 
@@ -43,6 +44,10 @@ def test_merged_as_the_reference_merges(case, tmp_path):
     config = Config(Namespace(cfg_path=last_commit(path, tmp_path), options=options.split() or None))
     assert config.to_dict() == MERGED[case]
     config.check()
+
+
+def test_gradient_checkpointing_by_its_name_in_the_reference():
+    assert ModelConfig(use_grad_checkpoint_llm=True).llm_grad_checkpoint and not ModelConfig().llm_grad_checkpoint
 
 
 def member_of(name):

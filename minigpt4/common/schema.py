@@ -69,6 +69,7 @@ class ModelConfig:
         "half", "Weights of the language model's layers: `half`, `int8`, or `nf4`, 4 bits through bitsandbytes."
     )
     llm_grad_checkpoint: bool = key(False, "Gradient checkpointing of the language model: less memory, more time.")
+    use_grad_checkpoint_llm: bool = key(False, "The reference's name for `llm_grad_checkpoint`.")
     low_resource: bool = key(False, "The reference's name for `llm_precision: int8`.")
     device_8bit: int = key(0, _UNUSED)
     conversation: str | None = key(None, "Chat template by name; null: the one that fits the prompts or the tokenizer.")
@@ -87,6 +88,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         is_v2 = self.arch == "minigpt_v2"
+        object.__setattr__(self, "llm_grad_checkpoint", self.llm_grad_checkpoint or self.use_grad_checkpoint_llm)
         if self.has_qformer is None:
             object.__setattr__(self, "has_qformer", not is_v2)
         if is_v2 and not self.prompt_template:
