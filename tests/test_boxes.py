@@ -56,6 +56,25 @@ def test_boxes_are_drawn_on_narrow_images(size):
     assert drawn.size == {(1, 1024): (1, 2000), (1024, 1): (500, 1), (300, 1000): (500, 1666)}[size]
 
 
+def test_phrases_have_the_colours_of_their_boxes():
+    """In the page; in the reference a second mention, or one without a box, moves the colours on."""
+    text = "<p>same</p> {<1><1><2><2>} <p>same</p> {<4><4><6><6>} <p>b & c</p> {<1><1><3><3>} <p>none</p>"
+    red, green = (f'<span style="color:rgb{colour}">' for colour in boxes.COLOURS[:2])
+    expected = f"{red}same</span>  {red}same</span>  {green}b &amp; c</span>  none"
+    assert boxes.coloured_html(text, as_drawn=True) == expected
+    assert [colour for _, colour in boxes.drawn_boxes(text, 100, 100)] == [boxes.COLOURS[i] for i in (0, 0, 1)]
+
+
+def test_phrases_that_the_font_cannot_write_are_left_out():
+    """Instead of a row of crossed boxes; the text beside the image has them in the colours of their boxes."""
+    drawn = [page_boxes.draw(f"<p>{phrase}</p> {{<20><40><60><80>}}", Image.new("RGB", (500, 500))) for phrase in "狗é"]
+    ascii_phrase, without = (
+        page_boxes.draw(text, Image.new("RGB", (500, 500)))
+        for text in ("<p>a</p> {<20><40><60><80>}", "{<20><40><60><80>}")
+    )
+    assert drawn[0].tobytes() == drawn[1].tobytes() == without.tobytes() != ascii_phrase.tobytes()
+
+
 def test_constants():
     assert [list(colour) for colour in boxes.COLOURS] == DEMO["colours"]
     assert (DEMO["drawn_width"], DEMO["box_scale"]) == (boxes.DRAWN_WIDTH, boxes.SCALE)

@@ -152,30 +152,31 @@ def drawn_size(width: int, height: int) -> tuple[int, int]:
 def drawn_boxes(text: str, width: int, height: int) -> list[DrawnBox]:
     """The boxes of an answer in an image of a size; those of one phrase have one colour, phrases take turns."""
     found = phrase_boxes(text)
-    numbers = {phrase: number for number, phrase in enumerate(dict.fromkeys(entry.phrase for entry in found))}
-    return [
-        DrawnBox(tuple(map(int, scale_box(box, width, height))), COLOURS[numbers[phrase] % len(COLOURS)])
-        for phrase, box in found
-    ]
+    colours = _colours_of(found)
+    return [DrawnBox(tuple(map(int, scale_box(box, width, height))), colours[phrase]) for phrase, box in found]
 
 
-def coloured_html(text: str) -> str:
+def _colours_of(found: Sequence[PhraseBox]) -> dict[str | None, tuple[int, int, int]]:
+    return dict(zip(dict.fromkeys(phrase for phrase, _ in found), itertools.cycle(COLOURS)))
+
+
+def coloured_html(text: str, as_drawn: bool = False) -> str:
     """The answer without boxes as HTML, with every phrase in a colour; empty where no phrase has a box.
 
+    As in the reference each mention has the next colour, or those that have boxes the colours of these (``as_drawn``).
     What the answer itself holds of HTML is escaped.
     """
     text = html.unescape(text)
-    if not phrase_texts(text) or not phrase_boxes(text):
+    if not phrase_texts(text) or not (found := phrase_boxes(text)):
         return ""
-    colours = itertools.cycle(COLOURS)
+    colours, drawn = itertools.cycle(COLOURS), _colours_of(found)
     plain = re.sub(r"{<\d+><\d+><\d+><\d+>}|<delim>", "", text)
     parts = re.split(r"<p>(.*?)</p>", plain)  # every second part is a phrase
-    return "".join(
-        f'<span style="color:rgb{next(colours)}">{html.escape(part, quote=False)}</span>'
-        if number % 2
-        else html.escape(part, quote=False)
-        for number, part in enumerate(parts)
-    )
+    for i in range(1, len(parts), 2):
+        colour = drawn.get(parts[i]) if as_drawn else next(colours)
+        parts[i - 1], phrase = html.escape(parts[i - 1], quote=False), html.escape(parts[i], quote=False)
+        parts[i] = f'<span style="color:rgb{colour}">{phrase}</span>' if colour else phrase
+    return "".join([*parts[:-1], html.escape(parts[-1], quote=False)])
 
 
 def mask_to_text(mask: Image.Image | None) -> str:

@@ -28,7 +28,7 @@ def figure(question: str, answer: str, picture: str, request: object) -> str | N
         draw(drawn, Image.open(picture)).save(file)
     names = ("、" if is_chinese(request) else ", ").join(dict.fromkeys(box.phrase for box in found if box.phrase))
     alt = html.escape(localized(request, "drawn", names=names) if names else localized(request, "drawn_one"))
-    text = boxes.coloured_html(answer) or html.escape(answer, quote=False)
+    text = boxes.coloured_html(answer, as_drawn=True) or html.escape(answer, quote=False)
     image = f'<img src="gradio_api/file={quote(str(file))}" alt="{alt}">'
     return f'<div class="grounded"><p>{text}</p>{image}</div>'
 
@@ -44,7 +44,7 @@ def draw(text: str, image: Image.Image) -> Image.Image:
         left, top = (max(value, 0) for value in box[:2])
         right, bottom = (min(value, side - 1) for value, side in zip(box[2:], image.size, strict=True))
         pen.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=LINE_WIDTH)
-        if phrase:
+        if phrase and phrase.isascii():  # Pillow's own font has no other letters: their colour has to do
             width, height = pen.textlength(phrase, font) + 6, FONT_SIZE + 6
             x, y = max(0, min(left, image.width - width)), top - height if top >= height else top
             pen.rectangle((x, y, x + width, y + height), fill=colour)
