@@ -78,6 +78,7 @@ class StandIn(BaseHTTPRequestHandler):
         for i in range(0, len(ids), 2):  # sometimes several tokens have become ready
             if i and self.fault == "break":
                 return None
+            reason = "abort" if self.fault == "abort" else reason
             if i and self.fault == "event":
                 return self.wfile.write(b'data: {"error": {"message": "EngineCore died."}}\n\n')
             is_last = i + 2 >= len(ids)
@@ -85,8 +86,9 @@ class StandIn(BaseHTTPRequestHandler):
         return self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, ids, reason):
-        choice = {"index": 0, "text": "", "token_ids": ids, "finish_reason": reason}
-        self.wfile.write(f": comment\n\ndata: {json.dumps({'choices': [choice]})}\n\n".encode())
+        choice = {"index": 0, "text": "\u2028 \x85", "token_ids": ids, "finish_reason": reason}  # no ends of lines
+        data = json.dumps({"choices": [choice]}, ensure_ascii=False)
+        self.wfile.write(f": comment\n\ndata: {data}\r\n\n".encode())
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +185,7 @@ FAULTS = {
     "a proxy's page": ((503, b"<h1>Bad\n gateway</h1>", "text/html"), r"status 503 \(<h1>Bad  gateway</h1>\)"),
     "a broken stream": ("break", r"broke off the answer before its end\."),
     "an error in the stream": ("event", r"broke off the answer \(EngineCore died\.\)\."),
+    "an aborted answer": ("abort", r"broke off the answer \(abort\)\."),
     "no ids": ("no ids", r"sends something else than vLLM's answers with token_ids"),
     "ids of another model": ("ids", r"has another language model: it sends unknown tokens\."),
     "no stream": ((200, {"choices": []}), r"broke off the answer before its end"),

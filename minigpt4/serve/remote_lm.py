@@ -72,18 +72,20 @@ class LanguageModelServer:
             body["seed"] = options.seed % 2**63
         with self._explained(), self._client.stream("POST", f"{self.url}/completions", json=body) as response:
             self._check(response)
-            for line in response.iter_lines():
-                name, _, content = line.partition(":")
-                if name != "data":
+            for line in _lines(response.iter_bytes()):
+                name, _, content = line.partition(b":")
+                if name != b"data":
                     continue
-                if content.strip() == "[DONE]":
+                if content.strip() == b"[DONE]":
                     break
                 chunk = json.loads(content)
                 if "error" in chunk:
                     raise self._error(f"broke off the answer ({_message(chunk)})")
                 for choice in chunk["choices"]:
-                    yield [int(number) for number in choice["token_ids"]], choice.get("finish_reason")
-                    if choice.get("finish_reason"):
+                    if (reason := choice.get("finish_reason")) not in (None, "stop", "length"):
+                        raise self._error(f"broke off the answer ({reason})")
+                    yield [int(number) for number in choice["token_ids"]], reason
+                    if reason:
                         return
             raise self._error("broke off the answer before its end")
 
@@ -114,6 +116,14 @@ class LanguageModelServer:
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             problem = "sends something else than vLLM's answers with token_ids"
             raise self._error(f"{problem} ({type(error).__name__}: {error})") from error
+
+
+def _lines(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Whole lines; httpx's own also end at characters that a token's text may contain."""
+    rest = b""
+    for data in parts:
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
 
 
 def _message(content: Any) -> str:
