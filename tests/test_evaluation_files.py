@@ -120,6 +120,30 @@ def test_vizwiz_and_aokvqa_by_the_rules_of_vqa(tmp_path):
     assert values == pytest.approx({"allenai": (1 / 3 + 1) / 2, "official": (0.3 + 1) / 2})
 
 
+@pytest.mark.parametrize("name", ["gqa", "vizwiz", "aokvqa", "hm"])
+def test_splits_without_published_labels_have_a_submission_and_no_score(name, tmp_path, monkeypatch):
+    labels = {"gqa": "answer", "vizwiz": "answers", "aokvqa": "direct_answers", "hm": "label"}
+    rows, answers = ROWS[name]
+    bare = [{key: value for key, value in row.items() if key != labels[name]} for row in rows]
+    monkeypatch.setitem(ROWS, name, (bare, answers))
+    with pytest.raises(UserError, match=f"has no '{labels[name]}'"):
+        evaluated(name, tmp_path, ranked_or_text)
+    _, table = evaluated(name, tmp_path, ranked_or_text, has_labels=False)
+    assert [(row["variant"], row["value"], row["rows"]) for row in table] == [("no labels", None, 2)]
+    (file,) = (tmp_path / "out" / "submissions").iterdir()
+    assert file.suffix == ".csv" or json.loads(file.read_text()) == SUBMISSIONS[name]
+
+
+def test_vqa_questions_without_annotations(tmp_path):
+    questions = read_json("vqa/questions.json") | {"data_subtype": "test-dev2015"}
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    file = tmp_path / f"COCO_test2015_{questions['questions'][0]['image_id']:012d}.jpg"
+    file.touch()
+    section = {"eval_file_path": str(tmp_path), "img_path": str(tmp_path), "has_labels": False}
+    (part,) = find_work(Configuration(vqav2=section), None, needs_images=False)
+    assert len(part.items) == 392 and part.split == "test-dev2015" and part.items[0].image == str(file)
+
+
 def test_a_server_is_asked_without_penalty_and_without_the_field_where_it_has_none(tmp_path, monkeypatch):
     bodies = []
 

@@ -12,6 +12,7 @@ import numpy as np
 from minigpt4.common.errors import UserError, nearest
 from minigpt4.evaluation import boxes, chair, exact, vqa, yes_no
 from minigpt4.evaluation import items as readers
+from minigpt4.evaluation.caption_files import read_caption_loss, read_captions
 from minigpt4.evaluation.captions import caption_metrics, tokenize_ptb
 from minigpt4.evaluation.chair_files import chair_objects, read_chair
 from minigpt4.evaluation.items import BenchmarkConfig, Item, Reader
@@ -236,7 +237,7 @@ _VQA = Benchmark(
     readers.read_vqa, VQA_PROMPT, _score_vqa, tuple(vqa.ACCURACIES), 3, submit=_list("answer")
 )  # fmt: skip
 _CAPTIONS = Benchmark(
-    readers.read_captions, "[caption] please describe this image?", _score_captions, ("simple", "ptb", "raw"), 1,
+    read_captions, "[caption] please describe this image?", _score_captions, ("simple", "ptb", "raw"), 1,
     submit=_list("caption", "image_id"),
 )  # fmt: skip
 _REFERENCE = (("reference",), 1)
@@ -300,7 +301,7 @@ BENCHMARKS = {
         ("exact",), 1, submit=_list("answer"),
     ),
     "caption_loss": Benchmark(
-        readers.read_caption_loss, "{question}", _score_loss, ("per_token", "per_word"), 2,
+        read_caption_loss, "{question}", _score_loss, ("per_token", "per_word"), 2,
     ),
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 # ruff: noqa: RUF009 - key() returns a dataclasses.field
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 from minigpt4.common.errors import UserError
 from minigpt4.common.sections import key
-from minigpt4.common.utils import IMAGE_PLACEHOLDER, decode_text, parse_json
+from minigpt4.common.utils import decode_text, parse_json
 
-CAPTION_QUESTION = "Describe this image in detail."  # of captions without a question of their own
 Row = dict[str, Any]
 ID_FIELDS = ("question_id", "questionId", "image_id", "id", "image")  # of answers, as benchmarks and programs have them
 
@@ -32,6 +30,7 @@ class BenchmarkConfig:
     splits: list[str] = key([], "Splits to evaluate; none: all that are there.")
     variants: list[str] = key([], "Variants of the metrics; none: all that need no further package.")
     objects: str | None = key(None, "JSON file with the objects of CHAIR and their words; null: COCO's.")
+    has_labels: bool = key(True, "False: answers of people are not published; a submission is written, and no score.")
     subset: str | None = key(None, "JSON file or JSON lines whose ids are evaluated; null: all.")
     max_images: int | None = key(None, "The first so many images; null: all.", least=1)
 
@@ -73,15 +72,17 @@ def fields_of(row: Any, names: Sequence[str], where: str) -> list[Any]:
 
 
 def _rows(section: BenchmarkConfig, where: str, names: Sequence[str], path: Path | None = None) -> Iterator[tuple]:
-    """(number, row, values of its fields) of an annotation file that is a list."""
+    """(number, row, values of its fields) of an annotation file that is a list; the last field is the label."""
     path = path or Path(section.eval_file_path or "")
     content = read_json_rows(path, where)
     if isinstance(content, Mapping) and names[0] in content:
         content = [content]  # one JSON line
     if isinstance(content, Mapping):
         raise UserError(f"{where}: {path} holds an object ({', '.join(list(content)[:5])}); expected a list of rows.")
+    required = names if section.has_labels else names[:-1]
     for number, row in enumerate(content):
-        yield number, row, fields_of(row, names, f"{where}: row {number + 1} of {path}")
+        values = fields_of(row, required, f"{where}: row {number + 1} of {path}")
+        yield number, row, values if section.has_labels else [*values, None]
 
 
 def image_path(section: BenchmarkConfig, name: str) -> str:
@@ -123,29 +124,31 @@ def read_vqa(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
     """
     folder = Path(section.eval_file_path or "")
     found = {}
-    for kind in ("questions", "annotations"):
+    for kind in ("questions", "annotations")[: 1 + section.has_labels]:
         files = sorted(folder.glob(f"*{kind}*.json"))
         if len(files) != 1:
             names = ", ".join(file.name for file in files) or "none"
             raise UserError(f"{where}: {folder} needs one file *{kind}*.json; it has {names}.")
         found[kind] = read_json_rows(files[0], where)
         fields_of(found[kind], [kind], f"{where}: {files[0]}")
-    subset = str(found["annotations"].get("data_subtype") or "val2014")
+    subset = str(found["questions"].get("data_subtype") or "val2014")
     split_file = folder / "okvqa_test_split.json"
     questions = read_json_rows(split_file, where) if split_file.is_file() else found["questions"]["questions"]
-    people, num_annotations = {}, len(found["annotations"]["annotations"])
-    if not split_file.is_file() and len(questions) != num_annotations:
-        numbers = f"{len(questions)} questions and {num_annotations} annotations"
+    annotations, people = found.get("annotations", {}).get("annotations", ()), {}
+    if section.has_labels and not split_file.is_file() and len(questions) != len(annotations):
+        numbers = f"{len(questions)} questions and {len(annotations)} annotations"
         raise UserError(f"{where}: {folder} has {numbers}; give both files of one split, and a smaller part by subset.")
-    for row in found["annotations"]["annotations"]:
+    for row in annotations:
         question_id, _ = fields_of(row, ("question_id", "answers"), f"{where}: an annotation in {folder}")
         people[str(question_id)] = row
     items = []
     for row in questions:
         question_id, image_id, text = fields_of(row, ("question_id", "image_id", "question"), f"{where}: a question")
-        if str(question_id) not in people:
+        if section.has_labels and str(question_id) not in people:
             raise UserError(f"{where}: question {question_id} has no annotation; give both files of one split.")
-        items.append(Item(str(question_id), coco_image(section, image_id, subset), text, people[str(question_id)]))
+        own = people.get(str(question_id), {})
+        image = coco_image(section, image_id, subset.replace("test-dev", "test"))
+        items.append(Item(str(question_id), image, text, own))
     return {subset: items}
 
 
@@ -153,7 +156,7 @@ def read_aokvqa(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
     """A-OKVQA: a list of rows with ten direct answers."""
     names, items = ("question_id", "image_id", "question", "direct_answers"), []
     for _, _, (question_id, image_id, text, answers) in _rows(section, where, names):
-        people = [{"answer": answer} for answer in answers]
+        people = [{"answer": answer} for answer in answers or ()]
         items.append(Item(str(question_id), coco_image(section, image_id), text, {"answers": people}))
     return {Path(section.eval_file_path).stem: items}
 
@@ -167,7 +170,7 @@ def read_gqa(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
     items = []
     for number, row in enumerate(content):
         place = f"{where}: row {number + 1} of {path}"
-        image, text, _ = fields_of(row, ("image", "question", "answer"), place)
+        image, text, *_ = fields_of(row, ("image", "question", "answer")[: 2 + section.has_labels], place)
         items.append(Item(str(row.get("question_id", number)), image_path(section, image), text, row))
     return {path.stem: items}
 
@@ -238,56 +241,6 @@ def read_refcoco(name: str, splits: Sequence[str]) -> Reader:
         return found
 
     return read
-
-
-def read_captions(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
-    """Captions in COCO's layout, which NoCaps has, too, or the list of Karpathy's split with COCO's files."""
-    path = Path(section.eval_file_path or "")
-    content = read_json_rows(path, where)
-    if isinstance(content, list):
-        names = ("image", "caption")
-        rows = [fields_of(row, names, f"{where}: row {number + 1} of {path}") for number, row in enumerate(content)]
-        pairs = [(re.sub(r".*COCO_\w+_0*(\d+)\.jpg", r"\1", str(image)), image, captions) for image, captions in rows]
-    else:
-        images, annotations = fields_of(content, ("images", "annotations"), f"{where}: {path}")
-        captions: dict[str, list[str]] = {}
-        for row in annotations:
-            image_id, caption = fields_of(row, ("image_id", "caption"), f"{where}: an annotation in {path}")
-            captions.setdefault(str(image_id), []).append(caption)
-        names = [(str(row["id"]), row.get("file_name") or f"{row['id']}.jpg") for row in images]
-        pairs = [(name, image, captions.get(name, [])) for name, image in names]
-    if lonely := [name for name, _, captions in pairs if not captions]:
-        raise UserError(f"{where}: image {lonely[0]} in {path} has no caption; give the file of one split.")
-    items = [
-        Item(name, image_path(section, image), "", {"captions": [captions] if isinstance(captions, str) else captions})
-        for name, image, captions in pairs
-    ]
-    return {path.stem: items}
-
-
-def read_caption_loss(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:
-    """Images and texts in any form that a training reads from files; each text is the only candidate.
-
-    A conversation has one question and answer, and one image.
-    """
-    from minigpt4.datasets.datasets.conversations import Pair
-    from minigpt4.datasets.datasets.pairs import read_align_folder, read_pairs
-
-    path = Path(section.eval_file_path or "")
-    root = Path(section.img_path) if section.img_path else None
-    is_align = (path / "filter_cap.json").is_file()
-    pairs = read_align_folder(path, where) if is_align else read_pairs(path, where, root)
-    items = []
-    for number, pair in enumerate(pairs):
-        is_pair, image = isinstance(pair, Pair), pair.images[0] if len(pair.images) == 1 else None
-        turns = [(pair.instruction or CAPTION_QUESTION, pair.caption)] if is_pair else pair.turns
-        if len(turns) != 1 or not isinstance(image, str | Path):
-            problem = "has not one image in a file of its own and one text"
-            raise UserError(f"{where}: row {number + 1} of {path} {problem}; leave such rows out.")
-        ((question, text),) = turns
-        question = question.replace(f"<Img>{IMAGE_PLACEHOLDER}</Img>", "").replace(IMAGE_PLACEHOLDER, "").strip()
-        items.append(Item(str(number), str(image), question, {}, (text,)))
-    return {path.stem: items}
 
 
 def read_easy_vqa(section: BenchmarkConfig, where: str) -> dict[str, list[Item]]:

@@ -39,6 +39,10 @@ def score(
     num_unparsed = sum(not benchmark.is_parsed(own.texts[-1]) for own in given)
     shared = {"benchmark": name, "split": split, "rows": len(items)}
     images = [item.image for item in items]
+    if not section.has_labels:
+        unknown = dict.fromkeys(("value", "interval", "chance"))
+        row = shared | {"metric": "–", "variant": "no labels"} | unknown
+        return [row | {"unparsed": num_unparsed / len(items), "errors": num_errors}]
     return [
         shared
         | {"metric": metric.name, "variant": metric.variant, "value": metric.value}
