@@ -58,7 +58,7 @@ def record(folder: Path, side: str, steps: int, ceiling: float) -> None:
 def train_text(folder: Path, steps: int) -> None:
     """Trains tokenizer and language model and writes them to ``folder``/llama in float16."""
     (folder / "llama").mkdir(parents=True, exist_ok=True)
-    tokenizer = text_side.train_tokenizer(folder / "llama", SEED)
+    tokenizer = text_side.train_tokenizer(folder / "llama", text_side.caption_words(Random(SEED)))
     model = text_side.build_model(len(tokenizer))
     rows = text_side.TrainingRows(tokenizer, Random(SEED + 1))
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -26,6 +26,8 @@ HELD_OUT_PERCENT = 8
 NUMBERS = ("no", "one", "two", "three")
 
 _CANVAS = 256  # drawn large and scaled down, which smooths the edges
+_EXTENTS = {"square": (0.88,) * 4, "triangle": (1, 1, 1, 0.8), "diamond": (0.7, 1, 0.7, 1)}  # of the box, in radii
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 _ANSWER = re.compile(
     rf"\b({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}) (?:is )?(?:at|in) the "
     rf"({'|'.join(sorted(PLACES, key=len, reverse=True))})(?![\w-])"
@@ -82,9 +84,14 @@ def draw_scene(rng: Random, held_out: bool = False) -> Scene:
 
 def render(scene: Scene, rng: Random) -> Image.Image:
     """Renders an image [IMAGE_SIZE, IMAGE_SIZE] RGB; background, jitter and tint come from ``rng``."""
+    return render_with_boxes(scene, rng, IMAGE_SIZE)[0]
+
+
+def render_with_boxes(scene: Scene, rng: Random, size: int) -> tuple[Image.Image, list[Box]]:
+    """Renders an image [size, size] RGB, and returns the box of each object in it, in pixels."""
     grey = rng.randint(112, 148)
     image = Image.new("RGB", (_CANVAS, _CANVAS), tuple(grey + rng.randint(-9, 9) for _ in range(3)))
-    pen, cell = ImageDraw.Draw(image), _CANVAS / 3
+    pen, cell, boxes = ImageDraw.Draw(image), _CANVAS / 3, []
     for thing in scene.things:
         row, column = divmod(PLACES.index(thing.place), 3)
         radius = (36 if thing.size == "large" else 20) + rng.uniform(-2, 2)
@@ -93,7 +100,9 @@ def render(scene: Scene, rng: Random) -> Image.Image:
         y = (row + 0.5) * cell + rng.uniform(-slack, slack)
         colour = tuple(min(255, max(0, value + rng.randint(-8, 8))) for value in COLOURS[thing.colour])
         _draw_shape(pen, thing.shape, x, y, radius, colour)
-    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+        left, top, right, bottom = (radius * factor for factor in _EXTENTS.get(thing.shape, (1, 1, 1, 1)))
+        boxes.append(tuple(value * size / _CANVAS for value in (x - left, y - top, x + right, y + bottom)))
+    return image.resize((size, size), Image.Resampling.BOX), boxes
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:

@@ -29,12 +29,12 @@ VOCABULARY = scenes.all_attribute_words()
 Row = tuple[list[int], int, list[int]]  # ids, position of the first image word, labels
 
 
-def train_tokenizer(folder: Path, seed: int) -> Any:
+def train_tokenizer(folder: Path, words: Iterator[str]) -> Any:
     """Trains a sentencepiece BPE with Llama's settings whose pieces are whole words, and writes its files."""
     model = folder / "tokenizer"
     with contextlib.chdir(folder):  # the file stores the prefix it was trained under: a bare name
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_words(Random(seed)),
+            sentence_iterator=words,
             model_prefix=model.name,
             model_type="bpe",
             vocab_size=768,
@@ -62,7 +62,7 @@ def train_tokenizer(folder: Path, seed: int) -> Any:
     return tokenizer
 
 
-def _words(rng: Random) -> Iterator[str]:
+def caption_words(rng: Random) -> Iterator[str]:
     """The words of 3,000 scenes, punctuation separated."""
     for _ in range(3000):
         scene = scenes.draw_scene(rng)
@@ -72,14 +72,12 @@ def _words(rng: Random) -> Iterator[str]:
         yield from ["###", "Human", "Assistant", ":", "<Img>", "</Img>", scenes.FILLER]
 
 
-def build_model(vocab_size: int) -> LlamaForCausalLM:
-    """A Llama of 1.5 million parameters with random weights."""
+def build_model(vocab_size: int, **sizes: int) -> LlamaForCausalLM:
+    """A Llama of 1.5 million parameters with random weights, or with other sizes."""
+    sizes = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "num_attention_heads": 5} | sizes
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=160,
-        intermediate_size=432,
-        num_hidden_layers=4,
-        num_attention_heads=5,
+        **sizes,
         max_position_embeddings=2048,
         bos_token_id=1,
         eos_token_id=2,
