@@ -1,4 +1,4 @@
-"""Screenshots of the web page for docs/WEB.md, with the models that ``python -m quickstart`` trains.
+"""Screenshots of the web page for docs/WEB.md, with the models of ``python -m quickstart`` and ``quickstart.grounding``.
 
 python -m tests.page_screenshots                    # those of docs/screenshots
 python -m tests.page_screenshots --all FOLDER       # each view in both languages, on both screens, light and dark
@@ -27,14 +27,15 @@ SCREENS = {"desktop": (1280, 800), "phone": (390, 844)}
 STORED = [  # view, language, screen, colours
     ("first", "en", "desktop", "light"), ("chat", "en", "desktop", "light"), ("compare", "en", "desktop", "light"),
     ("settings", "zh", "desktop", "dark"), ("error", "zh", "desktop", "light"), ("first", "zh", "phone", "light"),
-    ("chat", "en", "phone", "dark"), ("compare", "zh", "phone", "light"),
+    ("chat", "en", "phone", "dark"), ("compare", "zh", "phone", "light"), ("boxes", "en", "desktop", "light"),
 ]  # fmt: skip
+GROUNDING = "output/quickstart/grounding"
 SECONDS_PER_STEP = 0.06  # so that an answer can be seen to grow
 
 
-def load(stage):
+def load(stage, config="quickstart_eval"):
     options = [f"model.ckpt=output/quickstart/{stage}/checkpoint.pth", "run.device=cpu"]
-    args = {"cfg_path": "eval_configs/quickstart_eval.yaml", "gpu_id": 0, "options": options, "seed": 1}
+    args = {"cfg_path": f"eval_configs/{config}.yaml", "gpu_id": 0, "options": options, "seed": 1}
     chat = demo.build_chat(argparse.Namespace(**args))
     llm, plain = chat.model.llama_model, chat.model.llama_model.forward
     llm.forward = lambda *values, **named: (time.sleep(SECONDS_PER_STEP), plain(*values, **named))[1]
@@ -79,9 +80,17 @@ def view_compare(page):
     ask_example(page)
 
 
+def view_boxes(page):
+    page.page.set_input_files("#box input[type=file]", f"{GROUNDING}/held_out/COCO_train2014_000000000004.jpg")
+    page.wait(lambda: page.num_added)
+    page.send("[grounding] please describe this image in details")
+    page.wait(lambda: page.page.locator(".grounded img").count(), 60)
+    page.page.wait_for_timeout(600)
+
+
 def take(browser, urls, view, language, screen, colours, file):
     width, height = SCREENS[screen]
-    url = urls["compare" if view == "compare" else "one"]
+    url = urls.get(view, urls["one"])
     locale = {"en": "en-US", "zh": "zh-CN"}[language]
     options = {"color_scheme": colours, "has_touch": screen == "phone", "is_mobile": screen == "phone"}
     page = page_browser.Page(browser, url, locale, width, height, **options)
@@ -97,7 +106,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", type=Path, help="folder for all views")
     folder = parser.parse_args().all
-    views = list(product(("first", "chat", "settings", "error", "compare"), ("en", "zh"), SCREENS, ("light", "dark")))
+    views = list(product(("first", "chat", "settings", "error", "compare", "boxes"), ("en", "zh"), SCREENS, ("light", "dark")))
     out = folder or Path("docs/screenshots")
     out.mkdir(parents=True, exist_ok=True)
     images = [Path(f"output/quickstart/held_out/image/{i}.jpg") for i in range(3)]
@@ -106,10 +115,11 @@ def main():
     with (
         served(build_app(models[:1], options, images, feedback=ratings)) as one,
         served(build_app(models, options, images)) as compare,
+        served(build_app([load("grounding", "quickstart_grounding_eval")], options, [])) as boxes,
         page_browser.browser() as browser,
     ):
         for view in views if folder else STORED:
-            take(browser, {"one": one, "compare": compare}, *view, out / "-".join(view))
+            take(browser, {"one": one, "compare": compare, "boxes": boxes}, *view, out / "-".join(view))
 
 
 if __name__ == "__main__":
