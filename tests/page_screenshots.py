@@ -1,4 +1,4 @@
-"""Screenshots of the web page for docs/WEB.md, with the models of ``python -m quickstart`` and ``quickstart.grounding``.
+"""Screenshots of the web page for docs/WEB.md, with the models of ``python -m quickstart`` and ``.grounding``.
 
 python -m tests.page_screenshots                    # those of docs/screenshots
 python -m tests.page_screenshots --all FOLDER       # each view in both languages, on both screens, light and dark
@@ -106,7 +106,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", type=Path, help="folder for all views")
     folder = parser.parse_args().all
-    views = list(product(("first", "chat", "settings", "error", "compare", "boxes"), ("en", "zh"), SCREENS, ("light", "dark")))
+    names = sorted({name for name, *_ in STORED})
+    views = list(product(names, ("en", "zh"), SCREENS, ("light", "dark")))
     out = folder or Path("docs/screenshots")
     out.mkdir(parents=True, exist_ok=True)
     images = [Path(f"output/quickstart/held_out/image/{i}.jpg") for i in range(3)]
