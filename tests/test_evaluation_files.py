@@ -1,18 +1,22 @@
 """What an evaluation writes for other programs, and that it reads it again; answers that are errors."""
 
+import base64
 import csv
 import json
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import httpx
 import pytest
 from golden_evaluation import read_json, read_text
+from PIL import Image
 
 from minigpt4.common.errors import UserError
 from minigpt4.evaluation import answering
 from minigpt4.evaluation.items import BenchmarkConfig, Item
 from minigpt4.evaluation.tasks import answer, find_work, score_all
+from quickstart import scenes
 
 IMAGES = ("val2014/COCO_val2014_000000000042.jpg", "val2014/COCO_val2014_000000391895.jpg")
 VIZWIZ = {"image": "VizWiz_val_00000000.jpg", "question": "What?", "answers": [{"answer": text} for text in "aaab"]}
@@ -175,8 +179,23 @@ def test_caption_loss_of_conversations_asks_their_questions(tmp_path):
             ((item,),) = (part.items for part in find_work(section, None, needs_images=False))
             assert (item.question, item.candidates) == ("What is it?", ("A circle.",))
         else:  # they were left out without a word
-            with pytest.raises(UserError, match=r"row 2 of .*not one image in a file of its own and one text"):
+            with pytest.raises(UserError, match=r"row 2 of .*not one image and one text"):
                 find_work(section, None, needs_images=False)
+
+
+def test_caption_loss_reads_shards_and_images_in_texts(tmp_path):
+    scenes.write_shards(tmp_path / "shards", num_shards=2, scenes_per_shard=3, seed=1)
+    url = "data:image/png;base64," + base64.b64encode(b"image").decode()
+    (tmp_path / "train.jsonl").write_text(json.dumps({"image": url, "caption": "A circle."}))
+    paths = {"shards": f"{tmp_path}/shards/*.tar", "url": f"{tmp_path}/train.jsonl"}
+    found = {}
+    for name, path in paths.items():
+        section = Configuration(caption_loss={"eval_file_path": path})
+        ((_, items),) = ((part, part.items) for part in find_work(section, None, needs_images=False))
+        found[name] = items
+    assert len({item.image for item in found["shards"]}) == 6 and all(item.candidates[0] for item in found["shards"])
+    assert Image.open(found["shards"][5].image).size == (64, 64)
+    assert Path(found["url"][0].image).read_bytes() == b"image" and found["url"][0].candidates == ("A circle.",)
 
 
 def test_files_of_vqa_and_pope_that_do_not_fit_are_refused(tmp_path):
