@@ -30,7 +30,7 @@ class RecordedStep:
     """
 
     def __init__(self, llm: PreTrainedModel, record: Record | None = None) -> None:
-        self.llm, self._record = llm, record if _can_be_recorded(llm) else None
+        self.llm, self._record = llm, record if record and _can_be_recorded(llm) else None
         self._batch: tuple[int, ...] = ()  # what the recording is for: addresses and sizes
         self._num_steps = 0  # of this batch
         self._replay: Callable[[], None] | None = None
