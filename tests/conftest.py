@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import logging
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def pytest_collection_finish():
     """What has been imported stays: no collection of a test, or of a process forked from it, has to visit it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def root_logger():
+    """Takes back what an entry point that a test calls sets up: its handler writes to a stream that is closed later."""
+    root = logging.getLogger()
+    handlers, level = set(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        if handler not in handlers:
+            root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
