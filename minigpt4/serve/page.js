@@ -196,7 +196,7 @@
       const parts = [(event.clientX - left) / width, (event.clientY - top) / height];
       return parts.map((part) => Math.min(99, Math.max(0, Math.floor(part * 100))));
     };
-    area.ontouchstart = (event) => event.preventDefault();  // after a quick stroke, the next tap would only end its fling
+    area.ontouchstart = (event) => event.preventDefault();  // a stroke starts no fling, which would take the next tap
     area.onpointerdown = (event) => { start = place(event); area.setPointerCapture(event.pointerId); };
     area.onpointermove = (event) => {
       if (!start) return;
@@ -214,9 +214,13 @@
       dialog.close();
       type(`[identify] ${taskOf(typed) === "identify" && text ? text : "what is this"} ${box}`);
     };
-    document.body.append(dialog);
-    dialog.showModal();
-    show();
+    const open = () => {  // not before the image has its size, by which a box is measured
+      if ($("#drawing")) return;
+      document.body.append(dialog);
+      dialog.showModal();
+      show();
+    };
+    dialog.querySelector("img").decode().then(open, open);
   }
   document.addEventListener("click", (event) => {  // gradio would copy the HTML of an answer with boxes
     const copy = event.target.closest(`button[aria-label="${say("Copy", "复制")}"]`);
