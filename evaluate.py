@@ -32,12 +32,14 @@ def parse_args() -> argparse.Namespace:
     add("--score-only", help="answers of another program to one benchmark's split, which are scored")
     add("--api-url", help="address of an OpenAI-compatible server that answers in place of the model")
     add("--api-model", help="name of the model on that server; default: its only one")
+    add("--api-stop", help="text at which that server's answers end, and are cut if it leaves it there: '###'")
     add("--gpu-id", type=int, help="index of the accelerator; default: 0, or that of the process")
     args = parser.parse_args()
     if args.score_only and args.api_url:
         parser.error("--score-only asks nobody; leave --api-url out.")
-    if args.api_model and not args.api_url:
-        parser.error("--api-model has no effect without --api-url.")
+    for name in ("api_model", "api_stop"):
+        if getattr(args, name) and not args.api_url:
+            parser.error(f"--{name.replace('_', '-')} has no effect without --api-url.")
     return args
 
 
@@ -75,17 +77,18 @@ def answerer(
     from minigpt4.serve.batch import describe_settings
 
     if args.api_url:
-        settings = {"api_url": args.api_url, "api_model": args.api_model}
-        return settings, lambda: _server(args)
+        settings = {"api_url": args.api_url, "api_model": args.api_model, "api_stop": args.api_stop}
+        return settings, lambda: _server(args, cfg.to_dict()["model"].get("end_sym", ""))
     args.gpu_id, args.seed = device.index if args.gpu_id is None else args.gpu_id, 0
     return describe_settings(cfg.to_dict()["model"], {}), lambda: _local_model(args)
 
 
-def _server(args: argparse.Namespace) -> tuple["Answerer", dict[str, Any]]:
+def _server(args: argparse.Namespace, end_sym: str) -> tuple["Answerer", dict[str, Any]]:
     """The server, and the name of the model that answers there."""
     from minigpt4.evaluation.answering import Server
 
-    server = Server(args.api_url, args.api_model, os.environ.get("MINIGPT4_API_KEY"))
+    key = os.environ.get("MINIGPT4_API_KEY")
+    server = Server(args.api_url, args.api_model, key, args.api_stop, end_sym)
     return server, {"api_model": server.model}
 
 

@@ -67,7 +67,7 @@ def run(world, chat, tmp_path, monkeypatch):
         places += [f"caption_loss.eval_file_path={world}/held_out", "chair.max_new_tokens=5", "pope.max_new_tokens=3"]
         places = [f"evaluation_datasets.{text}" for text in [*places, "coco_caption.max_new_tokens=5"]]
         defaults = {"cfg_path": CONFIG, "out": str(tmp_path / "out"), "resample": False, "score_only": None}
-        defaults |= {"api_url": None, "api_model": None, "gpu_id": None, "dataset": dataset}
+        defaults |= {"api_url": None, "api_model": None, "api_stop": None, "gpu_id": None, "dataset": dataset}
         options = ["run.device=cpu", "model.ckpt=null", *places, *options]
         return evaluate.evaluate(Namespace(**defaults | {"options": options} | flags))
 

@@ -148,22 +148,48 @@ def test_vqa_questions_without_annotations(tmp_path):
     assert len(part.items) == 392 and part.split == "test-dev2015" and part.items[0].image == str(file)
 
 
-def test_a_server_is_asked_without_penalty_and_without_the_field_where_it_has_none(tmp_path, monkeypatch):
+REFUSED = "Unrecognized request argument supplied: "
+
+
+@pytest.mark.parametrize(
+    ("stop", "unknown", "status", "fields", "answer"),
+    [
+        (None, ["repetition_penalty"], 400, [{"repetition_penalty"}, set(), set()], "no ###Human: Why?"),
+        ("###", [], 400, [{"repetition_penalty", "stop"}] * 2, "no"),
+        ("###", ["stop"], 422, [{"repetition_penalty", "stop"}, *[{"repetition_penalty"}] * 2], "no"),
+        # as `transformers serve` 5.24, which knows no penalty, and fails on a text at which answers end
+        ("###", ["repetition_penalty", "stop"], 500, [{"repetition_penalty", "stop"}, {"stop"}, set(), set()], "no"),
+    ],
+)
+def test_a_server_is_asked_without_the_fields_that_it_refuses_and_answers_are_cut(
+    stop, unknown, status, fields, answer, tmp_path, monkeypatch, caplog
+):
     bodies = []
 
     def respond(request):
         bodies.append(json.loads(request.content))
-        if "repetition_penalty" in bodies[-1]:
-            return httpx.Response(400, text="Unrecognized request argument supplied: repetition_penalty")
-        return httpx.Response(200, json={"choices": [{"message": {"content": "no"}}]})
+        if refused := [name for name in unknown if name in bodies[-1]]:
+            fails = status == 500 and refused == ["stop"]
+            return httpx.Response(500) if fails else httpx.Response(min(status, 422), text=f"{REFUSED}{refused[0]}")
+        return httpx.Response(200, json={"choices": [{"message": {"content": "no ###Human: Why?"}}]})
 
     client = partial(httpx.Client, transport=httpx.MockTransport(respond))
     monkeypatch.setattr(answering.httpx, "Client", client)
-    server, image = answering.Server("http://server", "model"), tmp_path / "a.jpg"
+    server, image = answering.Server("http://server", "model", None, stop, "###"), tmp_path / "a.jpg"
     image.write_bytes(b"1")
     rows = list(server([Item(i, str(image), "?", {}) for i in "ab"], BenchmarkConfig(batch_size=1)))
-    assert rows == [[{"question_id": i, "answer": "no"}] for i in "ab"]
-    assert [body.get("repetition_penalty") for body in bodies] == [1.0, None, None]
+    assert rows == [[{"question_id": i, "answer": answer}] for i in "ab"]
+    assert [body.keys() & {"repetition_penalty", "stop"} for body in bodies] == fields
+    assert all(body.get("stop", ["###"]) == ["###"] for body in bodies)
+    assert caplog.text.count("--api-stop '###' cuts them there") == (stop is None)
+
+
+def test_a_server_that_fails_on_every_question_is_reported(tmp_path, monkeypatch):
+    client = partial(httpx.Client, transport=httpx.MockTransport(lambda request: httpx.Response(500, text="died")))
+    monkeypatch.setattr(answering.httpx, "Client", client)
+    (image := tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match=r"--api-url.* status 500 \(died\)"):
+        list(answering.Server("http://server", "m", stop="###")([Item("a", str(image), "?", {})], BenchmarkConfig()))
 
 
 def test_caption_loss_of_conversations_asks_their_questions(tmp_path):

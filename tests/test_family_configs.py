@@ -146,7 +146,8 @@ def test_benchmarks(tmp_path, monkeypatch):
     for name in ("0.jpg", "000000000000.jpg", "1/image.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).symlink_to(image)
-    flags = {"resample": False, "score_only": None, "api_url": None, "api_model": None, "gpu_id": None, "dataset": None}
+    flags = {"resample": False, "score_only": None, "api_url": None, "api_model": None, "api_stop": None}
+    flags |= {"gpu_id": None, "dataset": None}
     results = evaluate.evaluate(
         Namespace(cfg_path=f"eval_configs/{BENCHMARKS}.yaml", options=options, out=tmp_path, **flags)
     )

@@ -1,6 +1,7 @@
 """Who answers: the model of this process, in batches that share images, or any OpenAI-compatible server."""
 
 import base64
+import logging
 import mimetypes
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 from torch import Tensor
@@ -131,15 +132,27 @@ class Server:
         url: with or without ``/v1``.
         model: its name there; None: the only one that the server lists.
         api_key: sent to the server.
+        stop: text at which answers end; they are cut there, as some servers leave it or do not stop.
+        end_sym: text that is reported if answers have it, though no ``stop`` was given.
     """
 
-    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        api_key: str | None = None,
+        stop: str | None = None,
+        end_sym: str = "",
+    ) -> None:
         base = url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = base if base.endswith("/v1") else f"{base}/v1"
-        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS)
+        limits = httpx.Limits(max_keepalive_connections=0)  # a kept connection may be closed while it is used again
+        self._client = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, limits=limits)
         self.model = model or self._only_model()
-        self._penalty = {"repetition_penalty": 1.0}  # as ``LocalModel``, until the server refuses the field
+        self._stop, self._unexpected = stop, "" if stop else end_sym.strip()
+        # As ``LocalModel``, until the server refuses a field.
+        self._fields: dict[str, Any] = {"repetition_penalty": 1.0} | ({"stop": [stop]} if stop else {})
 
     def _only_model(self) -> str:
         models = [row.get("id") for row in self._request("GET", "/models").get("data", [])]
@@ -169,16 +182,26 @@ class Server:
         body = {"model": self.model, "messages": [*messages, {"role": "user", "content": content}]}
         body |= {"temperature": 0, "max_tokens": section.max_new_tokens}
         try:
-            try:
-                answer = self._request("POST", "/chat/completions", body | self._penalty)
-            except _Refused as error:
-                if "repetition_penalty" not in str(error):
-                    raise
-                self._penalty = {}
-                answer = self._request("POST", "/chat/completions", body)
+            answer = self._complete(body)["choices"][0]["message"]["content"] or ""
         except _Refused as error:
             return {"question_id": item.id, "error": str(error)}
-        return {"question_id": item.id, "answer": answer["choices"][0]["message"]["content"] or ""}
+        if self._unexpected and self._unexpected in answer:
+            text = "Answers of the server have %r, which is model.end_sym; --api-stop %r cuts them there."
+            logging.warning(text, self._unexpected, self._unexpected)
+            self._unexpected = ""
+        return {"question_id": item.id, "answer": answer.partition(self._stop)[0].strip() if self._stop else answer}
+
+    def _complete(self, body: dict) -> dict:
+        """The server's response to a question, without the fields that it does not accept."""
+        while True:
+            fields = self._fields
+            try:
+                return self._request("POST", "/chat/completions", body | fields)
+            except _Refused as error:
+                refused = [name for name in fields if name in str(error)] or [name for name in fields if name == "stop"]
+                if not refused:
+                    raise
+                self._fields = {name: value for name, value in fields.items() if name not in refused}
 
     def _request(self, method: str, path: str, body: dict | None = None) -> dict:
         """The server's JSON; waits and asks again where it is busy."""
@@ -191,7 +214,8 @@ class Server:
                 break
             wait = response.headers.get("Retry-After", "")
             time.sleep(min(float(wait) if wait.isdecimal() else 2.0**attempt, 60))
-        if response.status_code in (400, 413, 422):
+        fails_by_stop = response.status_code == 500 and "stop" in (body or {})  # ``transformers serve`` 5.24
+        if response.status_code in (400, 413, 422) or fails_by_stop:
             raise _Refused(f"The server refused it ({response.status_code}: {response.text[:300]}).")
         if response.status_code != 200:
             text = f"status {response.status_code} ({response.text[:300]})"
