@@ -204,3 +204,4 @@ def test_health_is_that_of_the_engine(chat, monkeypatch):
         engine.close()
         found = server.get("/health")
         assert (found.status_code, found.json()["status"]) == (503, "failed")
+        assert "engine has ended" in found.json()["problem"] and found.headers["Retry-After"]

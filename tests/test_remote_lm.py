@@ -23,8 +23,10 @@ from minigpt4.common.errors import UserError
 from minigpt4.conversation.conversation import Chat
 from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.models import MiniGPT4
+from minigpt4.serve import remote_lm
 from minigpt4.serve.engine import Engine, Request
 from minigpt4.serve.remote_lm import LanguageModelServer, RemoteBatch, RemoteError
+from minigpt4.serve.server import address, listen
 
 IMAGES = list(read_tensors("vision")["image"])
 LM_MODELS = [{"id": "lm", "max_model_len": 400}]
@@ -34,7 +36,7 @@ class StandIn(BaseHTTPRequestHandler):
     """Answers as vLLM does with --enable-prompt-embeds; ``fault`` is what it does instead."""
 
     protocol_version, fault, models, seen = "HTTP/1.1", None, LM_MODELS, []
-    left = threading.Event()
+    left, num_listed = threading.Event(), 0
     llm = AutoModelForCausalLM.from_pretrained(TINY / "llama", dtype=torch.float32)
 
     def log_message(self, *_):
@@ -49,6 +51,7 @@ class StandIn(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
+        type(self).num_listed += 1
         key = self.headers.get("Authorization", "")
         self.send(200, {"data": self.models}) if key != "Bearer bad" else self.send(401, {"error": "Unauthorized"})
 
@@ -203,6 +206,37 @@ def test_faults_of_the_server_are_one_sentence(remote, monkeypatch, fault, messa
             assert re.search(message, error["message"]), error
             assert re.search(message, ask(api, max_tokens=8, stream=True).text)
         assert ask(api, max_tokens=3).status_code == 200
+
+
+def test_health_is_that_of_the_server_too(url, remote_model, monkeypatch, caplog):
+    chat, server = Chat(remote_model, None), LanguageModelServer(url)
+    with started(chat, RemoteBatch(chat, server)) as engine, client(engine) as api:
+
+        def health():
+            found = api.get("/health")
+            return found.status_code, found.json().get("problem")
+
+        StandIn.num_listed = 0
+        assert [health() for _ in range(3)] == 3 * [(200, None)] and StandIn.num_listed == 1
+        monkeypatch.setattr(remote_lm, "_PROBE_INTERVAL_SECONDS", 0)
+        monkeypatch.setattr(StandIn, "models", [{"id": "another"}])
+        assert health() == (
+            503,
+            "The language model's server now has the model another in place of lm; restart demo.py.",
+        )
+        monkeypatch.undo()
+        monkeypatch.setattr(remote_lm, "_PROBE_INTERVAL_SECONDS", 0)
+        assert health() == (200, None)
+        monkeypatch.setattr(server, "url", "http://127.0.0.1:9/v1")  # it is down
+        caplog.clear()
+        for _ in range(2):
+            status, problem = health()
+            assert status == 503 and re.fullmatch(r"The language model's server cannot be reached \(.*\)\.", problem)
+        assert caplog.text.count("server http://127.0.0.1:9/v1 cannot be reached (") == 1
+        monkeypatch.setattr(remote_lm, "_PROBE_SECONDS", 0.1)
+        with listen("127.0.0.1", 0) as silent:
+            monkeypatch.setattr(server, "url", address(silent))
+            assert health() == (503, "The language model's server gives no answer in time (ReadTimeout).")
 
 
 def test_what_needs_the_model_here_is_refused(remote):

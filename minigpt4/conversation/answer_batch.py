@@ -118,6 +118,8 @@ class AnswerBatch:
             ``max_new_tokens``; otherwise the prompt is shortened, or refused.
     """
 
+    problem = ""  # why nothing can be answered now, as a sentence; any thread may ask
+
     def __init__(
         self, chat: "Chat", max_length: int = 2000, max_tokens: float = math.inf, shortens_answers: bool = False
     ) -> None:
@@ -133,9 +135,8 @@ class AnswerBatch:
         self._shared: Prefix | None = None  # the common beginning of the latest contexts
         self._searching: deque[tuple[_Row, Generator[None, None, Generated]]] = deque()  # with beams
         self._running: dict[int, _Row] = {}  # by their numbers in the state
-        self._turns = deque([
-            (self._waiting, self._prefill), (self._searching, self._search), (self._running, self._decode),
-        ])  # fmt: skip
+        turns = (self._waiting, self._prefill), (self._searching, self._search), (self._running, self._decode)
+        self._turns = deque(turns)
 
     @property
     def _rows(self) -> list[_Row]:

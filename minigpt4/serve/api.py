@@ -64,10 +64,14 @@ def _add_routes(app: FastAPI, completions: Completions, keys: ApiKeys, rate: Rat
         return client
 
     @app.get("/health")
-    async def health() -> JSONResponse:
+    def health(request: Request) -> JSONResponse:  # in a thread of its own, as it may ask the language model's server
         """Says whether questions are answered, and how many wait; needs no key. Otherwise the status is 503."""
-        is_alive, status = engine.is_alive, {"model": name, "waiting": engine.stats.num_waiting}
-        return JSONResponse({"status": "ok" if is_alive else "failed"} | status, 200 if is_alive else 503)
+        problem, status = engine.problem, {"model": name, "waiting": engine.stats.num_waiting}
+        if problem:
+            error = ApiError(problem, status=503, code="unavailable")
+            request.state.reason = error.code
+            return JSONResponse({"status": "failed", "problem": problem} | status, error.status, error.headers)
+        return JSONResponse({"status": "ok"} | status)
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:

@@ -95,6 +95,11 @@ class Engine:
         """Whether requests will be answered."""
         return self._thread.is_alive()
 
+    @property
+    def problem(self) -> str:
+        """Why requests cannot be answered now, as a sentence; empty where they can."""
+        return self._batch.problem if self.is_alive else "The engine has ended; the log has the reason."
+
     def submit(self, *requests: Request) -> None:
         """Puts all requests of a client into the queue, or none; raises ``queue.Full`` if there is no place."""
         self.waiting.put(requests)

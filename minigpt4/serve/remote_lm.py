@@ -8,8 +8,10 @@ import io
 import itertools
 import json
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
@@ -27,6 +29,7 @@ from minigpt4.conversation.sampling import TOP_K
 
 Update = tuple[list[int], str | None]  # new token ids, and the server's reason of their end
 _CONNECT_SECONDS, _READ_SECONDS = 10.0, 300.0
+_PROBE_SECONDS, _PROBE_INTERVAL_SECONDS = 1.0, 5.0  # of the question whether the server still answers
 _STEP_SECONDS = 0.02  # for which a step waits for tokens, and new requests for it
 
 
@@ -48,15 +51,37 @@ class LanguageModelServer:
         base = url.rstrip("/")
         self.url = base if base.endswith("/v1") else f"{base}/v1"
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        timeout, limits = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS), httpx.Limits(max_connections=None)
+        timeout = httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS)
+        # A kept connection may be closed while it is used again.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._client = httpx.Client(headers=headers, timeout=timeout, limits=limits)
+        self._lock, self._probed, self._problem = threading.Lock(), -math.inf, ""
+        self.model, self.max_length = self._find_model()
+
+    def _find_model(self, **timeout: float) -> tuple[str, int]:
         with self._explained():
-            response = self._client.get(f"{self.url}/models")
+            response = self._client.get(f"{self.url}/models", **timeout)
             self._check(response)
             models = response.json()["data"]
             if len(models) != 1:
                 raise self._error(f"has {len(models)} models; start one with the language model alone")
-            self.model, self.max_length = str(models[0]["id"]), int(models[0].get("max_model_len") or 2**31)
+            return str(models[0]["id"]), int(models[0].get("max_model_len") or 2**31)
+
+    def problem(self) -> str:
+        """Why the server does not answer now, without its address; empty if it does. It is asked every few seconds."""
+        with self._lock:
+            if time.monotonic() - self._probed < _PROBE_INTERVAL_SECONDS:
+                return self._problem
+            previous, self._problem = self._problem, ""
+            try:
+                if (model := self._find_model(timeout=_PROBE_SECONDS)[0]) != self.model:
+                    raise self._error(f"now has the model {model} in place of {self.model}; restart demo.py")
+            except RemoteError as error:
+                self._problem = str(error).replace(f" {self.url}", "")
+                if self._problem != previous:
+                    logging.warning("%s", error)
+            self._probed = time.monotonic()
+            return self._problem
 
     def complete(self, embeds: Tensor, eos_ids: Sequence[int], options: GenerationOptions) -> Iterator[Update]:
         """Yields the tokens that follow LM inputs [T, L]; closing the iterator ends the answer on the server, too."""
@@ -149,6 +174,11 @@ class RemoteBatch(AnswerBatch):
         embeds, options = chat.model.embed_inputs(first)[0], GenerationOptions(max_new_tokens=1, do_sample=False)
         for ids, _ in server.complete(embeds, chat.model.eos_ids, options):
             self._check_ids(ids)
+
+    @property
+    def problem(self) -> str:
+        """That of the server."""
+        return self._server.problem()
 
     def plan(self, conv: Conversation, num_images: int, options: GenerationOptions) -> Plan:
         """As for answers of this process; UserError for what a server of token ids cannot do."""
