@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import family
 import pytest
 import torch
 from architectures import write_language_model
@@ -17,6 +18,7 @@ from minigpt4.common.errors import UserError
 from minigpt4.common.schema import ModelConfig, read_section
 from minigpt4.common.templates import TEMPLATES
 from minigpt4.conversation.conversation import Chat
+from minigpt4.conversation.generation import GenerationOptions
 from minigpt4.models import MiniGPT4
 from minigpt4.models.lora import lora_delta
 from minigpt4.models.text_rows import IMAGE_TOKEN_INDEX
@@ -97,6 +99,33 @@ def test_pixels_prompts_and_answers_are_equal_over_two_turns(own, blip2, process
         answer = blip2.generate(**inputs, max_new_tokens=12, do_sample=False, **stop)[0, len(found) :].tolist()
         assert answer == ids.tolist()
         messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+
+
+@pytest.mark.parametrize("member", [None, "vicuna0"])
+def test_generation_settings_and_the_example_of_the_card_are_those_of_the_chat(member, own, folder, tmp_path):
+    size = 28
+    if member:
+        own, size, folder = family.shared(member), family.DIMS["image_size"][member], tmp_path / "model"
+        cfg = read_section(ModelConfig, family.section(member), "model")
+        export_hf.export(cfg, folder, Blip2ImageEvalProcessor(size), torch.float32)
+    chat, tokenizer = Chat(own, Blip2ImageEvalProcessor(size), template=own.template), own.llama_tokenizer
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings.pop("repetition_penalty", 1.0) == chat.with_defaults(GenerationOptions()).repetition_penalty
+    assert (settings.pop("bos_token_id"), settings.pop("pad_token_id")) == (1, tokenizer.eos_token_id)
+    ends = {i for i in range(len(tokenizer)) if own.template.stop_string in tokenizer.decode([i])}
+    text_config = json.loads((folder / "config.json").read_text())["text_config"]
+    assert settings.pop("eos_token_id") == text_config["eos_token_id"] == [2, *sorted(ends - {2})]
+    assert not settings  # greedy unless asked otherwise, and no limit, which vLLM would take for that of all requests
+
+    code = (folder / "README.md").read_text().split("```")[1].removeprefix("python").replace("=300", "=40")
+    for number, question in ((0, QUESTIONS[0]), (1, QUESTIONS[1]), (2, QUESTIONS[0])):
+        conv, images, image = own.template.copy(), [], str(family.picture(number))
+        chat.upload_img(image, conv, images)
+        chat.ask(question, conv)
+        values = {"FOLDER": str(folder)}
+        exec(code.replace("picture.png", image).replace("Describe this image in detail.", question), values)
+        ids = values["ids"][0, values["inputs"]["input_ids"].shape[1] :].tolist()
+        assert ids == chat.answer(conv, images, do_sample=False, max_new_tokens=40)[1].tolist()
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, None])

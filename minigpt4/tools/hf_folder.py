@@ -27,6 +27,16 @@ SETTINGS = (  # of the section model, which describe the model and not a run or 
 )
 _BICUBIC = 3  # of Pillow
 _DROPPED = ("extra_special_tokens", "chat_template", "is_local", "local_files_only")  # of tokenizer_config.json
+# ``Blip2ForConditionalGeneration.generate`` ignores that of generation_config.json, which counts the prompt's tokens.
+_PENALTY = """\
+from transformers import RepetitionPenaltyLogitsProcessor
+
+penalty = RepetitionPenaltyLogitsProcessor(1.05, prompt_ignore_length=inputs["input_ids"].shape[1])
+"""
+_PENALTY_LIMIT = """\
+- The repetition penalty above counts the answer's tokens. That of `generation_config.json`, which pipelines and servers
+  use, counts those of the prompt, too: answers may differ.
+"""
 _CARD = """\
 ---
 library_name: transformers
@@ -46,7 +56,7 @@ content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "D
 messages = [{"role": "user", "content": content}]
 settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
 inputs = processor.apply_chat_template(messages, **settings).to(model.device, model.dtype)
-ids = model.generate(**inputs, max_new_tokens=300GENERATION)
+PENALTYids = model.generate(**inputs, max_new_tokens=300GENERATION)
 answer = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)REMOVED
 print(answer)
 ```
@@ -54,7 +64,7 @@ print(answer)
 ## Limits
 
 - STOPS
-- Engines that know BLIP-2 by its architecture, such as vLLM, put the image before the begin token and would answer
+LIMIT- Engines that know BLIP-2 by its architecture, such as vLLM, put the image before the begin token and would answer
   wrongly; therefore `architectures` has a name that they refuse. For vLLM there is a plugin, `minigpt4-vllm`.
 - The norm behind the vision transformer has eps 1e-6 in place of 1e-5, which changes features by about 1e-5.
 - The chat template writes the begin token; to encode its text, pass `add_special_tokens=False`.
@@ -154,7 +164,8 @@ def write_card(folder: Path, model: MiniGPT4, conv: Conversation, checkpoint: Pa
     last = {model.tokenize(text + stop)[-1] for text in ("word", "word.", "word ")}
     needs_stop = bool(stop) and not last <= set(ends)
     settings = f", stop_strings=[{json.dumps(stop)}], tokenizer=processor.tokenizer" if needs_stop else ""
-    settings += ", repetition_penalty=1.05" if model.arch in LATER else ""
+    is_later = model.arch in LATER
+    settings += ", logits_processor=[penalty]" if is_later else ""
     stops = "Answers end by themselves (`text_config.eos_token_id`)."
     if needs_stop:
         stops = (
@@ -172,5 +183,6 @@ def write_card(folder: Path, model: MiniGPT4, conv: Conversation, checkpoint: Pa
     log = checkpoint.resolve().parent / "log.txt"
     results = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()] if log.is_file() else []
     lines.append(f"- Measured at the end: `{results[-1]}`." if results else "- Measured results: not recorded.")
-    card = _CARD.replace("GENERATION", settings).replace("REMOVED", removed).replace("STOPS", stops)
+    card = _CARD.replace("PENALTY", _PENALTY * is_later).replace("LIMIT", _PENALTY_LIMIT * is_later)
+    card = card.replace("GENERATION", settings).replace("REMOVED", removed).replace("STOPS", stops)
     (folder / "README.md").write_text(card.replace("TRAINING", "\n".join(lines)), encoding="utf-8")
