@@ -61,8 +61,8 @@ def export(cfg: ModelConfig, target: Path, image_processor: Any, dtype: torch.dt
         cfg: the section ``model``.
         target: must not exist or be empty.
         image_processor: that of chats, ``blip2_image_eval`` with its ``mean`` and ``std``.
-        dtype: of the written weights, except the Q-Former's, which are then float32, as transformers computes it so. By
-            default every tensor keeps the dtype of its file, and transformers loads them in that of the LM's.
+        dtype: of the written weights, except the Q-Former's, which are then float32, as transformers computes it beside
+            float16. By default every tensor keeps the dtype of its file; transformers loads them in that of the LM's.
 
     Raises UserError for a model that BLIP-2's classes cannot express, and where files do not match or the folder cannot
     be written.
