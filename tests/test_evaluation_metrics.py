@@ -278,4 +278,8 @@ def test_caption_metrics_with_java():
     assert tokens == [text if isinstance(text, str) else text[0] for text in golden["tokens_ptb"]["results"]]
     metrics = captions.caption_metrics(results[:50], references[:50], "ptb")  # METEOR with its 5 s for one half only
     assert_captions(metrics, golden["ptb_first_50_images"])
-    assert [metric.name for metric in metrics][-1] == "METEOR"
+    assert metrics[-1].name == "METEOR"
+    per_image = golden["ptb"]["per_image"]["METEOR"][:50]
+    assert captions.meteor(metrics[-1].sums) == pytest.approx(per_image, abs=1e-12)
+    low, high = metrics[-1].interval(range(50))
+    assert 0.2 < low < metrics[-1].value < high < 0.4

@@ -7,9 +7,11 @@ The tokenizer decides about the values: ``ptb`` is pycocoevalcap's, which publis
 import math
 import re
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from minigpt4.evaluation.metric import Metric, mean_metric
 
 MAX_N = 4
 _ROUGE_BETA, _CIDER_SIGMA = 1.2, 6.0
+_METEOR_ALPHA, _METEOR_BETA, _METEOR_GAMMA, _METEOR_DELTA = 0.85, 0.2, 0.6, 0.75
+_METEOR_WEIGHTS = np.array([1, 0.6, 0.8, 0.6])  # of matches that are exact, of stems, synonyms and paraphrases
 _SMALL, _TINY = 1e-9, 1e-15  # keep BLEU of an empty caption finite
 _NEEDS = "needs pycocoevalcap and Java: pip install pycocoevalcap, and install a Java runtime (such as OpenJDK 17)"
 
@@ -101,16 +105,49 @@ def cider_d(candidates: Texts, references: References) -> list[float]:
     return scores
 
 
-def meteor(candidates: Texts, references: References) -> tuple[float, list[float]]:
-    """METEOR 1.5 of all captions, which is not the mean, and of each; UserError without pycocoevalcap or Java."""
-    try:
-        from pycocoevalcap.meteor.meteor import Meteor
+def meteor_sums(candidates: Texts, references: References) -> np.ndarray:
+    """METEOR 1.5's statistics of each caption beside its best reference, float64 [n, 23].
 
-        gts, res = dict(enumerate(map(list, references))), {i: [text] for i, text in enumerate(candidates)}
-        score, each = Meteor().compute_score(gts, res)
-        return float(score), [float(value) for value in each]
-    except (ImportError, OSError) as error:
+    They are the lengths of both texts, their numbers of function words, for each of four kinds of matches the matched
+    content words of both and the matched function words of both, then chunks and the matched words of both.
+
+    Raises:
+        UserError: pycocoevalcap or Java is missing, or the program fails.
+    """
+    try:
+        from pycocoevalcap.meteor import meteor
+
+        size = max(map(len, references))  # the program wants as many for each caption; the best one counts
+        lines = [text for own in references for text in [*own, *[own[-1]] * (size - len(own))]]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, texts in (("captions", candidates), ("references", lines)):
+                Path(folder, name).write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+            jar = str(Path(meteor.__file__).with_name(meteor.METEOR_JAR))
+            options = ["-l", "en", "-norm", "-r", str(size), "-ssOut"]  # pycocoevalcap's, and statistics for scores
+            command = ["java", "-Xmx2G", "-jar", jar, "captions", "references", *options]
+            output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout
+    except (ImportError, OSError, subprocess.SubprocessError) as error:
         raise UserError(f"METEOR {_NEEDS}.") from error
+    sums = np.array([line.split() for line in output.splitlines()], dtype=np.float64)
+    is_equal = (sums[:, -3] == 1) & (sums[:, -2:] == sums[:, :2]).all(-1)  # its one chunk is not a fragment
+    sums[is_equal, -3] = 0
+    return sums
+
+
+def meteor(totals: np.ndarray) -> np.ndarray:
+    """METEOR 1.5 (English, task "rank") of summed statistics [..., 23]; that of several captions is not their mean."""
+    lengths, function_words, chunks = totals[..., :2], totals[..., 2:4], totals[..., 20]
+    content, function = np.moveaxis(totals[..., 4:20].reshape(*totals.shape[:-1], 4, 2, 2), -2, 0)
+    matched = _content_share(_METEOR_WEIGHTS @ content, _METEOR_WEIGHTS @ function)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        precision, recall = np.moveaxis(matched / _content_share(lengths - function_words, function_words), -1, 0)
+        mean = 1 / ((1 - _METEOR_ALPHA) / precision + _METEOR_ALPHA / recall)
+        fragments = chunks / totals[..., 21:].mean(-1)
+        return np.nan_to_num(mean * (1 - _METEOR_GAMMA * fragments**_METEOR_BETA))
+
+
+def _content_share(content: np.ndarray, function: np.ndarray) -> np.ndarray:
+    return _METEOR_DELTA * content + (1 - _METEOR_DELTA) * function
 
 
 def tokenize_simply(texts: Texts) -> list[str]:
@@ -142,7 +179,10 @@ def caption_metrics(candidates: Texts, references: References, variant: str) -> 
     tokens = TOKENIZERS[variant]([*candidates, *(text for own in references for text in own)])
     candidates, rest = tokens[: len(candidates)], tokens[len(candidates) :]
     references = [rest[start:end] for start, end in pairwise(lengths)]
-    return [*token_metrics(candidates, references, variant), *_meteor_metric(candidates, references, variant)]
+    metrics = token_metrics(candidates, references, variant)
+    if variant == "ptb":
+        metrics.append(Metric("METEOR", variant, meteor_sums(candidates, references), meteor))
+    return metrics
 
 
 def token_metrics(candidates: Texts, references: References, variant: str) -> list[Metric]:
@@ -154,10 +194,3 @@ def token_metrics(candidates: Texts, references: References, variant: str) -> li
         mean_metric("ROUGE-L", variant, [rouge_l(*pair) for pair in pairs]),
         mean_metric("CIDEr", variant, cider_d(candidates, references)),
     ]
-
-
-def _meteor_metric(candidates: Texts, references: References, variant: str) -> list[Metric]:
-    if variant != "ptb":
-        return []
-    score, _ = meteor(candidates, references)
-    return [mean_metric("METEOR", variant, [score] * len(candidates), has_interval=False)]

@@ -24,7 +24,6 @@ class Metric:
         sums: what each row contributes, float64 [n, k]; n is every row of the benchmark.
         finish: maps totals [..., k] to values [...]; nan where the metric is not defined.
         chance: the value of guessing, where it is known.
-        has_interval: whether the value is a function of the totals, so that rows can be resampled.
         num_unparsed: answers that this variant cannot parse, where it differs from the benchmark's own rule.
     """
 
@@ -33,7 +32,6 @@ class Metric:
     sums: np.ndarray
     finish: Callable[[np.ndarray], np.ndarray] = ratio
     chance: float | None = None
-    has_interval: bool = True
     num_unparsed: int | None = None
 
     @property
@@ -44,7 +42,7 @@ class Metric:
 
     def interval(self, groups: Sequence[Hashable], seed: int = 0) -> tuple[float, float] | None:
         """The percentile bootstrap interval (95 %); rows of one group, such as an image, are drawn together."""
-        if not self.has_interval or self.value is None:
+        if self.value is None:
             return None
         names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
         sums = np.zeros((len(names), self.sums.shape[1]))
@@ -57,9 +55,7 @@ class Metric:
         return float(low), float(high)
 
 
-def mean_metric(
-    name: str, variant: str, values: Sequence[float], chance: float | None = None, has_interval: bool = True
-) -> Metric:
+def mean_metric(name: str, variant: str, values: Sequence[float], chance: float | None = None) -> Metric:
     """The mean of one value for each row."""
     values = np.asarray(values, dtype=np.float64)
-    return Metric(name, variant, np.stack([values, np.ones_like(values)], -1), ratio, chance, has_interval)
+    return Metric(name, variant, np.stack([values, np.ones_like(values)], -1), ratio, chance)
