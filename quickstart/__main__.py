@@ -166,7 +166,9 @@ def main() -> None:
         print(f"| {row['name']} | {' | '.join(map(str, values))} |")
     ceilings = json.loads((ROOT / "quickstart" / "weights" / "pretraining.json").read_text(encoding="utf-8"))
     for side in ("vision", "text"):
-        print(f"\nCeiling of the frozen {side} side alone: {ceilings[side]['ceiling on held-out objects']:.1%}", end="")
+        own = [(name.rpartition(" ")[2], share) for name, share in ceilings[side].items() if name != "steps"]
+        shares = ", ".join(f"{share:.1%} of {name}" for name, share in own)
+        print(f"\nCeiling of the frozen {side} side alone: {shares}", end="")
     print(f"\n\nFigures: {OUTPUT / 'loss.png'}, {OUTPUT / 'answers.png'}")
     print(f"It took {time.time() - start:.0f} s. Now ask the model a question:\n")
     image = (OUTPUT / "held_out" / "image" / "0.jpg").relative_to(ROOT)

@@ -138,7 +138,7 @@ def train_vision(steps: int) -> None:
     )
     for parameter in model.parameters():
         parameter.data = parameter.data.half().float()
-    pretrain.record(WEIGHTS, "vision", steps, vision_ceiling(model, Random(pretrain.SEED + 3)))
+    pretrain.record(WEIGHTS, "vision", steps, objects=vision_ceiling(model, Random(pretrain.SEED + 3)))
     state = {name: value.half().contiguous() for name, value in model.vit.state_dict().items()}
     save_file(state, WEIGHTS / "eva_vit.safetensors")
 
@@ -255,7 +255,7 @@ def train_text(steps: int) -> None:
     model.config.dtype = "float16"
     model.save_pretrained(folder)
     rows.rng = Random(pretrain.SEED + 4)
-    pretrain.record(WEIGHTS, "text", steps, text_ceiling(model.float().eval(), tables, rows))
+    pretrain.record(WEIGHTS, "text", steps, objects=text_ceiling(model.float().eval(), tables, rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

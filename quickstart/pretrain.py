@@ -5,6 +5,7 @@ vision side learns to name the same words with classification heads, which are d
 the projection, exactly as in MiniGPT-4.
 
     python -m quickstart.pretrain text --steps 2000
+    python -m quickstart.pretrain text --steps 1500 --again      # twice: with questions whether an object is there
     python -m quickstart.pretrain vision --steps 1700
     python -m quickstart.pretrain vision --steps 1900 --again    # then 1400 and 2600: as long as the ceiling rises
 """
@@ -20,7 +21,9 @@ from random import Random
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
+from minigpt4.models.llama_tokenizer import load_tokenizer
 from quickstart import text_side, vision_side
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -46,28 +49,43 @@ def optimise(parameters: list[nn.Parameter], losses: Iterator[Tensor], steps: in
             print(f"{name} step {step} of {steps}, loss {mean_loss:.4f}, {seconds:.0f} s", flush=True)
 
 
-def record(folder: Path, side: str, steps: int, ceiling: float) -> None:
-    """Updates one side's entry in pretraining.json."""
+def record(folder: Path, side: str, steps: int, **ceilings: float) -> None:
+    """Updates one side's entry in pretraining.json with the shares of what it does right, such as of ``objects``."""
     file = folder / "pretraining.json"
     known = json.loads(file.read_text()) if file.exists() else {"seed": SEED}
-    result = {side: {"steps": steps, "ceiling on held-out objects": round(ceiling, 4)}}
+    result = {side: {"steps": steps} | {f"ceiling on held-out {name}": round(c, 4) for name, c in ceilings.items()}}
     file.write_text(json.dumps(known | result, indent=2) + "\n")
     print(result, flush=True)
 
 
-def train_text(folder: Path, steps: int) -> None:
-    """Trains tokenizer and language model and writes them to ``folder``/llama in float16."""
+def train_text(folder: Path, steps: int, again: bool) -> None:
+    """Trains tokenizer and language model and writes them to ``folder``/llama in float16.
+
+    With ``again`` it continues from those files, with questions to which the answer is yes or no.
+    """
     (folder / "llama").mkdir(parents=True, exist_ok=True)
-    tokenizer = text_side.train_tokenizer(folder / "llama", text_side.caption_words(Random(SEED)))
-    model = text_side.build_model(len(tokenizer))
-    rows = text_side.TrainingRows(tokenizer, Random(SEED + 1))
+    if again:
+        tokenizer = load_tokenizer(folder / "llama")
+        model = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float32)
+    else:
+        tokenizer = text_side.train_tokenizer(folder / "llama", text_side.caption_words(Random(SEED)))
+        model = text_side.build_model(len(tokenizer))
+    rows = text_side.TrainingRows(tokenizer, Random(SEED + (5 if again else 1)), has_yes_no=again)
     num_parameters = sum(p.numel() for p in model.parameters())
     print(f"Language model: {num_parameters:,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimise(list(model.parameters()), text_side.losses(model, rows), steps, 2e-3, "text")
+    optimise(list(model.parameters()), text_side.losses(model, rows), steps, 1e-3 if again else 2e-3, "text")
     model.half()
     model.config.dtype = "float16"
     model.save_pretrained(folder / "llama")
-    record(folder, "text", steps, text_side.measure_ceiling(model.float().eval(), rows, Random(SEED + 4)))
+    model.float().eval()
+    objects = text_side.measure_ceiling(model, rows, Random(SEED + 4))
+    questions = text_side.measure_yes_no(model, rows, Random(SEED + 6))
+    record(folder, "text", _total(folder, "text", steps, again), objects=objects, questions=questions)
+
+
+def _total(folder: Path, side: str, steps: int, again: bool) -> int:
+    """All steps of a side, those before ``again`` included."""
+    return steps + json.loads((folder / "pretraining.json").read_text())[side]["steps"] if again else steps
 
 
 def train_vision(folder: Path, steps: int, again: bool) -> None:
@@ -76,9 +94,8 @@ def train_vision(folder: Path, steps: int, again: bool) -> None:
     With ``again`` it continues from those files, with new heads and other images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model, total_steps = vision_side.VisionSide(), steps
+    model = vision_side.VisionSide()
     if again:
-        total_steps += json.loads((folder / "pretraining.json").read_text())["vision"]["steps"]
         state = {f"vit.{name}": value for name, value in load_file(folder / "eva_vit.safetensors").items()}
         others = load_file(folder / "qformer.safetensors")
         state |= {name.replace("Qformer.", "q_former."): value for name, value in others.items()}
@@ -88,7 +105,8 @@ def train_vision(folder: Path, steps: int, again: bool) -> None:
     optimise(list(model.parameters()), vision_side.losses(model, rng), steps, 1e-3, "vision")
     for parameter in model.parameters():  # measures what is written
         parameter.data = parameter.data.half().float()
-    record(folder, "vision", total_steps, vision_side.measure_ceiling(model, Random(SEED + 3)))
+    objects = vision_side.measure_ceiling(model, Random(SEED + 3))
+    record(folder, "vision", _total(folder, "vision", steps, again), objects=objects)
     half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     vit = {name.removeprefix("vit."): value for name, value in half.items() if name.startswith("vit.")}
     others = {name: value for name, value in half.items() if name == "query_tokens" or name.startswith("ln_vision.")}
@@ -102,18 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("side", choices=["text", "vision"])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--again", action="store_true", help="continue from the vision weights in the folder")
+    parser.add_argument("--again", action="store_true", help="continue from the weights in the folder")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the weights")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
-    if args.side == "text" and args.again:
-        parser.error("--again is for the vision side; the language model is at its ceiling after one run.")
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
-    if args.side == "text":
-        train_text(args.weights, args.steps)
-    else:
-        train_vision(args.weights, args.steps, args.again)
+    (train_text if args.side == "text" else train_vision)(args.weights, args.steps, args.again)
 
 
 if __name__ == "__main__":

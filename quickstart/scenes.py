@@ -153,17 +153,29 @@ def questions(scene: Scene, rng: Random) -> list[tuple[str, str]]:
     place = rng.choice([first.place, rng.choice(PLACES)])
     found = str(by_place[place]).capitalize() if place in by_place else "Nothing"
     colour, shape = rng.choice([(first.colour, first.shape), (rng.choice(list(COLOURS)), rng.choice(SHAPES))])
-    exists = any((t.colour, t.shape) == (colour, shape) for t in scene.things)
     pairs = [
         ("How many objects are there?", f"There {'are' if count > 1 else 'is'} {NUMBERS[count]}."),
         (f"What is at the {place}?", f"{found} is at the {place}."),
-        (f"Is there a {colour} {shape}?", "Yes." if exists else "No."),
+        _is_there(scene, colour, shape),
     ]
     if [t.shape for t in scene.things].count(first.shape) == 1:  # otherwise "the circle" would be ambiguous
         pairs.append((f"What colour is the {first.shape}?", f"The {first.shape} is {first.colour}."))
         pairs.append((f"Where is the {first.shape}?", f"The {first.shape} is at the {first.place}."))
     rng.shuffle(pairs)
     return pairs
+
+
+def yes_no_question(scene: Scene, rng: Random) -> tuple[str, str]:
+    """Whether an object is there, with the answer: half of the questions take colour and shape from one object."""
+    thing, taken = rng.choice(scene.things), rng.choice(("both", "both", "both", "colour", "shape", "neither"))
+    colour = thing.colour if taken in ("both", "colour") else rng.choice(list(COLOURS))
+    shape = thing.shape if taken in ("both", "shape") else rng.choice(SHAPES)
+    return _is_there(scene, colour, shape)
+
+
+def _is_there(scene: Scene, colour: str, shape: str) -> tuple[str, str]:
+    exists = any((t.colour, t.shape) == (colour, shape) for t in scene.things)
+    return f"Is there a {colour} {shape}?", "Yes." if exists else "No."
 
 
 def write_shards(folder: Path, num_shards: int, scenes_per_shard: int, seed: int) -> None:

@@ -26,6 +26,8 @@ INSTRUCTIONS = (
     "Could you describe the contents of this image for me?",
 )
 VOCABULARY = scenes.all_attribute_words()
+_FORMATS = {"stage 1": 0.35, "stage 2": 0.3, "chat": 0.35}
+_YES_NO_FORMATS = {"stage 1": 0.2, "stage 2": 0.15, "chat": 0.15, "yes or no": 0.5}
 Row = tuple[list[int], int, list[int]]  # ids, position of the first image word, labels
 
 
@@ -93,11 +95,13 @@ class TrainingRows:
     Args:
         tokenizer: encodes the text; every attribute word is a single token.
         rng: draws scenes and formats.
+        has_yes_no: half of the batches ask whether objects are there; asked less often, it is not learned.
     """
 
-    def __init__(self, tokenizer: Any, rng: Random) -> None:
+    def __init__(self, tokenizer: Any, rng: Random, has_yes_no: bool = False) -> None:
         self.tokenizer = tokenizer
         self.rng = rng
+        self.formats = _YES_NO_FORMATS if has_yes_no else _FORMATS
         self.word_ids = {word: tokenizer.encode(word, add_special_tokens=False)[0] for word in VOCABULARY}
         self._cached_ids: dict[str, list[int]] = {}
 
@@ -111,7 +115,7 @@ class TrainingRows:
 
     def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Padded ids [B, T], mask of image positions [B, T] and labels [B, T]; all rows in one format."""
-        row_format = self.rng.choices(("stage 1", "stage 2", "chat"), (0.35, 0.3, 0.35))[0]
+        row_format = self.rng.choices(*zip(*self.formats.items(), strict=True))[0]
         rows = [self._row(row_format) for _ in range(size)]
         width = max(len(ids) for ids, _, _ in rows)
         ids, labels = torch.full((size, width), 2), torch.full((size, width), IGNORE_INDEX)
@@ -136,17 +140,21 @@ class TrainingRows:
             before = self.ids("###Human: <Img>")
             after = self.ids(f"</Img> {self.rng.choice(INSTRUCTIONS)} ###Assistant: ")
             return self._join(before, image, [(after, False), (self.ids(scenes.description(as_read) + "###"), True)])
-        return self._chat_row(as_read, scene, image)
-
-    def _chat_row(self, as_read: scenes.Scene, scene: scenes.Scene, image: list[int]) -> Row:
+        if row_format == "yes or no":
+            turns = [scenes.yes_no_question(scene, self.rng) for _ in range(4)]
+            return self.chat_row(turns, image, num_targets=1)
         turns = [(self.rng.choice(INSTRUCTIONS), scenes.description(as_read))] if self.rng.random() < 0.6 else []
         turns += scenes.questions(scene, self.rng)[: self.rng.randint(0 if turns else 1, 2)]
+        return self.chat_row(turns, image)
+
+    def chat_row(self, turns: list[tuple[str, str]], image: list[int], num_targets: int | None = None) -> Row:
+        """Questions and answers behind an image; the answers are targets, or so many of their first tokens."""
         text, answers = "</Img>", []
         for i, (question, answer) in enumerate(turns):
             text += f"{' ' if i == 0 else 'Human: '}{question}###Assistant:"
             start = len(self.ids(text))
             text += f" {answer}###"
-            answers.append(range(start, len(self.ids(text))))
+            answers.append(range(start, len(self.ids(text)))[:num_targets])
         ids = self.ids(text)
         targets = {position for answer in answers for position in answer}
         parts = [([token_id], position in targets) for position, token_id in enumerate(ids)]
@@ -194,3 +202,16 @@ def measure_ceiling(model: LlamaForCausalLM, rows: TrainingRows, rng: Random, nu
     )
     answers = [rows.tokenizer.decode(row[prompts.shape[1] :]).split("###")[0] for row in ids]
     return scenes.share_fully_right(drawn, answers)
+
+
+@torch.inference_mode()
+def measure_yes_no(model: LlamaForCausalLM, rows: TrainingRows, rng: Random, num_scenes: int = 400) -> float:
+    """Share of yes-or-no questions about held-out scenes that the LM answers right, given their true words."""
+    num_right = 0
+    for _ in range(num_scenes):
+        scene = scenes.draw_scene(rng, held_out=True)
+        image = [rows.word_ids[word] for word in scene.words]
+        ids, _, labels = rows.chat_row([scenes.yes_no_question(scene, rng)], image)
+        start = next(position for position, label in enumerate(labels) if label != IGNORE_INDEX)
+        num_right += model(torch.tensor([ids[:start]])).logits[0, -1].argmax().item() == ids[start]
+    return num_right / num_scenes
