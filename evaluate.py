@@ -50,6 +50,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     from minigpt4.common.files import refuse_placeholder
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.schema import RunConfig, read_section
+    from minigpt4.evaluation.answering import Server
     from minigpt4.evaluation.tasks import answer, find_work, score_all
 
     setup_logger()
@@ -59,6 +60,8 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
         refuse_placeholder(run_cfg.save_path or "", "run.save_path", "the folder for answers and results")
     out = Path(args.out or run_cfg.save_path or Path("output/evaluation") / Path(args.cfg_path).stem)
     work = find_work(cfg, args.dataset, needs_images=not args.score_only)
+    for part in work if args.api_url else ():
+        Server.check(part.name, part.items, part.section)
     if not args.score_only:
         device = dist_utils.init_distributed_mode(run_cfg)
         setup_logger()  # again, as the rank is known now
@@ -77,7 +80,8 @@ def answerer(
     from minigpt4.serve.batch import describe_settings
 
     if args.api_url:
-        settings = {"api_url": args.api_url, "api_model": args.api_model, "api_stop": args.api_stop}
+        settings = {"api_url": args.api_url, "api_stop": args.api_stop}
+        settings |= {"api_model": args.api_model} if args.api_model else {}  # else known once the server is asked
         return settings, lambda: _server(args, cfg.to_dict()["model"].get("end_sym", ""))
     args.gpu_id, args.seed = device.index if args.gpu_id is None else args.gpu_id, 0
     return describe_settings(cfg.to_dict()["model"], {}), lambda: _local_model(args)

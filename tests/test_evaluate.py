@@ -154,7 +154,11 @@ def test_a_server_gives_the_answers_of_the_model(run, chat, tmp_path):
     assert settings["system"] == "Answer in one word."
     server = serving.Server(chat, max_queue=64)
     try:
-        assert run(*options, api_url=server.url, out=str(tmp_path / "api")) == expected
+        again = {"api_url": server.url, "out": str(tmp_path / "api")}
+        assert run(*options, **again) == expected
+        file = tmp_path / "api" / "answers" / "pope_scenes_random.jsonl"
+        file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))  # interrupted
+        assert run(*options, **again) == expected
         results = json.loads((tmp_path / "api" / "results.json").read_text())
         assert results["settings"]["pope_scenes_random"]["api_model"] == serving.NAME
         for wrong, message in (
@@ -163,12 +167,14 @@ def test_a_server_gives_the_answers_of_the_model(run, chat, tmp_path):
         ):
             with pytest.raises(UserError, match=message):
                 run("pope", ONE_SPLIT, wrong, api_url=server.url, out=str(tmp_path / "other"))
-        with pytest.raises(UserError, match="cannot rank candidates"):
-            run("caption_loss", api_url=server.url, out=str(tmp_path / "api"))
+        with pytest.raises(UserError, match=r"cannot rank .* evaluation_datasets\.caption_loss"):
+            run("pope,caption_loss", ONE_SPLIT, api_url=server.url, out=str(tmp_path / "none"))
+        assert not (tmp_path / "none").exists()  # found before anything is asked
         with pytest.raises(UserError, match=r"--api-url.*404"):
             Server(f"{server.url}/nothing")
     finally:
         server.close()
+    assert run(*options, **again) == expected  # all is answered: nobody is asked
     with pytest.raises(UserError, match="does not answer"):
         Server("http://127.0.0.1:9")
 

@@ -160,14 +160,19 @@ class Server:
             raise UserError(f"--api-url: {self.url} has {len(models)} models; name one with --api-model.")
         return models[0]
 
+    @staticmethod
+    def check(name: str, items: Sequence[Item], section: BenchmarkConfig) -> None:
+        """Raises UserError if a section asks for what no server does; before the first one is answered."""
+        where = f"evaluation_datasets.{name}"
+        if items[0].candidates:
+            raise UserError(f"--api-url: a server cannot rank the candidates of {where}; leave it out with --dataset.")
+        for key, wrong in (("num_beams", section.num_beams > 1), ("system", section.system == "")):
+            if wrong:
+                text = f"{where}.{key}: {getattr(section, key)!r} cannot be asked of a server"
+                raise UserError(f"--api-url: {text}; remove it from the section, and set it where the server starts.")
+
     def __call__(self, items: Sequence[Item], section: BenchmarkConfig) -> Iterator[list[Row]]:
         """Yields finished rows; an answer that the server refuses is an error of its row."""
-        if items and items[0].candidates:
-            raise UserError("--api-url: a server cannot rank candidates; leave such benchmarks out with --dataset.")
-        for name, value in (("num_beams", section.num_beams > 1), ("system", section.system == "")):
-            if value:
-                text = f"{name}: {getattr(section, name)!r} cannot be asked of a server"
-                raise UserError(f"--api-url: {text}; remove it from the section, and set it where the server starts.")
         with ThreadPoolExecutor(section.batch_size) as pool:
             yield from ([row] for row in pool.map(lambda item: self._ask(item, section), items))
 
@@ -209,7 +214,7 @@ class Server:
             try:
                 response = self._client.request(method, self.url + path, json=body)
             except httpx.HTTPError as error:
-                raise UserError(f"--api-url: {self.url} does not answer ({error}); start the server.") from error
+                raise UserError(f"--api-url: {self.url} does not answer ({error}); correct it, or start it.") from error
             if response.status_code not in (429, 503) or attempt == _RETRIES:
                 break
             wait = response.headers.get("Retry-After", "")
