@@ -47,6 +47,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Reads the questions, has them answered, and scores them; returns the rows of the table."""
     from minigpt4.common import dist_utils
     from minigpt4.common.config import Config
+    from minigpt4.common.errors import UserError
     from minigpt4.common.files import refuse_placeholder
     from minigpt4.common.logger import setup_logger
     from minigpt4.common.schema import RunConfig, read_section
@@ -62,6 +63,8 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     work = find_work(cfg, args.dataset, needs_images=not args.score_only)
     for part in work if args.api_url else ():
         Server.check(part.name, part.items, part.section)
+    if args.resample and not any(part.benchmark.ask_again for part in work):
+        raise UserError("--resample asks again about boxes, of which no benchmark here asks; leave it out.")
     if not args.score_only:
         device = dist_utils.init_distributed_mode(run_cfg)
         setup_logger()  # again, as the rank is known now
@@ -127,6 +130,8 @@ def main() -> None:
             from minigpt4.evaluation.report import table
 
             print(table(rows))
+            if all(row["errors"] == row["rows"] for row in rows):
+                sys.exit(1)  # as of --batch
     except UserError as error:
         dist_utils.abort(str(error))
     except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 from random import Random
 
 import family
@@ -292,7 +293,7 @@ def test_ranks_by_the_reference_and_per_token():
     assert ranks([*batch, longer], "reference", 1)[0] == [1, 0]
 
 
-def test_a_damaged_image_is_a_counted_row(run, world, tmp_path):
+def test_a_damaged_image_is_a_counted_row(run, world, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("0.jpg", "1.jpg", "2.jpg"):
@@ -301,6 +302,24 @@ def test_a_damaged_image_is_a_counted_row(run, world, tmp_path):
     assert all(0 < row["errors"] < row["rows"] for row in rows)
     answers = (run.out / "answers" / "pope_scenes_random.jsonl").read_text()
     assert answers.count('"error"') == rows[0]["errors"] and answers.count("\n") == rows[0]["rows"]
+    assert f"{rows[0]['errors']} of {rows[0]['rows']} questions have errors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("errors", "status"), [((2, 2), 1), ((2, 0), None)])
+def test_the_exit_status_is_1_where_all_rows_have_errors(errors, status, monkeypatch, capsys):
+    empty = dict.fromkeys(("value", "interval", "chance"))
+    names = {"benchmark": "pope", "split": "x", "metric": "accuracy", "variant": "official", "unparsed": 1.0}
+    rows = [{**names, **empty, "rows": 2, "errors": number} for number in errors]
+    monkeypatch.setattr(evaluate, "evaluate", lambda args: rows)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--cfg-path", CONFIG])
+    with pytest.raises(SystemExit) if status else nullcontext() as stopped:
+        evaluate.main()
+    assert "| accuracy |" in capsys.readouterr().out and (stopped is None or stopped.value.code == status)
+
+
+def test_resample_without_a_benchmark_of_boxes_is_refused(run):
+    with pytest.raises(UserError, match=r"--resample .* leave it out"):
+        run("pope", ONE_SPLIT, resample=True)
 
 
 def test_every_benchmark_has_a_prompt_and_default_variants():

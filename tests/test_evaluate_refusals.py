@@ -65,6 +65,11 @@ def test_wrong_sections_are_refused(tmp_path):
     (tmp_path / "two.json").write_text(json.dumps([POPE_ROW, POPE_ROW | {"question_id": 2, "text": "Is there a dog?"}]))
     with pytest.raises(UserError, match=r"prompt has no \{question\}"):
         find_work(Configuration(pope={"eval_file_path": str(tmp_path / "two.json"), "prompt": "Why?"}), None)
+    captions = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "A car."}]}
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    section = {"eval_file_path": str(tmp_path / "captions.json"), "prompt": ""}
+    with pytest.raises(UserError, match=r"coco_caption\.prompt is empty"):
+        find_work(Configuration(coco_caption=section), None, needs_images=False)
     with pytest.raises(UserError, match=r"--out: .* cannot be written"):
         AnswerFile(tmp_path / "two.json", "pope")
     (tmp_path / "subset.json").write_text("[77]")

@@ -1,5 +1,6 @@
 """What an evaluation does: it finds the questions of all benchmarks, has them answered, and scores the answers."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +75,8 @@ def find_work(cfg: Config, names: str | None, needs_images: bool = True) -> list
             items = select(found[split], section, where)
             if "{question}" not in section.prompt and len({item.question for item in items}) > 1:
                 raise UserError(f"{where}.prompt has no {{question}}, so that all questions would be the same; add it.")
+            if not (section.prompt.strip() or items[0].candidates or any(item.question for item in items)):
+                raise UserError(f"{where}.prompt is empty; remove it, or write what is asked.")
             if needs_images:
                 check_images(items, where)
             work.append(Work(name, split, benchmark, section, items))
@@ -124,8 +127,11 @@ def score_all(work: Sequence[Work], out: Path, answers: str | None = None) -> li
             place = out / "answers", part.file_name
             rows, own = read_rows(*place), read_settings(*place)
         given = collect(part.items, rows)
-        num_errors = sum("error" in rows[item.id, 0] for item in part.items)
-        table += score(part.name, part.split, part.benchmark, part.section, part.items, given, num_errors)
+        errors = [(item.id, rows[item.id, 0]["error"]) for item in part.items if "error" in rows[item.id, 0]]
+        if errors:
+            text = "%s: %d of %d questions have errors and count as wrong, such as question %s: %s"
+            logging.warning(text, part.file_name, len(errors), len(part.items), *errors[0])
+        table += score(part.name, part.split, part.benchmark, part.section, part.items, given, len(errors))
         settings[part.file_name] = own
         if part.benchmark.submit is not None and not answers:
             content = part.benchmark.submit(part.items, given)
