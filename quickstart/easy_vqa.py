@@ -1,8 +1,6 @@
 """Writes the training questions of easy-vqa (pip install --no-deps easy-vqa) as conversations.
 
-python -m quickstart.easy_vqa
-python train.py --cfg-path train_configs/easy_vqa.yaml
-python evaluate.py --cfg-path eval_configs/easy_vqa.yaml
+python -m quickstart.easy_vqa; docs/EVALUATION.md has the commands that follow.
 """
 
 import json
@@ -35,16 +33,18 @@ def conversations(questions: list[tuple[str, str, int]], folder: Path, rng: Rand
 
 
 def main() -> None:
-    """Writes output/quickstart/easy_vqa/train.json."""
+    """Writes output/quickstart/easy_vqa/train.json, and what.json without the questions of yes and no."""
     spec = find_spec("easy_vqa")
     if spec is None:
         sys.exit("error: easy-vqa is missing; install it: pip install --no-deps easy-vqa")
-    folder, out = Path(spec.origin).parent / "data" / "train", OUTPUT / "easy_vqa" / "train.json"
+    folder, out = Path(spec.origin).parent / "data" / "train", OUTPUT / "easy_vqa"
     questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    rows = conversations(questions, folder, Random(1))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(rows), encoding="utf-8")
-    print(f"{len(questions)} questions in {len(rows)} conversations: {out}")
+    out.mkdir(parents=True, exist_ok=True)
+    what = [row for row in questions if row[1] not in ("yes", "no")]
+    for name, chosen in {"what.json": what, "train.json": questions}.items():
+        rows = conversations(chosen, folder, Random(1))
+        (out / name).write_text(json.dumps(rows), encoding="utf-8")
+        print(f"{len(chosen)} questions in {len(rows)} conversations: {out / name}")
 
 
 if __name__ == "__main__":
