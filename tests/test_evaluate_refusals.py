@@ -52,6 +52,8 @@ def test_wrong_sections_are_refused(tmp_path):
         find_work(Configuration(pop={}), None)
     with pytest.raises(UserError, match=r"--dataset.*'gqa'.*pope"):
         find_work(Configuration(pope={}), "gqa")
+    with pytest.raises(UserError, match=r"--dataset.*''.*pope"):
+        find_work(Configuration(pope={}), "")  # as of an unset shell variable
     with pytest.raises(UserError, match="there is no file"):
         find_work(Configuration(pope={"eval_file_path": str(tmp_path / "none.json")}), None)
     with pytest.raises(UserError, match=r"'ofical'.*official"):

@@ -44,7 +44,7 @@ class Work:
 def find_work(cfg: Config, names: str | None, needs_images: bool = True) -> list[Work]:
     """All splits of the benchmarks of a configuration, or of those named; UserError where a file is wrong."""
     sections = cfg.config.get("evaluation_datasets") or {}
-    chosen = list(dict.fromkeys(name.strip() for name in names.split(","))) if names else list(sections)
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(","))) if names is not None else list(sections)
     if unknown := [name for name in chosen if name not in sections]:
         hint = f"{nearest(unknown[0], sections)} It has: {', '.join(sections) or 'none'}."
         raise UserError(f"--dataset: evaluation_datasets has no '{unknown[0]}'.{hint}")
