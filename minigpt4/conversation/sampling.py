@@ -99,7 +99,8 @@ class _TopP(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] to scores [B, V]; -inf removes a token."""
         values, indices = remaining(scores)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, indices, self.warper(input_ids, values))
+        kept = self.warper(input_ids, values.flip(-1)).flip(-1)  # of equal scores it keeps the last one
+        return torch.full_like(scores, -torch.inf).scatter_(-1, indices, kept)
 
 
 @dataclass
