@@ -25,8 +25,8 @@ QUESTION = "Describe this image in detail."
 
 
 def build_chat():
-    """The quickstart's frozen parts with an untrained projection: its answers are nonsense, but repeatable."""
-    options = ["model.ckpt=null", "run.device=cpu"]
+    """The quickstart's frozen parts with an untrained projection, in float32: its answers are wrong, but repeatable."""
+    options = ["model.ckpt=null", "model.llm_dtype=fp32", "run.device=cpu"]
     cfg_path = str(Path(demo.__file__).parent / "eval_configs" / "quickstart_eval.yaml")
     return demo.build_chat(Namespace(cfg_path=cfg_path, options=options, gpu_id=0, seed=1))
 
