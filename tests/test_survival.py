@@ -21,7 +21,6 @@ from minigpt4.common.errors import UserError
 from minigpt4.datasets import loader
 from minigpt4.datasets.batches import LoadedBatch
 from minigpt4.runners import checkpoints
-from minigpt4.runners.signals import StopRequest
 from quickstart import scenes
 
 STEPS = 16
@@ -244,31 +243,6 @@ def test_a_signal_ends_the_run_with_a_checkpoint(command, whole, tmp_path, numbe
     assert [file.name for file in (tmp_path / "out").glob("*/*.pth")] == ["checkpoint_step_6.pth"]
     assert forked.wait(forked.start(command(tmp_path / "out", "num_workers=1"), tmp_path / "log")) == 0
     assert_same(outcome(tmp_path / "out"), whole[0])
-
-
-def test_a_signal_that_nohup_ignores_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.should_stop()
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert stop.should_stop()
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_a_second_signal_ends_the_process_with_its_number(monkeypatch):
-    seconds = [0.0]
-    with StopRequest() as stop:
-        monkeypatch.setattr("time.monotonic", lambda: seconds[0])
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # torchrun's repetition
-        assert stop.should_stop()
-        seconds[0] = 10.0
-        with pytest.raises(SystemExit) as ended:
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 128 + signal.SIGTERM
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import popen_fork
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,13 @@ _REPEAT_SECONDS = 2.0  # torchrun repeats a signal that a terminal or scheduler 
 
 class StopWaiting(BaseException):
     """Ends the wait for a batch; not an Exception, as readers of data catch these."""
+
+
+def _is_forking(frame: FrameType | None) -> bool:
+    """Whether a worker is being started; Python ignores what is raised amid a fork, and its locks could stay locked."""
+    while frame is not None and frame.f_code.co_filename != popen_fork.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 class StopRequest:
@@ -48,11 +56,11 @@ class StopRequest:
         if self._pending is not None and kind is None:
             self._pending[0].wait()
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._requested_at is None:
             self._requested_at = time.monotonic()
             logging.warning("Stopping after this step, with a checkpoint. Send the signal again to stop at once.")
-            if self._is_waiting:
+            if self._is_waiting and not _is_forking(frame):
                 raise StopWaiting
         elif time.monotonic() - self._requested_at > _REPEAT_SECONDS:
             sys.exit(128 + number)
