@@ -47,9 +47,17 @@ def test_answers(server, image, chat, scene_folder):
     assert httpx.get(f"{server.url}/health").json()["status"] == "ok"
 
 
-def test_streams(server, image):
-    whole = server.ask(content(image))
-    chunks = list(server.ask(content(image), stream=True, stream_options={"include_usage": True}))
+def test_streams(server, image, chat):
+    whole, chunks, received = server.ask(content(image)), [], threading.Semaphore(2)
+
+    def wait(*_):  # what a client has not read yet would be sent as one piece
+        received.acquire(timeout=1)
+
+    hook = chat.model.llama_model.register_forward_hook(wait)
+    for chunk in server.ask(content(image), stream=True, stream_options={"include_usage": True}):
+        chunks.append(chunk)
+        received.release()
+    hook.remove()
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == text_of(whole) and sum(map(bool, texts)) > 3
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens

@@ -8,14 +8,18 @@ import resource
 import shutil
 import threading
 from contextlib import closing
+from functools import partial
 
 import picture_kinds
 import pytest
+import torch
 from confined import told
 from PIL import Image
 from serving import GREEDY, rows_of
 
+from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
+from minigpt4.conversation import conversation
 from minigpt4.conversation.answer_batch import AnswerBatch
 from minigpt4.serve.batch import answer_questions, find_questions
 from minigpt4.serve.batch_output import BatchOutput
@@ -82,6 +86,24 @@ def test_batches_do_not_depend_on_how_fast_images_are_read(chat, scene_folder, t
         answer(chat, questions, tmp_path / f"{slowest}.jsonl", batch_size=3)
         traces.append(trace)
     assert traces[0] == traces[1] and traces[0][:4] == ["0", "1", "2", "step"]
+
+
+def test_only_the_engine_computes_with_several_threads(chat, scene_folder, tmp_path, monkeypatch):
+    """Idle threads of others, such as those that read images, would slow down its own."""
+    number, found = torch.get_num_threads(), {"read": set(), "encode": set()}
+
+    def watched(name, function, argument):
+        found[name].add(torch.get_num_threads())
+        return function(argument)
+
+    monkeypatch.setattr(conversation, "read_image", partial(watched, "read", conversation.read_image))
+    monkeypatch.setattr(chat, "encode_img", partial(watched, "encode", chat.encode_img))
+    devices.set_threads(3)
+    try:
+        answer(chat, find_questions(str(scene_folder), "What is it?"), tmp_path / "rows.jsonl", batch_size=2)
+        assert found == {"read": {1}, "encode": {3}} and torch.get_num_threads() == 3
+    finally:
+        devices.set_threads(number)
 
 
 def test_images_of_every_kind(chat, image_kinds, tmp_path):

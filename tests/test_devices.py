@@ -167,6 +167,16 @@ def test_a_broken_torch_npu_is_explained(tmp_path, script, version, failure, tol
     assert not [word for word in told if word not in done.stderr], done.stderr
 
 
+def test_idle_threads_end():
+    number, tasks = torch.get_num_threads(), Path("/proc/self/task")
+    devices.set_threads(3)
+    torch.ones(2**20).add(1)
+    count = len(list(tasks.iterdir()))
+    devices.release_threads()
+    assert len(list(tasks.iterdir())) == count - 2
+    devices.set_threads(number)
+
+
 def test_local_seed_seeds_a_block_and_restores_the_state():
     torch.manual_seed(7)
     random.seed(7)

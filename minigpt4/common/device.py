@@ -4,6 +4,7 @@ Built on ``torch.accelerator``, which has one kind of accelerator per process: N
 """
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -107,6 +108,22 @@ def use(device: torch.device) -> None:
     """Makes a device the current one of this thread; every thread that serves requests has to call it."""
     if device.index is not None and has_own_memory(device):
         torch.accelerator.set_device_index(device.index)
+
+
+def release_threads() -> None:
+    """Ends the idle threads that share this thread's operations on a CPU; the next operation starts new ones.
+
+    For a thread that leaves all computing to another one: while a process has more such threads than there are
+    processors, GNU's OpenMP lets them sleep between two operations, and decoding took 1.6 times as long.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another OpenMP, or Windows
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft of OpenMP 5.0
+
+
+def set_threads(count: int) -> None:
+    """How many threads share this thread's operations on a CPU."""
+    torch.get_num_threads()  # otherwise the first operation of a new thread takes the number that any thread set last
+    torch.set_num_threads(count)
 
 
 def from_config(run_cfg: Any) -> torch.device:

@@ -199,7 +199,7 @@ def fill_weights(
         prepare(llm)
 
     def start_worker() -> None:
-        torch.set_num_threads(1)
+        devices.set_threads(1)
         devices.use(device)
 
     def put(name: str, value: Tensor) -> None:

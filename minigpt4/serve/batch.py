@@ -13,9 +13,11 @@ from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minigpt4.common import device as devices
 from minigpt4.common.boxes import box_fields
 from minigpt4.common.errors import UserError
 from minigpt4.common.files import locate
@@ -154,7 +156,7 @@ def _asking(
     """
     cancelled, images = threading.Event(), OrderedDict()  # the latest images by path, which questions may share
     engine = Engine(chat, max_batch=batch_size, max_queue=2 * batch_size, fills_batches=True)
-    decoders = ThreadPoolExecutor(NUM_DECODERS)
+    decoders = ThreadPoolExecutor(NUM_DECODERS, initializer=devices.set_threads, initargs=(1,))
 
     def read(path: str) -> Future[Tensor]:
         images[path] = images.pop(path, None) or decoders.submit(chat.preprocess_image, path)
@@ -192,4 +194,5 @@ def _asking(
         cancelled.set()
         decoders.shutdown(cancel_futures=True)
         engine.close()
+        devices.set_threads(torch.get_num_threads())  # of threads to come
         logging.getLogger().removeFilter(has_no_traceback)

@@ -7,8 +7,10 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+import torch
 from torch import Tensor
 
+from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.conversation.answer_batch import Answer, AnswerBatch, Plan, tokens_that_fit
 from minigpt4.conversation.conversation import IMAGE_MESSAGE, Chat, Conversation
@@ -82,7 +84,8 @@ class Engine:
         self._next: _Planned | None = None  # was taken from the queue, and waits for memory
         self._running: dict[int, tuple[Answer, Request]] = {}  # by the answers' ids
         self._embeddings: OrderedDict[tuple[str, bytes], Tensor] = OrderedDict()  # by client and content
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="engine", daemon=True)
+        devices.release_threads()
         self._thread.start()
 
     @property
@@ -114,7 +117,8 @@ class Engine:
         self.waiting.close()
         self._thread.join(timeout_seconds)
 
-    def _run(self) -> None:
+    def _run(self, num_threads: int) -> None:
+        devices.set_threads(num_threads)  # of this thread's operations; those that read images have one
         while self._running or self._next or not self.waiting.is_done:
             try:
                 self._work()

@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image
 
+from minigpt4.common import device as devices
 from minigpt4.common.errors import UserError
 from minigpt4.common.images import MAX_PIXELS
 
@@ -140,6 +141,7 @@ class _Lane:
 
     def _run(self) -> None:
         process = None
+        devices.set_threads(1)  # the processors are the engine's, see ``devices.release_threads``
         while job := self._take():
             try:
                 if not job.image.cancelled():
