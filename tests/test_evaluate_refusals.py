@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import closing
 
 import pytest
 
@@ -79,6 +80,17 @@ def test_wrong_sections_are_refused(tmp_path):
     section = {"eval_file_path": str(tmp_path / "file.json"), "subset": str(tmp_path / "subset.json")}
     with pytest.raises(UserError, match="no rows to evaluate"):
         find_work(Configuration(pope=section), None)
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 1), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (0, 1)), ((0, 2), (0, 4))])
+def test_a_second_run_does_not_write_to_the_same_folder(first, second, tmp_path):
+    """Runs are (rank, number of processes), as one process has no part in another run."""
+    with closing(AnswerFile(tmp_path, "pope", *first)) as file:
+        file.append([{"question_id": 1, "answer": "Yes"}])
+        with pytest.raises(UserError, match="is being written by another process"):
+            AnswerFile(tmp_path, "pope", *second)
+    with closing(AnswerFile(tmp_path, "pope", *second)) as file:
+        assert list(file.rows) == [("1", 0)]
 
 
 @pytest.mark.parametrize(

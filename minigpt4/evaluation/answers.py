@@ -28,16 +28,19 @@ class AnswerFile:
     def __init__(self, folder: Path, name: str, rank: int = 0, world_size: int = 1) -> None:
         self._folder, self.name = folder, name
         self._settings: Mapping[str, Any] = {}
-        self._file = folder / (f"{name}.rank{rank}.jsonl" if world_size > 1 else f"{name}.jsonl")
+        whole, is_part = folder / f"{name}.jsonl", world_size > 1
+        self._file = folder / f"{name}.rank{rank}.jsonl" if is_part else whole
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stream = self._file.open("ab+", buffering=0)
+            self._stream, self._whole = self._file.open("ab+", buffering=0), whole.open("ab")
         except OSError as error:
             raise UserError(f"--out: {folder} cannot be written ({error.strerror}); give another folder.") from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_part:  # a run of one process would take the whole for itself
+                fcntl.flock(self._whole, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._stream.close()
+            self.close()
             raise UserError(
                 f"{self._file} is being written by another process; wait, or give another --out."
             ) from error
@@ -91,6 +94,7 @@ class AnswerFile:
     def close(self) -> None:
         """Releases the file."""
         self._stream.close()
+        self._whole.close()
 
 
 def question_fields(item: Item) -> Row:
