@@ -88,6 +88,21 @@ def test_batches_do_not_depend_on_how_fast_images_are_read(chat, scene_folder, t
     assert traces[0] == traces[1] and traces[0][:4] == ["0", "1", "2", "step"]
 
 
+def test_answers_do_not_use_what_was_prefilled_before(chat, scene_folder, tmp_path, monkeypatch):
+    questions, prefilled, step = find_questions(str(scene_folder), "What is it?"), [], AnswerBatch.step
+
+    def stepped(batch):
+        answers = step(batch)
+        prefilled.extend(answer.cached_tokens for answer in answers)
+        return answers
+
+    monkeypatch.setattr(AnswerBatch, "step", stepped)
+    for name in ("first", "second"):
+        answer(chat, questions, tmp_path / f"{name}.jsonl")
+        assert len(chat.prefixes)
+    assert prefilled and not any(prefilled)
+
+
 def test_only_the_engine_computes_with_several_threads(chat, scene_folder, tmp_path, monkeypatch):
     """Idle threads of others, such as those that read images, would slow down its own."""
     number, found = torch.get_num_threads(), {"read": set(), "encode": set()}

@@ -155,6 +155,7 @@ def _asking(
     At most ``2 * batch_size`` questions may be unanswered at a time.
     """
     cancelled, images = threading.Event(), OrderedDict()  # the latest images by path, which questions may share
+    chat.prefixes.clear()  # answers depend on their questions alone, and not on what was asked before
     engine = Engine(chat, max_batch=batch_size, max_queue=2 * batch_size, fills_batches=True)
     decoders = ThreadPoolExecutor(NUM_DECODERS, initializer=devices.set_threads, initargs=(1,))
 
