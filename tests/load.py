@@ -36,11 +36,12 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="load-"))
     server = Server(folder, forked.free_port())
     expected = server.answers()
-    watched, until = Watched("server", psutil.Process(server.process.pid)), time.monotonic() + 60 * args.minutes
+    seconds = 60 * args.minutes
+    watched, until = Watched("server", psutil.Process(server.process.pid), seconds=seconds), time.monotonic() + seconds
     clients = start_clients(server.port, expected, until, args.seed, folder / "report.json", args.clients)
     while time.monotonic() < until:
         watched.sample()
-        time.sleep(min(5.0, 60 * args.minutes / 40))
+        time.sleep(min(5.0, seconds / 40))
     status = forked.wait(clients)
     counts, wrong = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     afterwards = server.answers()

@@ -76,7 +76,7 @@ class Soak:
         moments = (1.6, 6.0) if seconds < 240 else (3.0, 30.0)
         self.restarted = RestartedRun(commands["restarted"], folder / "restarted", Random(seed), moments)
         processes = {"server": self.server.process.pid, "run": self.undisturbed}
-        self.watched = [Watched(name, psutil.Process(pid)) for name, pid in processes.items()]
+        self.watched = [Watched(name, psutil.Process(pid), seconds=seconds) for name, pid in processes.items()]
 
     def run(self) -> None:
         """Restarts one run and samples the processes until the time is up and both runs have finished an epoch."""
