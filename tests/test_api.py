@@ -54,10 +54,12 @@ def test_streams(server, image, chat):
         received.acquire(timeout=1)
 
     hook = chat.model.llama_model.register_forward_hook(wait)
-    for chunk in server.ask(content(image), stream=True, stream_options={"include_usage": True}):
-        chunks.append(chunk)
-        received.release()
-    hook.remove()
+    try:
+        for chunk in server.ask(content(image), stream=True, stream_options={"include_usage": True}):
+            chunks.append(chunk)
+            received.release()
+    finally:
+        hook.remove()
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == text_of(whole) and sum(map(bool, texts)) > 3
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens

@@ -84,10 +84,10 @@ def test_wrong_sections_are_refused(tmp_path):
 
 @pytest.mark.parametrize(("first", "second"), [((0, 1), (0, 1)), ((0, 1), (1, 2)), ((1, 2), (0, 1)), ((0, 2), (0, 4))])
 def test_a_second_run_does_not_write_to_the_same_folder(first, second, tmp_path):
-    """Runs are (rank, number of processes), as one process has no part in another run."""
+    """Each run is (rank, number of processes)."""
     with closing(AnswerFile(tmp_path, "pope", *first)) as file:
         file.append([{"question_id": 1, "answer": "Yes"}])
-        with pytest.raises(UserError, match="is being written by another process"):
+        with pytest.raises(UserError, match="are being written by another run"):
             AnswerFile(tmp_path, "pope", *second)
     with closing(AnswerFile(tmp_path, "pope", *second)) as file:
         assert list(file.rows) == [("1", 0)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 350, 60, 21_595
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_LIBRARY_LINES = 350, 60, 21_605
 ALLOWED = {  # as docs/ARCHITECTURE.md lists it
     "common": set(),
     "processors": {"common"},

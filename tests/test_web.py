@@ -328,7 +328,7 @@ def test_a_drawn_box_becomes_a_question_and_boxes_of_answers_are_drawn(visit, en
         page.wait(lambda: page.page.locator(".grounded img").count())
         alt = "The image with boxes around: a ring, two <b> dots"
         assert page.page.get_attribute(".grounded img", "alt") == alt and page.num_images == 2
-        assert page.page.evaluate("document.querySelector('.grounded img').naturalWidth") == 500
+        page.wait(lambda: page.page.evaluate("document.querySelector('.grounded img').naturalWidth") == 500)
         assert page.page.inner_text(".grounded p").split() == ["a", "ring", "and", "two", "<b>", "dots"]
         page.press("Edit")
         page.wait(lambda: page.page.locator("#chat0 textarea").count())

@@ -116,6 +116,8 @@ def release_threads() -> None:
     For a thread that leaves all computing to another one: while a process has more such threads than there are
     processors, GNU's OpenMP lets them sleep between two operations, and decoding took 1.6 times as long.
     """
+    if torch.get_num_threads() == 1:  # in a process that was forked from one with several, it would wait for ever
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another OpenMP, or Windows
         ctypes.CDLL(None).omp_pause_resource_all(1)  # omp_pause_soft of OpenMP 5.0
 

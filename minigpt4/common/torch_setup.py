@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch_npu")  # whose versions matter most
+# How often a thread of GNU's OpenMP looks for its next operation before it sleeps: 20 µs cover the pauses between two
+# operations. By default it is 300,000 times, which with other work on the same processors took most of their time.
+_SPIN_COUNT = "2000"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _OPERATOR = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 _libraries: list[object] = []  # a schema lives as long as the Library that declared it
@@ -21,6 +24,7 @@ def import_torch() -> None:
     Raises:
         ImportError: torch is not installed, or torch_npu prevents its import; the message gives cause and remedy.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     try:
         import torch  # noqa: F401
     except ImportError as error:

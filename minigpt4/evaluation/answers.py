@@ -18,8 +18,9 @@ TEXTS = ("answer", "caption", "prediction", "pred", "text", "response")  # field
 class AnswerFile:
     """``FOLDER/NAME.jsonl``: one row for each answer, keyed by the question and the round of asking.
 
-    Processes of one run write parts of their own, ``NAME.rankN.jsonl``; every process reads all of them. A partial row
-    at the end, where a process was killed, is truncated. ``NAME.settings.json`` has what answers depend on.
+    Processes of one run write parts of their own, ``NAME.rankN.jsonl``, beside a ``NAME.jsonl`` that they lock; every
+    process reads all of them. A partial row at the end, where a process was killed, is truncated.
+    ``NAME.settings.json`` has what answers depend on.
 
     Raises:
         UserError: a file holds other rows, or is being written by another process.
@@ -32,17 +33,17 @@ class AnswerFile:
         self._file = folder / f"{name}.rank{rank}.jsonl" if is_part else whole
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._stream, self._whole = self._file.open("ab+", buffering=0), whole.open("ab")
+            self._stream, self._whole = self._file.open("ab+", buffering=0), whole.open("ab+")
         except OSError as error:
             raise UserError(f"--out: {folder} cannot be written ({error.strerror}); give another folder.") from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_part:  # a run of one process would take the whole for itself
+            if is_part:  # a run of one process locks it for itself; NFS lets readers share a lock
                 fcntl.flock(self._whole, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self.close()
             raise UserError(
-                f"{self._file} is being written by another process; wait, or give another --out."
+                f"The answers to {name} in {folder} are being written by another run; wait, or give another --out."
             ) from error
         except OSError:  # a file system without locks
             pass

@@ -42,7 +42,8 @@ class Stats:
 class Engine:
     """Answers waiting requests together as far as ``max_batch_tokens`` allows, those of several clients in turns.
 
-    Only the engine's thread may use ``chat`` from now on, ``preprocess_image`` apart.
+    Only the engine's thread may use ``chat`` from now on, ``preprocess_image`` apart. It computes with as many threads
+    as the one that creates the engine, which should be the one that has loaded the model.
 
     Args:
         chat: its prefix cache is resized to keep the chats of many clients.
