@@ -114,7 +114,7 @@ def release_threads() -> None:
     """Ends the idle threads that share this thread's operations on a CPU; the next operation starts new ones.
 
     For a thread that leaves all computing to another one: while a process has more such threads than there are
-    processors, GNU's OpenMP lets them sleep between two operations, and decoding took 1.6 times as long.
+    processors, GNU's OpenMP lets them sleep between two operations; the API then decoded one answer 0.73 times as fast.
     """
     if torch.get_num_threads() == 1:  # in a process that was forked from one with several, it would wait for ever
         return

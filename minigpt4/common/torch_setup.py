@@ -10,8 +10,8 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "torch_npu")  # whose versions matter most
-# How often a thread of GNU's OpenMP looks for its next operation before it sleeps: 20 µs cover the pauses between two
-# operations. By default it is 300,000 times, which with other work on the same processors took most of their time.
+# How often a thread of GNU's OpenMP looks for its next operation before it sleeps. With its default of 300,000, other
+# work on the same processors made batches several times as slow; benchmarks/RESULTS.md has the measurements.
 _SPIN_COUNT = "2000"
 _AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _OPERATOR = "{}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
